@@ -1,0 +1,82 @@
+"""What the adversary holds: the tensors on the wire, the public model, and what the threat model discloses.
+
+Nothing here can hold the truth: `Observation` has no field for it, and this room may import neither
+`measure.truth` nor a metric (kept by import-linter).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpguard.policy.table import Plan
+
+
+@dataclass(frozen=True)
+class Disclosed:
+    """What an honest-but-curious server knows besides the message (Kerckhoffs: the plan is public).
+
+    Attributes:
+        tokenizer: the public tokenizer (Hugging Face fast tokenizer).
+        plan: the policy resolved against the model.
+        batch_size: the public batch size, the divisor of the message.
+        sequences: how many texts were in the batch (batch 1 attacks need it), or None when unknown.
+        kind: "gradient" (one step); updates after local steps and aggregates come later.
+        mode: "eval" (dropout off) or "train", as the client ran.
+        public_texts: texts of the same kind that anybody has; decontaminated by whoever builds the panel.
+        labels: (sequences,) class indices when the threat model discloses them, else None.
+        lengths: (sequences,) token counts with special tokens when disclosed, else None.
+        candidates: shuffled candidate texts of the closed world, index hidden; empty in the open world.
+        mask_seed: public seed of random pruning masks.
+    """
+
+    tokenizer: Any
+    plan: Plan
+    batch_size: int
+    sequences: int | None = 1
+    kind: str = "gradient"
+    mode: str = "eval"
+    public_texts: Sequence[str] = ()
+    labels: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    candidates: Sequence[str] = ()
+    mask_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One message as the server receives it.
+
+    Attributes:
+        message: parameter name -> tensor of the parameter's shape, exactly what left the client
+            (sum of clipped per-example gradients plus noise, divided by the public batch size, then
+            pruned and quantised). Withheld and frozen parameters are absent.
+        model: the public model at the weights that the client used; attacks never change it.
+        disclosed: what the threat model gives away besides.
+    """
+
+    message: Mapping[str, Tensor]
+    model: nn.Module
+    disclosed: Disclosed
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack proposes. It carries no score: judging is the harness's work.
+
+    Attributes:
+        sequences: guessed token ids, one list a text, special tokens included or not (judges strip them).
+        certain: one flag a sequence: the attack KNOWS it is right (residual at numerical zero), not hopes.
+        steps: optimiser steps spent.
+        candidates: candidates evaluated.
+        notes: figures of the attack's own, e.g. {"rank": 13, "residual": 2e-11, "weight": "..."}.
+    """
+
+    sequences: list[list[int]]
+    certain: list[bool]
+    steps: int = 0
+    candidates: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,42 @@
+"""The one kind of error a user is meant to read: a single sentence, no traceback, exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user wrote cannot be meant.
+
+    ``sentence`` says what was found, what was expected and the nearest right name. ``loc`` is the path of
+    keys to the value (``("policies", "mine", "rows", 0, "clip")``), so that whoever read the file can add
+    the file, line and column as ``where``.
+
+    >>> str(UserError("clip is 'no', expected a number above 0", where="p.yaml:2:5"))
+    "p.yaml:2:5: clip is 'no', expected a number above 0"
+    """
+
+    def __init__(self, sentence: str, *, loc: tuple[str | int, ...] = (), where: str = "") -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.loc = loc
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.sentence}" if self.where else self.sentence
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause naming the nearest known word, or all known words when none is near.
+
+    >>> did_you_mean("layres", ["layers", "clip"])
+    "; did you mean 'layers'?"
+    >>> did_you_mean("zzz", ["layers", "clip"])
+    '; expected one of: clip, layers'
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; expected one of: {', '.join(names)}" if names else ""

@@ -1,0 +1,108 @@
+"""A cell of a study, its identity, and the record that running it leaves. No torch here.
+
+One id function serves the plan and the finished record, so resuming is a set difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Leg = Literal["guarantee", "leakage", "utility"]
+Status = Literal["done", "failed", "skipped"]
+
+SCHEMA = 1
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON: sorted keys, no spaces, no NaN; the same text for the same meaning.
+
+    >>> canonical({"b": 1, "a": [1.0, True]})
+    '{"a":[1.0,true],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of work: one leg of one policy at one seed.
+
+    Attributes:
+        leg: guarantee, leakage or utility.
+        policy: the policy's name in the study (with its sweep values, e.g. ``dp-sgd noise=0.6``).
+        table: the policy's rows, as plain data.
+        model: what identifies the model: {"name": ..., "hash": ...}.
+        data: what identifies the texts: {"name": ..., "hash": ..., "train": n, "test": n}.
+        settings: everything else that changes the result (panel hash, metric, targets, batch size, at,
+            epochs, learning rate, delta, ...). Names are as in the study file.
+        seed: the seed of everything random in the cell.
+    """
+
+    leg: Leg
+    policy: str
+    table: list[dict[str, Any]]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    seed: int = 0
+
+    def content(self) -> dict[str, Any]:
+        """What the id hashes: everything but the policy's display name."""
+        return {
+            "schema": SCHEMA,
+            "leg": self.leg,
+            "table": self.table,
+            "model": self.model,
+            "data": self.data,
+            "settings": self.settings,
+            "seed": self.seed,
+        }
+
+    @property
+    def id(self) -> str:
+        """20 hex digits of the SHA-256 of the canonical content: equal before and after the run."""
+        return hashlib.sha256(canonical(self.content()).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished cell leaves in the store. Texts are kept apart from scores (`Store.texts`).
+
+    ``result`` by leg (all numbers finite; infinity is the string "inf"):
+
+    guarantee: {"epsilon", "sigma_eff", "delta", "sampling_rate", "steps", "statement" (text),
+        "reasons" (list, why epsilon is inf), "bound" ({"kappa", "success"} or None), "shared_fraction",
+        "table" (list of {"parameters", "share", "train", "clip", "noise", "std", "release"} for print)}
+    leakage: {"at": "start"|"end", "kappa_floor": .., "scores": [{"target": int, "attack": "span",
+        "metrics": {"rouge1","rouge2","rougeL","exact_match","token_recall","entity_recall"(or None)},
+        "certain": bool, "inherited": bool (a cheaper attack was certain, this one did not run),
+        "seconds", "steps", "candidates"}], "skipped": {attack: reason},
+        "defence": {"clip": {...}, "noise": {...}}, "shared_fraction"}
+    utility: {"metrics": {"accuracy","mcc","f1","loss"}, "predictions": [int], "labels": [int],
+        "steps", "sampling_rate", "clipped_fraction" or None, "train_seconds"}
+
+    ``provenance``: versions, device, seconds, peak_mb, started; it never enters a figure or an id.
+    """
+
+    cell: Cell
+    status: Status
+    reason: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """True and recovered text of one target, for the evidence section only.
+
+    Attributes:
+        target: index of the target in the study's data.
+        attack: the attack's name, or "truth" for the true text itself.
+        text: the text.
+    """
+
+    target: int
+    attack: str
+    text: str
