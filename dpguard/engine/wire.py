@@ -1,0 +1,142 @@
+"""What happens to per-example gradients before they leave: clip, sum, noise, release. Pure functions.
+
+`make_message` is the only way to a message: training, observation, attack replays and exports call it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpguard.policy.table import Group, Plan
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """Sum over the batch of clipped per-example gradients.
+
+    Attributes:
+        sums: parameter name -> tensor of the parameter's shape, float32 or wider, for every trained tensor.
+        norms: clip group -> (B,) L2 norms before clipping; private, never sent.
+        dropped: examples left out because a gradient entry was not finite; private, never sent.
+    """
+
+    sums: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Message:
+    """One step's tensors.
+
+    Attributes:
+        noised: trained tensor -> clipped sum plus noise, before the division; what an audit judges and,
+            divided, what a withheld layer is updated with at home.
+        wire: shared tensor -> what leaves: noised / public batch size, pruned, quantised.
+    """
+
+    noised: dict[str, Tensor]
+    wire: dict[str, Tensor]
+
+
+def clip_factors(norms: Tensor, clip: float) -> Tensor:
+    """(B,) factors that scale each example's norm down to at most ``clip``.
+
+    >>> clip_factors(torch.tensor([0.5, 4.0]), 1.0)
+    tensor([1.0000, 0.2500])
+    """
+    return clip / norms.clamp(min=clip)
+
+
+def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
+    """Clip every example to its groups' bounds and sum over the batch.
+
+    An example with any entry that is not finite is left out of every group (one bad text must not turn
+    the release into NaN). Zero examples give zero sums.
+
+    Args:
+        per_example: trained parameter name -> (B, *shape) gradients of each example's own loss.
+        plan: the policy.
+
+    Raises:
+        ValueError: a trained tensor has no per-example gradient, or batch dimensions differ (Opacus
+            issue #841: a broadcast input gives one gradient for the whole batch).
+    """
+    sizes = {name: g.shape[0] for name, g in per_example.items()}
+    missing = [name for name in plan.trained if name not in sizes]
+    if missing or len(set(sizes.values())) > 1:
+        raise ValueError(f"per-example gradients missing for {missing[:3]} or batch sizes differ: {sizes}")
+    flat = {
+        name: per_example[name].flatten(1).float()
+        if per_example[name].dtype in (torch.float16, torch.bfloat16)
+        else per_example[name].flatten(1)
+        for name in plan.trained
+    }
+    squared = {name: g.pow(2).sum(1) for name, g in flat.items()}
+    finite = (
+        torch.stack([s.isfinite() for s in squared.values()]).all(0) if squared else torch.ones(0, dtype=torch.bool)
+    )
+    norms = {key: group_norms(squared, group) for key, group in plan.groups.items()}
+    factors = {key: clip_factors(norms[key].nan_to_num(posinf=0.0), plan.groups[key].clip) * finite for key in norms}
+    sums = {}
+    for name, g in flat.items():
+        weight = factors.get(plan[name].group, finite.to(g.dtype)).to(g.dtype)
+        sums[name] = (weight @ g.masked_fill(~finite[:, None], 0.0)).reshape(plan[name].slot.shape)
+    return ClippedSum(sums, norms, int((~finite).sum()))
+
+
+def group_norms(squared: Mapping[str, Tensor], group: Group) -> Tensor:
+    """(B,) L2 norms over a clip group from its tensors' squared norms."""
+    return torch.stack([squared[name] for name in group.names]).sum(0).sqrt()
+
+
+def add_noise(
+    sums: Mapping[str, Tensor], plan: Plan, *, batch_size: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Gaussian noise of each rule's std on every entry of every trained tensor, zeros included."""
+    out = {}
+    for name in plan.trained:
+        std = plan[name].std(batch_size)
+        if std == 0:
+            out[name] = sums[name]
+            continue
+        value = sums[name]
+        noise = torch.randn(value.shape, generator=generator, device=generator.device, dtype=value.dtype)
+        out[name] = value + std * noise.to(value.device)
+    return out
+
+
+def release(noised: Mapping[str, Tensor], plan: Plan, *, batch_size: int, mask_seed: int = 0) -> dict[str, Tensor]:
+    """What leaves: shared tensors only, divided by the PUBLIC batch size, then pruned and quantised."""
+    out = {}
+    for name in plan.shared:
+        value = noised[name] / batch_size
+        rule = plan[name]
+        steps: list[tuple[str, object]] = [("prune", (rule.keep, rule.prune))] if rule.keep < 1 else []
+        steps += [("quantise", rule.bits)] if rule.bits is not None else []
+        for operation, setting in [*steps, *rule.release]:
+            module = importlib.import_module(f"dpguard.engine.release.{operation}")
+            value = module.apply(value, setting, name=name, mask_seed=mask_seed)
+        out[name] = value
+    return out
+
+
+def make_message(
+    clipped: ClippedSum, plan: Plan, *, batch_size: int, generator: torch.Generator, mask_seed: int = 0
+) -> Message:
+    """Noise, then release: the one function behind every message.
+
+    Args:
+        clipped: from any gradient mode.
+        plan: the policy.
+        batch_size: the PUBLIC batch size (the divisor), never the actual Poisson count.
+        generator: source of the noise; secret in a deployment.
+        mask_seed: public seed of random pruning masks.
+    """
+    noised = add_noise(clipped.sums, plan, batch_size=batch_size, generator=generator)
+    return Message(noised, release(noised, plan, batch_size=batch_size, mask_seed=mask_seed))

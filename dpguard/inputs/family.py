@@ -1,0 +1,138 @@
+"""What a model family is to dpguard: role rules for parameter names and the conventions of its forward pass.
+
+A new family is one file in `inputs/families/` that assigns `PLUGIN = Family(...)`, and a row in the
+contract suite (tests/contracts/test_families.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpguard import registry
+from dpguard.errors import UserError
+from dpguard.policy.layers import ROLES, Slot
+
+PACKAGE = "dpguard.inputs.families"
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+_ADAPTER = re.compile(r"\.lora_(?P<side>[AB])\.|\.lora_embedding_(?P<embedding>[AB])\.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Role rules and conventions of one architecture.
+
+    Attributes:
+        name: the file's name.
+        model_types: values of ``config.model_type`` that this family covers.
+        rules: (regular expression on the whole parameter name, role); the first that matches wins; a
+            group called ``block`` captures the block index.
+        causal: True for decoders (a position sees only what is left of it).
+        position_offset: position id of the first token; -1 means "padding index + 1, padding skipped"
+            (RoBERTa).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    rules: tuple[tuple[str, str], ...]
+    causal: bool = False
+    position_offset: int = 0
+
+    def role(self, parameter: str) -> tuple[str, int | None] | None:
+        """Role and block index of a parameter name, or None when no rule knows it."""
+        plain = _WRAPPERS.sub("", parameter)
+        adapter = _ADAPTER.search(plain)
+        if adapter:
+            side = adapter["side"] or adapter["embedding"]
+            block = re.search(r"\.(\d+)\.", plain)
+            return f"adapter_{side.lower()}", int(block[1]) if block else None
+        for pattern, role in self.rules:
+            found = re.search(pattern, plain)
+            if found:
+                block_text = found.groupdict().get("block")
+                return role, int(block_text) if block_text is not None else None
+        return None
+
+    def positions(self, mask: Tensor, config: Any) -> Tensor:
+        """Explicit position ids, one row an example, contiguous (Opacus issue #841: a broadcast row of
+        ids makes the position embedding's per-example gradient wrong without an error).
+
+        Args:
+            mask: (B, L) attention mask, 1 for tokens.
+            config: the model's configuration.
+
+        Returns:
+            (B, L) int64.
+        """
+        if self.position_offset == -1:
+            kept = mask.long()
+            padding = int(config.pad_token_id)
+            return (torch.cumsum(kept, dim=1) * kept + padding).contiguous()
+        length = torch.arange(mask.shape[1], device=mask.device)
+        return (length + self.position_offset).repeat(mask.shape[0], 1)
+
+    def max_tokens(self, config: Any) -> int:
+        """How many tokens (special ones included) a text may have."""
+        limit = int(config.max_position_embeddings)
+        return limit - config.pad_token_id - 1 if self.position_offset == -1 else limit
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by name."""
+    return {name: registry.load(PACKAGE, name, "model family").PLUGIN for name in registry.names(PACKAGE)}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a Hugging Face model, by its configuration's model type.
+
+    Raises:
+        UserError: no family covers it; the sentence lists those that exist.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    for family in families().values():
+        if kind in family.model_types:
+            return family
+    known = ", ".join(sorted(t for f in families().values() for t in f.model_types))
+    raise UserError(
+        f"model type {kind!r} belongs to no known family; expected one of: {known} (a family is one file of role rules)"
+    )
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Every named parameter of a model as a `Slot`, in the module's order; tied names follow their first.
+
+    Raises:
+        UserError: a parameter that no rule of the family knows.
+    """
+    family, out = family_of(model), []
+    first: dict[int, str] = {}
+    for name, parameter in _named(model):
+        known = family.role(name)
+        if known is None or known[0] not in ROLES:
+            raise UserError(
+                f"parameter {name!r} has no known role in family {family.name!r}; "
+                f"select it as 'name:{name}' after adding a rule to inputs/families/{family.name}.py"
+            )
+        tied = first.setdefault(id(parameter), name)
+        out.append(
+            Slot(
+                name=name,
+                shape=tuple(parameter.shape),
+                role=known[0],
+                block=known[1],
+                tied_to="" if tied == name else tied,
+                trainable=parameter.requires_grad,
+            )
+        )
+    return out
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from model.named_parameters(remove_duplicate=False)

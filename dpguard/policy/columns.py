@@ -1,0 +1,211 @@
+"""The columns of a policy table: names, ranges, defaults, and what a row must have to be meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpguard.errors import UserError, did_you_mean
+from dpguard.policy import layers as selectors
+
+PER = ("row", "block", "role", "tensor")
+MODES = ("clip", "normalise")
+UNITS = ("example", "update")
+PRUNE = ("magnitude", "random")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        name: its key in a row.
+        read: turns what YAML gave into the value, or raises UserError.
+        acts_on: which tensors it can change: ``any``, ``trained`` or ``sent`` ones.
+        meaning: one line for the documentation.
+    """
+
+    name: str
+    read: Callable[[Any], Any]
+    acts_on: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as read: who, which columns, how its clip groups form."""
+
+    layers: tuple[str, ...]
+    columns: dict[str, Any]
+    per: str = "row"
+    listed: bool = True
+
+
+def number(value: Any, *, above: float | None = None, least: float = 0.0, most: float = math.inf) -> float:
+    """A finite number inside its range; text that YAML failed to read as a number (``1e-1``) is accepted.
+
+    Raises:
+        UserError: no number, or out of range.
+
+    >>> number("1e-1")
+    0.1
+    """
+    low = f"above {above:g}" if above is not None else f"at least {least:g}"
+    wanted = f"a number {low}" + (f" and at most {most:g}" if most < math.inf else "")
+    if isinstance(value, bool):
+        word = "yes, on or true" if value else "no, off or false"
+        raise UserError(f"is {str(value).lower()} (YAML reads {word} as {value}); expected {wanted}")
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"is {value!r}; expected {wanted}") from None
+    if not math.isfinite(found) or found < least or found > most or (above is not None and found <= above):
+        raise UserError(f"is {value!r}; expected {wanted}")
+    return found
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"is {value!r}; expected true or false")
+    return value
+
+
+def _word(known: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in known:
+            raise UserError(f"is {value!r}{did_you_mean(str(value), known)}")
+        return str(value)
+
+    return read
+
+
+def _mode(value: Any) -> str:
+    if _word(MODES)(value) == "normalise":
+        raise UserError("is 'normalise' (automatic clipping), which this version cannot run yet; expected 'clip'")
+    return "clip"
+
+
+def _unit(value: Any) -> str:
+    if _word(UNITS)(value) == "update":
+        raise UserError(
+            "is 'update' (one clip for the client's whole update), which this version cannot run yet; expected 'example'"
+        )
+    return "example"
+
+
+def _clip(value: Any) -> float:
+    if isinstance(value, Mapping):
+        raise UserError("is an adaptive clip, which this version cannot run yet; expected a number above 0")
+    return number(value, above=0)
+
+
+def _bits(value: Any) -> int:
+    found = number(value, least=1, most=16)
+    if found != int(found):
+        raise UserError(f"is {value!r}; expected a whole number from 1 to 16")
+    return int(found)
+
+
+def _release(value: Any) -> tuple[tuple[str, Any], ...]:
+    """``name``, ``{name: setting}`` or a list of them: registered post-noise operations, in order."""
+    items = value if isinstance(value, list) else [value]
+    out: list[tuple[str, Any]] = []
+    for item in items:
+        pairs = item.items() if isinstance(item, Mapping) else [(item, None)]
+        for name, setting in pairs:
+            if not isinstance(name, str):
+                raise UserError(f"has {name!r}; expected the name of a release operation")
+            out.append((name, setting))
+    from dpguard import registry
+
+    known = set(registry.names("dpguard.engine.release")) - {"prune", "quantise"}
+    for name, _setting in out:
+        if name not in known:
+            near = did_you_mean(name, known) or "; none is registered (keep and bits are columns of their own)"
+            raise UserError(f"has the unknown release operation {name!r}{near}")
+    return tuple(out)
+
+
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        Column("train", _flag, "any", "does the client update it (false = frozen)"),
+        Column("share", _flag, "any", "does it leave the client (false = withheld)"),
+        Column("clip", _clip, "trained", "bound on the L2 norm of one example's gradient over the clip group"),
+        Column("per", _word(PER), "trained", "how the row's parameters form clip groups"),
+        Column("mode", _mode, "trained", "clip = scale down to C, normalise = scale to C"),
+        Column("unit", _unit, "trained", "clip every example, or the client's whole update once"),
+        Column("noise", number, "trained", "noise multiplier: std of the sum's noise / clip"),
+        Column("noise_std", number, "sent", "absolute std per entry on the wire; never a guarantee"),
+        Column(
+            "keep",
+            lambda v: number(v, above=0, most=1),
+            "sent",
+            "fraction of entries sent, chosen after noise",
+        ),
+        Column("prune", _word(PRUNE), "sent", "which entries are kept: the largest, or a public random mask"),
+        Column("bits", _bits, "sent", "bits per entry sent, after noise; 1 = sign"),
+        Column("release", _release, "sent", "further registered post-noise operations"),
+    )
+}
+_WITH = {"per": "clip", "mode": "clip", "unit": "clip", "prune": "keep"}
+
+
+def read_row(row: Any, index: int) -> Row:
+    """Check one row.
+
+    Raises:
+        UserError: not a mapping, no ``layers``, no column, an unknown column or a value out of range; loc =
+            ("rows", index, column).
+
+    >>> read_row({"layers": "all", "clip": 1}, 0).columns
+    {'clip': 1.0}
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(
+            f"row {index + 1} is {row!r}; expected a mapping with 'layers' and columns", loc=("rows", index)
+        )
+    for key in row:
+        if key != "layers" and key not in COLUMNS:
+            near = did_you_mean(str(key), ["layers", *COLUMNS])
+            raise UserError(f"unknown column {key!r}{near}", loc=("rows", index, key))
+    layers, listed = _layers(row, index)
+    columns = {name: _read(name, row[name], index) for name in COLUMNS if name in row}
+    if not columns:
+        raise UserError(f"row {index + 1} sets no column; expected one of: {', '.join(COLUMNS)}", loc=("rows", index))
+    for name, needed in _WITH.items():
+        if name in columns and needed not in columns:
+            raise UserError(f"{name} without {needed}; expected both in the same row", loc=("rows", index, name))
+    if columns.get("noise") and columns.get("noise_std"):
+        raise UserError("noise and noise_std in one row; expected one of them", loc=("rows", index, "noise_std"))
+    per = columns.pop("per", "row")
+    return Row(layers, columns, per, listed)
+
+
+def _read(name: str, value: Any, index: int) -> Any:
+    try:
+        return COLUMNS[name].read(value)
+    except UserError as error:
+        raise UserError(f"{name} {error.sentence}", loc=("rows", index, name)) from None
+
+
+def _layers(row: Mapping[str, Any], index: int) -> tuple[tuple[str, ...], bool]:
+    if "layers" not in row:
+        raise UserError(
+            f"row {index + 1} has no 'layers'; expected a selector such as 'all' or 'block[3]'",
+            loc=("rows", index),
+        )
+    value = row["layers"]
+    listed = isinstance(value, list)
+    items = value if listed else [value]
+    if not items:
+        raise UserError("layers is empty; expected a selector such as 'all'", loc=("rows", index, "layers"))
+    for position, item in enumerate(items):
+        try:
+            selectors.check(item)
+        except UserError as error:
+            loc: tuple[str | int, ...] = ("rows", index, "layers")
+            raise UserError(error.sentence, loc=(*loc, position) if listed else loc) from None
+    return tuple(items), listed

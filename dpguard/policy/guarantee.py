@@ -1,0 +1,218 @@
+"""What a plan may claim: one number a step, its composition, and the statement in words. No torch here.
+
+All shared clip groups noised from one Poisson batch are ONE Gaussian query after whitening, with
+mu = sqrt(sum of (C_l / s_l)^2) (McMahan et al. 2018, arXiv 1812.06210; Dong, Roth and Su, arXiv 1905.02383,
+Cor. 3.3); inside a group with differing noise the smallest counts. A claim that cannot be made is epsilon =
+infinity with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from dpguard.errors import UserError, did_you_mean
+from dpguard.policy import gaussian
+from dpguard.policy.statement import compose
+from dpguard.policy.table import Group, Plan, Rule
+
+Sampling = Literal["poisson", "shuffle"]
+
+
+class Accountant(Protocol):
+    """Composition of a subsampled Gaussian; `engine.accounting` has the real one (PRV, RDP)."""
+
+    def epsilon(self, *, sigma: float, sampling_rate: float, steps: int, delta: float) -> float:
+        """Upper bound on epsilon after ``steps`` Poisson-sampled steps at noise multiplier ``sigma``."""
+        ...
+
+    def delta(self, *, sigma: float, sampling_rate: float, steps: int, epsilon: float) -> float:
+        """Upper bound on delta at this epsilon."""
+        ...
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What may be claimed about one example of one client.
+
+    Attributes:
+        epsilon: at ``delta``; infinity when no claim can be made, 0 when nothing leaves.
+        delta: as asked.
+        sigma_eff: effective noise multiplier of one step, 1 / mu; 0 when there is no claim.
+        sampling_rate: Poisson inclusion probability per step.
+        steps: number of released messages.
+        reasons: why epsilon is infinite; empty when it is not.
+        statement: everything in words: unit, adjacency, sampling, view, covered, not covered.
+        sampling: ``poisson`` or ``shuffle``.
+    """
+
+    epsilon: float
+    delta: float
+    sigma_eff: float
+    sampling_rate: float
+    steps: int
+    reasons: tuple[str, ...]
+    statement: str
+    sampling: Sampling
+    accountant: Accountant
+
+    @property
+    def formal(self) -> bool:
+        """True when epsilon is finite."""
+        return math.isfinite(self.epsilon)
+
+    def bound(self, kappa: float, messages: int = 1) -> float | None:
+        """B1: best chance of any attack that saw ``messages`` messages holding the example (q = 1).
+
+        Args:
+            kappa: the best chance without the messages: 1/M among M candidates, else measured.
+            messages: how many messages of the example the attacker saw.
+
+        Returns:
+            A probability, or None when epsilon is infinite (no bound).
+        """
+        if not 0 < kappa < 1:
+            raise UserError(f"kappa is {kappa!r}; expected a probability above 0 and below 1")
+        if self.reasons:
+            return None
+        if self.sigma_eff == math.inf:
+            return kappa
+        return gaussian.success_bound(kappa, math.sqrt(messages) / self.sigma_eff)
+
+    def bound_amplified(self, kappa: float) -> float | None:
+        """B2: bound for an attacker who does not know in which steps the example took part.
+
+        The minimum over epsilon of e^epsilon kappa + delta(epsilon), over the whole training. Labelled
+        apart: an inversion attacker knows that the example is in the batch, so B1 is the one to trust.
+        """
+        if self.bound(kappa) is None:
+            return None
+        if self.sigma_eff == math.inf:
+            return kappa
+        grid = [0.05 * 1.25**k for k in range(30)]
+        return min(1.0, *(math.exp(min(e, 700.0)) * kappa + self._delta(e) for e in grid))
+
+    def _delta(self, epsilon: float) -> float:
+        q, steps = _exposure(self.sampling, self.sampling_rate, self.steps)
+        if q == 1:
+            return gaussian.delta_of(epsilon, math.sqrt(steps) / self.sigma_eff)
+        return self.accountant.delta(sigma=self.sigma_eff, sampling_rate=q, steps=steps, epsilon=epsilon)
+
+
+def guarantee(
+    plan: Plan,
+    *,
+    sampling_rate: float,
+    steps: int,
+    delta: float,
+    accountant: Accountant,
+    sampling: Sampling = "poisson",
+    examples: int | None = None,
+) -> Guarantee:
+    """What a plan may claim after ``steps`` messages.
+
+    Args:
+        plan: the policy resolved against a model.
+        sampling_rate: public batch size / number of examples, in (0, 1].
+        steps: number of messages released, at least 1.
+        delta: in (0, 1); at most 1 / examples when those are given.
+        accountant: composition for sampling rates below 1 (`dpguard.guarantee` supplies it).
+        sampling: ``poisson``, or ``shuffle`` for fixed shuffled batches, which get no amplification
+            (Chua et al., arXiv 2403.17673): every step in which the example appears counts with q = 1.
+        examples: the public number of examples of the client.
+
+    Raises:
+        UserError: an argument out of range.
+    """
+    _check(sampling_rate, steps, delta, sampling, examples)
+    reasons = _reasons(plan, steps)
+    sigma = 0.0 if reasons else _sigma(plan, steps)
+    q, exposed = _exposure(sampling, sampling_rate, steps)
+    epsilon = math.inf if reasons else _epsilon(sigma, q, exposed, delta, accountant)
+    words = compose(
+        plan, epsilon=epsilon, delta=delta, sigma_eff=sigma, sampling_rate=sampling_rate, steps=steps,
+        sampling=sampling, examples=examples, reasons=reasons,
+    )  # fmt: skip
+    return Guarantee(epsilon, delta, sigma, sampling_rate, steps, reasons, words, sampling, accountant)
+
+
+def group_mu(group: Group, steps: int) -> float:
+    """C / smallest noise std of the group: sensitivity of the whitened query (infinity without noise).
+
+    Of one single message only the shared members are seen; later messages depend on the withheld ones too.
+    """
+    least = min(rule.noise for rule in group.rules if rule.share or steps > 1)
+    return math.inf if least == 0 else 1 / least
+
+
+def counted_groups(plan: Plan, steps: int) -> list[Group]:
+    """Groups that a guarantee must count: every group with something on the wire, and, when there is more
+    than one message, the withheld ones that train (their state feeds later messages)."""
+    return [g for g in plan.groups.values() if steps > 1 or any(rule.share for rule in g.rules)]
+
+
+def _sigma(plan: Plan, steps: int) -> float:
+    mu = math.sqrt(sum(group_mu(group, steps) ** 2 for group in counted_groups(plan, steps)))
+    return math.inf if mu == 0 else 1 / mu
+
+
+def _epsilon(sigma: float, q: float, steps: int, delta: float, accountant: Accountant) -> float:
+    if sigma == math.inf:
+        return 0.0
+    exact = gaussian.epsilon_of(math.sqrt(steps) / sigma, delta)
+    if q == 1:
+        return exact
+    # Without sampling the example is in every message: never better for privacy, so also an upper bound.
+    return min(exact, accountant.epsilon(sigma=sigma, sampling_rate=q, steps=steps, delta=delta))
+
+
+def _exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[float, int]:
+    """(sampling rate, steps) that the accountant composes."""
+    if sampling == "shuffle" and sampling_rate < 1:
+        return 1.0, math.ceil(sampling_rate * steps - 1e-9)
+    return sampling_rate, steps
+
+
+def _reasons(plan: Plan, steps: int) -> tuple[str, ...]:
+    sent = [plan[name] for name in plan.shared]
+    if not sent:
+        return ()
+    out = []
+    bare = [r for r in sent if r.clip is None]
+    uncalibrated = [r for r in bare if r.noise_std]
+    clean = [r for r in sent if r.clip is not None and not r.noise]
+    if uncalibrated:
+        out.append(f"noise without a per-example clip bounds nothing ({_where(uncalibrated)})")
+    if len(bare) > len(uncalibrated):
+        rest = [r for r in bare if not r.noise_std]
+        out.append(f"gradients leave without clip and noise ({_where(rest)})")
+    if clean:
+        word = "noise_std is no calibrated noise" if any(r.noise_std for r in clean) else "clipped but without noise"
+        out.append(f"{word} ({_where(clean)})")
+    # Inside one clip group the least noise counts, also that of withheld members seen only through the state.
+    loud = [plan[name] for name in plan.withheld if not plan[name].noise]
+    if loud and steps > 1:
+        out.append(
+            "withheld layers train without noise, and from the second message on the shared gradients depend "
+            f"on that un-noised state ({_where(loud)})"
+        )
+    return tuple(out)
+
+
+def _where(rules: list[Rule]) -> str:
+    parts = list(dict.fromkeys(rule.slot.part for rule in rules))
+    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def _check(q: float, steps: int, delta: float, sampling: str, examples: int | None) -> None:
+    if not 0 < q <= 1:
+        raise UserError(f"sampling rate is {q!r}; expected a number above 0 and at most 1")
+    if steps != int(steps) or steps < 1:
+        raise UserError(f"steps is {steps!r}; expected a whole number of at least 1")
+    if not 0 < delta < 1:
+        raise UserError(f"delta is {delta!r}; expected a number above 0 and below 1")
+    if examples is not None and delta > 1 / examples:
+        raise UserError(f"delta is {delta:g}, larger than 1 / {examples} examples; expected at most {1 / examples:.1e}")
+    if sampling not in ("poisson", "shuffle"):
+        raise UserError(f"unknown sampling {sampling!r}{did_you_mean(sampling, ['poisson', 'shuffle'])}")
