@@ -1,0 +1,131 @@
+"""What the pictures of a report contain, as data, apart from how they are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpguard.report.frontier import CONTROL, Frontier, Row
+from dpguard.report.style import Band, band
+from dpguard.report.text import metric_name
+from dpguard.stats import Interval
+
+LABELLED = 24
+"""With more points than this, only the front and the control are labelled."""
+LISTED = 60
+"""With more policies than this, the leakage chart lists only the front and the control."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy in the trade-off picture; ``number`` is its row in the table, counted from 1."""
+
+    number: int
+    policy: str
+    leakage: Interval
+    utility: Interval
+    band: Band | None
+    on_front: bool
+    labelled: bool
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What the trade-off picture contains.
+
+    Attributes:
+        points: the policies measured in full.
+        front: corners of the Pareto front, from the least leaking to the most useful.
+        floor: leakage of the prior attack.
+        ceiling: leakage of the undefended control.
+        undefended: utility of the undefended control.
+        majority: accuracy of always answering the commonest class.
+        absent: policies that could not be drawn, with the reason.
+        x_label: what leakage is.
+        y_label: what utility is.
+    """
+
+    points: tuple[Point, ...]
+    front: tuple[tuple[float, float], ...]
+    floor: float | None
+    ceiling: float | None
+    undefended: float | None
+    majority: float | None
+    absent: tuple[tuple[str, str], ...]
+    x_label: str
+    y_label: str
+
+
+def tradeoff_content(frontier: Frontier) -> Tradeoff:
+    """Compute the trade-off picture."""
+    whole = [(number, row) for number, row in enumerate(frontier.rows, 1) if row.leakage and row.utility is not None]
+    crowded = len(whole) > LABELLED
+    points = tuple(
+        Point(
+            number,
+            row.policy,
+            row.leakage,
+            row.utility,
+            band(row.epsilon),
+            row.on_front,
+            not crowded or row.on_front or row.policy == CONTROL,
+        )
+        for number, row in whole
+        if row.leakage and row.utility
+    )
+    absent = [(row.policy, why_absent(row)) for row in frontier.rows if not (row.leakage and row.utility)]
+    control = frontier.ceiling
+    return Tradeoff(
+        points,
+        tuple(sorted({(p.leakage.value, p.utility.value) for p in points if p.on_front})),
+        frontier.floor.value if frontier.floor else None,
+        control.leakage.value if control and control.leakage else None,
+        control.utility.value if control and control.utility else None,
+        frontier.majority,
+        tuple(absent),
+        f"Leakage: {metric_name(frontier.leakage_metric)} of the strongest attack (less is better)",
+        f"Utility: {metric_name(frontier.utility_metric)} on held-out texts",
+    )
+
+
+def why_absent(row: Row) -> str:
+    """Why a policy has no point: its gaps, or the leg that the study does not have."""
+    told = dict.fromkeys(f"{gap.leg} {gap.status}: {gap.reason}" for gap in row.gaps)
+    if told:
+        return "; ".join(told)
+    return "leakage was not measured" if row.leakage is None else "utility was not measured"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One policy in the leakage chart; ``bound`` is the most that its guarantee allows for exact match."""
+
+    number: int
+    policy: str
+    leakage: Interval | None
+    exact: Interval | None
+    bound: float | None
+    band: Band | None
+
+    @property
+    def broken(self) -> bool:
+        """Measured exact match, by its lower end, is above what the guarantee allows: a bug somewhere."""
+        return self.exact is not None and self.bound is not None and self.exact.low > self.bound
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What the leakage chart contains; ``left_out`` counts the policies that there was no room for."""
+
+    bars: tuple[Bar, ...]
+    floor: Interval | None
+    left_out: int
+    metric: str
+
+
+def leakage_content(frontier: Frontier) -> Bars:
+    """Compute the leakage chart: every policy, in the study's order."""
+    rows = list(enumerate(frontier.rows, 1))
+    if len(rows) > LISTED:
+        rows = [(number, row) for number, row in rows if row.on_front or row.policy == CONTROL][:LISTED]
+    bars = tuple(Bar(number, row.policy, row.leakage, row.exact, row.bound, band(row.epsilon)) for number, row in rows)
+    return Bars(bars, frontier.floor, len(frontier.rows) - len(bars), metric_name(frontier.leakage_metric))

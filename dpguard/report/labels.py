@@ -1,0 +1,130 @@
+"""Places labels beside points so that nothing overlaps, as far as that can be had. Pure geometry, in pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Boxes = NDArray[np.float64]
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+
+RINGS = (10.0, 16.0, 26.0, 40.0, 58.0, 80.0, 110.0)
+ANGLES = tuple(math.radians(a) for a in (0, 180, 35, -35, 145, -145, 90, -90, 65, -65, 115, -115))
+SWEEPS = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a label goes.
+
+    Attributes:
+        x: its left edge.
+        y: its lower edge.
+        distance: from the point, to decide whether a leader line is needed.
+    """
+
+    x: float
+    y: float
+    distance: float
+
+
+def overlap(box: NDArray[np.float64], others: Boxes) -> NDArray[np.float64]:
+    """Area that one box (left, bottom, right, top) shares with each of the others, shape (others,)."""
+    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0])
+    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1])
+    area: NDArray[np.float64] = np.clip(width, 0, None) * np.clip(height, 0, None)
+    return area
+
+
+def covered(box: Box, obstacles: Sequence[Box]) -> float:
+    """Area of a box that obstacles cover.
+
+    >>> covered((0, 0, 2, 1), [(1, 0, 5, 5)])
+    1.0
+    """
+    return float(overlap(np.array(box), np.array(obstacles).reshape(-1, 4)).sum())
+
+
+def place(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    *,
+    bounds: Box,
+    hard: Sequence[Box] = (),
+    soft: Sequence[Box] = (),
+) -> list[Place]:
+    """Choose a place for each label: near its point, inside the bounds, off other labels and obstacles.
+
+    Every label in turn takes the cheapest of a ring of places, given where the others are, in a few sweeps.
+
+    Args:
+        points: the labelled points.
+        sizes: width and height of each label.
+        bounds: left, bottom, right, top of the area to stay in.
+        hard: boxes that no label may cover (markers).
+        soft: boxes that a label had better not cover (interval bars, lines).
+
+    >>> [spot] = place([(50, 50)], [(20, 10)], bounds=(0, 0, 100, 100))
+    >>> (spot.x, spot.y)
+    (60.0, 45.0)
+    """
+    walls = np.array(list(hard) or np.empty((0, 4)), dtype=np.float64).reshape(-1, 4)
+    fences = np.array(list(soft) or np.empty((0, 4)), dtype=np.float64).reshape(-1, 4)
+    choices = [_choices(point, size) for point, size in zip(points, sizes, strict=True)]
+    standing = [
+        np.array([_fixed_cost(box, distance, bounds, walls, fences) for box, distance in options])
+        for options in choices
+    ]
+    chosen: list[int | None] = [None] * len(choices)
+    for _ in range(SWEEPS):
+        before = list(chosen)
+        for number, options in enumerate(choices):
+            placed = [choices[i][c][0] for i, c in enumerate(chosen) if c is not None and i != number]
+            others = np.array(placed).reshape(-1, 4)
+            crossing = np.array([30 * overlap(_padded(box), others).sum() for box, _ in options])
+            chosen[number] = int(np.argmin(standing[number] + crossing))
+        if chosen == before:
+            break
+    picked = [options[c or 0] for options, c in zip(choices, chosen, strict=True)]
+    return [Place(float(box[0]), float(box[1]), distance) for box, distance in picked]
+
+
+def _choices(point: tuple[float, float], size: tuple[float, float]) -> list[tuple[NDArray[np.float64], float]]:
+    """Boxes around a point whose nearest edge is on a ring, nearest ring first."""
+    (x, y), (width, height) = point, size
+    found = []
+    for ring in RINGS:
+        for angle in ANGLES:
+            dx, dy = math.cos(angle), math.sin(angle)
+            centre = (x + ring * dx + width / 2 * _side(dx), y + ring * dy + height / 2 * _side(dy))
+            left, bottom = centre[0] - width / 2, centre[1] - height / 2
+            found.append((np.array([left, bottom, left + width, bottom + height]), ring))
+    return found
+
+
+def _side(cosine: float) -> float:
+    return 0.0 if abs(cosine) < 0.3 else math.copysign(1.0, cosine)
+
+
+def _padded(box: NDArray[np.float64]) -> NDArray[np.float64]:
+    padded: NDArray[np.float64] = box + np.array([-2.0, -1.0, 2.0, 1.0])
+    return padded
+
+
+def _fixed_cost(
+    box: NDArray[np.float64],
+    distance: float,
+    bounds: Box,
+    walls: Boxes,
+    fences: Boxes,
+) -> float:
+    left, bottom, right, top = bounds
+    outside = max(left - box[0], 0) + max(bottom - box[1], 0) + max(box[2] - right, 0) + max(box[3] - top, 0)
+    return float(
+        100 * outside + 20 * overlap(_padded(box), walls).sum() + 2 * overlap(box, fences).sum() + 1.2 * distance
+    )

@@ -1,0 +1,111 @@
+"""Figures as SVG: files that are the same bytes on every build, and elements that live inside the page."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from dpguard.report.style import BANDS, INK, LINE, MUTED, OPEN, PAPER, RED, styled
+
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "http://www.w3.org/1999/xlink"
+_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+_ON_PAGE = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    PAPER: "var(--card)",
+    OPEN: "var(--open)",
+    RED: "var(--bad)",
+    **{step.colour: f"var(--eps-{number})" for number, step in enumerate(BANDS)},
+}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a point of a figure says and where it leads.
+
+    Attributes:
+        href: where following it leads, ``#policy-3``.
+        label: what it is called and its figures, for the tooltip and the screen reader.
+        number: of the policy, so that the page can show its particulars.
+    """
+
+    href: str
+    label: str
+    number: int
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as a file of its own, without dates, versions or anything random."""
+    buffer = io.StringIO()
+    with styled():
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def inline(svg: str, *, prefix: str, title: str, css_class: str, marks: Mapping[str, Mark] | None = None) -> str:
+    """The figure as an element of the page: the page's colours, ids of its own, points that can be focused.
+
+    Args:
+        svg: from `to_svg`.
+        prefix: put before every id, since several figures share the page.
+        title: what the figure shows, for screen readers.
+        css_class: classes of the element.
+        marks: group id -> what the point says; those groups become links.
+    """
+    for colour, variable in _ON_PAGE.items():
+        svg = re.sub(re.escape(colour), variable, svg, flags=re.IGNORECASE)
+    ET.register_namespace("", SVG)
+    ET.register_namespace("xlink", XLINK)
+    root = ET.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                parent.remove(child)
+    for group, mark in (marks or {}).items():
+        _link(root, group, mark)
+    _own_ids(root, prefix)
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("class", css_class)
+    root.set("role", "group")
+    root.set("aria-label", title)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _link(root: ET.Element, group: str, mark: Mark) -> None:
+    found = root.find(f".//{{{SVG}}}g[@id='{group}']")
+    if found is None:
+        raise KeyError(f"the figure has no group {group!r}")
+    found.tag = f"{{{SVG}}}a"
+    found.set("href", mark.href)
+    found.set("class", "mark")
+    found.set("data-policy", str(mark.number))
+    found.set("aria-label", mark.label)
+    title = ET.Element(f"{{{SVG}}}title")
+    title.text = mark.label
+    found.insert(0, title)
+
+
+def _own_ids(root: ET.Element, prefix: str) -> None:
+    """Prefix the ids that something refers to, and drop the others."""
+    text = ET.tostring(root, encoding="unicode")
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'xlink:href="#([^"]+)"', text))
+    for element in root.iter():
+        name = element.get("id")
+        if name is not None:
+            if name in used:
+                element.set("id", prefix + name)
+            else:
+                del element.attrib["id"]
+        for key, value in element.attrib.items():
+            if key == f"{{{XLINK}}}href" and value.startswith("#"):
+                element.set(key, f"#{prefix}{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{prefix}"))

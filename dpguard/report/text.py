@@ -1,0 +1,185 @@
+"""Words and numbers as a report prints them: hostile characters made visible, one way to round each quantity."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from dpguard.stats import Interval
+
+METRIC_NAMES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "exact match",
+    "token_recall": "token recall",
+    "entity_recall": "entity recall",
+    "mcc": "Matthews correlation",
+    "f1": "F1",
+}
+AT_NAMES = {"start": "first weights", "end": "last weights"}
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+def visible(text: Any, *, limit: int | None = None) -> str:
+    """Text with every control, direction and other invisible character shown as its code.
+
+    A name or a recovered text can then neither reorder the line it stands in nor hide part of itself.
+    Newlines and tabs become single spaces.
+
+    >>> visible("a" + chr(0x202E) + "b" + chr(7))
+    'a[U+202E]b[U+0007]'
+    >>> visible("abcdef", limit=4)
+    'abc…'
+    """
+    plain = "".join(_shown(c) for c in str(text).replace("\r\n", " "))
+    return plain if limit is None or len(plain) <= limit else plain[: limit - 1] + "…"
+
+
+def visible_lines(text: Any) -> str:
+    """As `visible`, but newlines stay: for a file that is printed as it is."""
+    return "\n".join(visible(line.replace("\t", "    ")) for line in str(text).splitlines())
+
+
+def _shown(character: str) -> str:
+    if character in "\n\r\t":
+        return " "
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return f"[U+{ord(character):04X}]"
+    return character
+
+
+def csv_cell(text: Any) -> str:
+    """Text for one CSV cell: what a spreadsheet would run as a formula gets a leading apostrophe.
+
+    Plain numbers, negative ones too, stay numbers.
+
+    >>> csv_cell("=1+1"), csv_cell("-0.5"), csv_cell("dp-sgd")
+    ("'=1+1", '-0.5', 'dp-sgd')
+    """
+    shown = visible(text)
+    starts = shown.lstrip()[:1]
+    return f"'{shown}" if starts and starts in "=+-@" and not _NUMBER.fullmatch(shown) else shown
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A score with fixed digits; a missing one is an en dash, a true minus sign for negative ones.
+
+    >>> number(0.5), number(None), number(-0.004)
+    ('0.50', '–', '0.00')
+    """
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    text = text.removeprefix("-") if not text.strip("-0.") else text
+    return text.replace("-", "−")
+
+
+def span(interval: Interval | None, digits: int = 2) -> str:
+    """The ends of an interval.
+
+    >>> span(Interval(0.5, 0.4, 0.6, 10))
+    '0.40 to 0.60'
+    """
+    return "" if interval is None else f"{number(interval.low, digits)} to {number(interval.high, digits)}"
+
+
+def epsilon(value: float | None) -> str:
+    """Epsilon to three digits, infinity as the sign for it; a missing one is an en dash.
+
+    >>> epsilon(4.876), epsilon(70333.2), epsilon(float("inf")), epsilon(0.0)
+    ('4.88', '70,333', '∞', '0')
+    """
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent, never rounded to a false 0 or 100.
+
+    >>> percent(0.25), percent(0.0003), percent(1.0), percent(None)
+    ('25 %', '< 0.1 %', '100 %', '–')
+    """
+    if share is None:
+        return "–"
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    digits = 0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1
+    return f"{100 * share:.{digits}f} %"
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """A number with its noun.
+
+    >>> count(1, "seed"), count(2500, "target")
+    ('1 seed', '2,500 targets')
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name in words."""
+    return METRIC_NAMES.get(metric, visible(metric).replace("_", " "))
+
+
+def at_name(at: str) -> str:
+    """Where in the training the message was taken, in words."""
+    return AT_NAMES.get(at, visible(at))
+
+
+def plain(value: Any) -> str:
+    """A value of a policy's row as it is written in YAML: ``true``, ``[a, b]``, ``1.0``.
+
+    >>> plain(True), plain(["a", "b"]), plain({"quantile": 0.5})
+    ('true', 'a, b', 'quantile: 0.5')
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{visible(key)}: {plain(item)}" for key, item in value.items())
+    return f"{value:g}" if isinstance(value, float) else visible(value)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a diff: ``kept`` (in both), ``missed`` (only in the truth) or ``added`` (only recovered)."""
+
+    kind: str
+    text: str
+
+
+def diff(truth: str, recovered: str) -> tuple[Piece, ...]:
+    """Word by word, what of the truth was recovered, missed, and what was made up. Case does not count.
+
+    >>> [(p.kind, p.text) for p in diff("Call Ann today", "call Bob today")]
+    [('kept', 'Call'), ('missed', 'Ann'), ('added', 'Bob'), ('kept', 'today')]
+    """
+    true_words, other_words = list(_TOKEN.finditer(truth)), list(_TOKEN.finditer(recovered))
+    moves = Levenshtein.opcodes([w.group().casefold() for w in true_words], [w.group().casefold() for w in other_words])
+    pieces = []
+    for move in moves:
+        if move.src_end > move.src_start:
+            text = truth[true_words[move.src_start].start() : true_words[move.src_end - 1].end()]
+            pieces.append(Piece("kept" if move.tag == "equal" else "missed", visible(text)))
+        if move.tag != "equal" and move.dest_end > move.dest_start:
+            text = recovered[other_words[move.dest_start].start() : other_words[move.dest_end - 1].end()]
+            pieces.append(Piece("added", visible(text)))
+    return tuple(pieces)
