@@ -19,6 +19,6 @@ def apply(tensor: Tensor, setting: int, *, name: str, mask_seed: int) -> Tensor:
         return tensor
     if setting == 1:
         return torch.sign(tensor) * scale
-    levels = 2 ** (setting - 1) - 1
-    rounded = torch.round(tensor / scale * levels)
+    levels = float(2 ** (setting - 1) - 1)
+    rounded: Tensor = torch.round(tensor / scale * levels)
     return rounded * (scale / levels)
