@@ -249,7 +249,8 @@ class _Reader:
 
     def _value(self, node: yaml.Node, loc: Loc, key: yaml.Node) -> Any:
         raw = node.value if isinstance(node, yaml.ScalarNode) else ""
-        start, above = node.start_mark, key.start_mark
+        # A value left out (`dp-sgd:`) has no place of its own.
+        start, above = (key if node.start_mark.index == node.end_mark.index else node).start_mark, key.start_mark
         self.marks[loc] = Mark(start.line + 1, start.column + 1, above.line + 1, above.column + 1, raw)
         if len(self.marks) > _MOST_VALUES:
             raise self._error(f"more than {_MOST_VALUES:,} values, counting aliases", node)

@@ -1,0 +1,208 @@
+"""What a study file may say: one frozen pydantic model a section, unknown keys forbidden.
+
+A field's ``description`` is what an error sentence says was expected, so it reads on from "expected".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dpguard import registry
+from dpguard.errors import UserError, did_you_mean
+
+CEILING = "none"
+"""The policy without any defence: what the panel recovers when nothing is done."""
+FLOOR = "prior"
+"""The attack that never looks at the message: what public text alone gives away."""
+
+LeakageMetric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall"]
+UtilityMetric = Literal["accuracy", "mcc", "f1", "loss"]
+Moment = Literal["start", "end"]
+
+T = TypeVar("T")
+
+
+def _number(value: Any) -> Any:
+    """Let nothing but numbers, and texts that say one, reach a numeric field (True is 1 to pydantic)."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value is no number")
+    return value
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("an empty text")
+    return value
+
+
+def _given(value: Any) -> Any:
+    """A section that is named must say something: ``leakage:`` alone is not ``no leakage leg``."""
+    if value is None:
+        raise ValueError("an empty section")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """A single value stands for a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("an empty list")
+    if len(set(values)) < len(values):
+        raise UserError(f"a value appears twice in {list(values)!r}, expected distinct values")
+    return values
+
+
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError("not the name of a folder")
+    return value
+
+
+def _attacks(names: Sequence[str]) -> tuple[str, ...]:
+    """Known attacks in one order, with the floor among them whatever was asked for."""
+    known = {*registry.names("dpguard.attacks"), FLOOR}
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown attack {name!r}{did_you_mean(name, known)}")
+    return tuple(sorted({*names, FLOOR}))
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
+Moments = Annotated[tuple[Moment, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
+Attacks = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_distinct), AfterValidator(_attacks)]
+
+_COUNT = "a whole number above 0"
+_ABOVE_0 = "a number above 0"
+_SEEDS = "distinct whole numbers from 0 on, such as [0, 1, 2]"
+
+
+class Section(BaseModel):
+    """Base of every section: nothing unknown, nothing changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """Where the texts come from; a plain text stands for ``path``.
+
+    Attributes:
+        path: ``demo``, a file (jsonl, csv, parquet) or a hub name.
+        text, label: column names.
+        test: file of the held-out texts; without it, a part of ``path`` is held out.
+        public: file of public texts of the same kind.
+        entities: column of marked entities.
+    """
+
+    path: Text = Field(description="'demo', a file of texts or a hub name")
+    text: Text = Field(default="text", description="the name of the column of texts")
+    label: Text = Field(default="label", description="the name of the column of labels")
+    test: Text | None = Field(default=None, description="a file of held-out texts")
+    public: Text | None = Field(default=None, description="a file of public texts")
+    entities: Text | None = Field(default=None, description="the name of the column of marked entities")
+
+
+class Leakage(Section):
+    """The leg that attacks what a client shares.
+
+    Attributes:
+        panel: version of the attacker.
+        metric: the score that the report leads with; every metric is recorded.
+        targets: messages attacked in a cell.
+        batch_size: texts in one message.
+        at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training.
+        seeds: one cell a seed.
+        attacks: only these of the panel (``prior`` is always among them); None = the whole panel.
+    """
+
+    panel: Text = Field(default="panel-0", description="the name of a panel, such as panel-0")
+    metric: LeakageMetric = Field(default="rougeL", description="a leakage metric such as rougeL")
+    targets: Count = Field(default=20, description=_COUNT)
+    batch_size: Count = Field(default=1, description=_COUNT)
+    at: Moments = Field(default=("start",), description="start, end or [start, end]")
+    seeds: Seeds = Field(default=(0,), description=_SEEDS)
+    attacks: Attacks | None = Field(default=None, description="a list of attacks such as [span, match]")
+
+
+class Utility(Section):
+    """The leg that trains under the policy and scores on held-out texts.
+
+    Attributes:
+        metric: the score that the report leads with; every metric is recorded.
+        epochs: expected passes over the training texts; steps = round(epochs / sampling rate).
+        batch_size: expected size of a Poisson batch, the public divisor.
+        learning_rate: step size of the optimizer.
+        optimizer: which optimizer takes the private gradient.
+        seeds: one cell a seed.
+        train_examples: train on the first so many texts only; None = all.
+    """
+
+    metric: UtilityMetric = Field(default="accuracy", description="a utility metric such as accuracy")
+    epochs: Positive = Field(default=3.0, description=_ABOVE_0)
+    batch_size: Count = Field(default=256, description=_COUNT)
+    learning_rate: Positive = Field(default=5.0e-4, description=_ABOVE_0)
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="adam, adamw or sgd")
+    seeds: Seeds = Field(default=(0,), description=_SEEDS)
+    train_examples: Count | None = Field(default=None, description=_COUNT)
+
+
+class Privacy(Section):
+    """What a guarantee is stated for: ``delta`` of (epsilon, delta)."""
+
+    delta: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = Field(
+        default=1.0e-5, description="a number above 0 and below 1"
+    )
+
+
+class Caps(Section):
+    """What a recommended policy must keep to; None = no cap.
+
+    Attributes:
+        max_leakage: of the leakage metric, 0 to 1.
+        min_utility: of the utility metric.
+        max_epsilon: of the guarantee.
+    """
+
+    max_leakage: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] | None = Field(
+        default=None, description="a number from 0 to 1"
+    )
+    min_utility: Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)] | None = Field(
+        default=None, description="a number"
+    )
+    max_epsilon: Positive | None = Field(default=None, description=_ABOVE_0)
+
+
+class StudyFile(Section):
+    """The whole file. The entries under ``policies`` are read by the policy room (`spec.Study.load`)."""
+
+    name: Annotated[Text, AfterValidator(_folder_name)] = Field(
+        description="letters, digits, '-', '_' and '.', because it names the folder of the records"
+    )
+    question: str = Field(default="", description="a sentence")
+    model: Text = Field(description="'demo', a folder with a model, or a hub name")
+    data: Annotated[Source, BeforeValidator(_as_source)] = Field(
+        description="'demo', a file of texts, a hub name, or a mapping with 'path'"
+    )
+    policies: dict[str, Any] = Field(min_length=1, description="a mapping of names to policies")
+    leakage: Annotated[Leakage | None, BeforeValidator(_given)] = Field(
+        default=None, description="a mapping such as {targets: 20}, or no leakage key at all"
+    )
+    utility: Annotated[Utility | None, BeforeValidator(_given)] = Field(
+        default=None, description="a mapping such as {epochs: 3}, or no utility key at all"
+    )
+    privacy: Privacy = Field(default=Privacy(), description="a mapping such as {delta: 1.0e-5}")
+    recommend: Caps = Field(default=Caps(), description="a mapping such as {max_leakage: 0.2}")

@@ -1,0 +1,303 @@
+"""One SQLite file with everything that a study found out; nothing in it is ever deleted. No torch here.
+
+One process writes (`Store.open(folder, create=True)` holds a lock on the folder), any number may read.
+A record is on the disk when `put` returns: write-ahead log, synchronous FULL. When the writer closes, the
+log is folded in, so that the file can be copied, committed or read from a read-only medium.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from dpguard.errors import UserError
+from dpguard.study.record import SCHEMA, Cell, Record, TextRow, canonical
+
+FILE = "records.sqlite"
+LOCK = "records.lock"
+FINISHED = ("done", "skipped")
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, cell TEXT NOT NULL);
+CREATE TABLE records (id TEXT PRIMARY KEY, status TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE texts (
+    id TEXT NOT NULL, position INTEGER NOT NULL, target INTEGER NOT NULL, attack TEXT NOT NULL,
+    text TEXT NOT NULL, PRIMARY KEY (id, position)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class StudyInfo:
+    """What a store knows about its study.
+
+    Attributes:
+        name: the study's identity.
+        yaml: its file as written.
+        spec: the same as plain data, every default filled in.
+        show_text: private texts may be shown in the report.
+    """
+
+    name: str
+    yaml: str
+    spec: dict[str, Any]
+    show_text: bool
+
+
+class Store:
+    """The records of one study in one folder; a context manager.
+
+    >>> import tempfile
+    >>> cell = Cell("utility", "none", [], {"name": "m"}, {"name": "d"}, {"epochs": 1.0})
+    >>> with tempfile.TemporaryDirectory() as folder, Store.open(folder, create=True) as store:
+    ...     store.set_study("s", "name: s", {"name": "s"}, [cell])
+    ...     store.put(Record(cell, "done", result={"steps": 3}))
+    ...     store.records()[0].result, store.done_ids() == {cell.id}
+    ({'steps': 3}, True)
+    """
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, lock: IO[str] | None) -> None:
+        self.folder = folder
+        self._connection = connection
+        self._lock = lock
+
+    @classmethod
+    def open(cls, folder: str | Path, *, create: bool = False) -> Store:
+        """Open the store of a folder: to read, or with ``create`` to write (made where there is none).
+
+        Raises:
+            UserError: nothing to read there, no folder, no database, a store of a newer version, or another
+                process is writing to it.
+        """
+        folder = Path(folder)
+        file = folder / FILE
+        if not create and not file.is_file():
+            raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
+        lock = _claim(folder) if create else None
+        try:
+            with _explained(file):
+                if create:
+                    connection = sqlite3.connect(file, isolation_level=None)
+                    connection.execute("PRAGMA journal_mode=WAL")
+                    connection.execute("PRAGMA synchronous=FULL")
+                else:
+                    connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+                store = cls(folder, connection, lock)
+                store._check_schema(create)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        return store
+
+    def _check_schema(self, create: bool) -> None:
+        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
+        if not tables and create:
+            with self._writing():
+                for statement in _TABLES.split(";"):
+                    self._connection.execute(statement)
+                self._set_meta({"schema": str(SCHEMA)})
+            return
+        if "meta" not in tables or "records" not in tables:
+            raise UserError(f"{str(self.folder / FILE)!r} holds no records of a study, expected a store of dpguard")
+        schema = int(self._meta()["schema"])
+        if schema > SCHEMA:
+            raise UserError(
+                f"{str(self.folder / FILE)!r} has schema {schema}, made by a newer dpguard, "
+                f"expected at most {SCHEMA}: update dpguard to read it"
+            )
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Fold the log into the file, and let the folder go."""
+        if self._lock is not None:
+            # With a reader still there the log stays beside the file, and the next one to close folds it in.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA journal_mode=DELETE")
+        self._connection.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def set_study(
+        self, name: str, yaml: str, spec: Mapping[str, Any], cells: Sequence[Cell], *, show_text: bool = False
+    ) -> None:
+        """Say what study this is and what it plans, in order. Records of cells that it no longer plans stay.
+
+        Raises:
+            UserError: the folder holds the records of another study.
+        """
+        held = self._meta().get("name", name)
+        if held != name:
+            raise UserError(
+                f"{str(self.folder)!r} holds the records of study {held!r}, "
+                f"expected an empty folder or records of {name!r}"
+            )
+        rows = [(position, cell.id, canonical(_plain(cell))) for position, cell in enumerate(cells)]
+        with self._writing():
+            self._set_meta({"name": name, "yaml": yaml, "spec": canonical(spec), "show_text": canonical(show_text)})
+            self._connection.execute("DELETE FROM plan")
+            self._connection.executemany("INSERT INTO plan VALUES (?, ?, ?)", rows)
+
+    def study(self) -> StudyInfo:
+        """The study of this folder.
+
+        Raises:
+            UserError: the store was made and never given a study.
+        """
+        meta = self._meta()
+        if "name" not in meta:
+            raise UserError(f"{str(self.folder)!r} holds no study yet, expected one that was run")
+        return StudyInfo(meta["name"], meta["yaml"], json.loads(meta["spec"]), bool(json.loads(meta["show_text"])))
+
+    def planned(self) -> list[Cell]:
+        """The cells of the study, in its order, with or without a record."""
+        rows = self._connection.execute("SELECT cell FROM plan ORDER BY position")
+        return [_cell(json.loads(cell)) for (cell,) in rows]
+
+    def put(self, record: Record, texts: Sequence[TextRow] = ()) -> None:
+        """Store a record and its texts, in place of an earlier record of the same cell.
+
+        Raises:
+            UserError: no room left on the disk; what is stored stays.
+            ValueError: a number that is not finite.
+        """
+        row = (record.cell.id, record.status, canonical(_plain(record)))
+        found = [
+            (record.cell.id, position, item.target, item.attack, _encodable(item.text))
+            for position, item in enumerate(texts)
+        ]
+        with self._writing():
+            self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", row)
+            self._connection.execute("DELETE FROM texts WHERE id = ?", (record.cell.id,))
+            self._connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?)", found)
+
+    def records(self) -> list[Record]:
+        """The records of the cells that the study plans, in its order, under the policy names of today."""
+        rows = self._connection.execute("SELECT record, cell FROM plan JOIN records USING (id) ORDER BY position")
+        return [_record(json.loads(record), json.loads(cell)) for record, cell in rows]
+
+    def record(self, cell_id: str) -> Record | None:
+        """The record of one cell, None when it has none."""
+        row = self._connection.execute("SELECT record FROM records WHERE id = ?", (cell_id,)).fetchone()
+        return None if row is None else _record(json.loads(row[0]))
+
+    def ignored(self) -> list[Record]:
+        """Records that an earlier form of the study left, and that it no longer plans."""
+        rows = self._connection.execute("SELECT record FROM records WHERE id NOT IN (SELECT id FROM plan) ORDER BY id")
+        return [_record(json.loads(record)) for (record,) in rows]
+
+    def texts(self, cell_id: str) -> list[TextRow]:
+        """True and recovered texts of one cell, in the order in which they were put."""
+        rows = self._connection.execute(
+            "SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position", (cell_id,)
+        )
+        return [TextRow(*row) for row in rows]
+
+    def statuses(self) -> dict[str, str]:
+        """Cell id -> status, of every record."""
+        return dict(self._connection.execute("SELECT id, status FROM records").fetchall())
+
+    def done_ids(self) -> set[str]:
+        """Ids of the cells that need not run again: done and skipped ones. A failed cell is tried again."""
+        return {cell_id for cell_id, status in self.statuses().items() if status in FINISHED}
+
+    def _meta(self) -> dict[str, str]:
+        return dict(self._connection.execute("SELECT key, value FROM meta").fetchall())
+
+    def _set_meta(self, values: Mapping[str, str]) -> None:
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(values.items()))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction: all of it is on the disk, or none."""
+        with _explained(self.folder / FILE):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+@contextlib.contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Say in a sentence what SQLite found wrong with the file or the disk."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise
+        raise UserError(
+            f"{str(file)!r} cannot be used ({error}), expected the records of a study and room to write; "
+            "nothing was deleted"
+        ) from error
+
+
+def _claim(folder: Path) -> IO[str]:
+    """Make the folder and hold its lock, which the system lets go when this process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - it is held until `close`
+    except OSError as error:
+        raise UserError(
+            f"{str(folder)!r} cannot be written ({error.strerror}), expected a folder for records"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(lock)
+        lock.close()
+        raise UserError(
+            f"{str(folder)!r} is in use by process {holder}, expected a folder that no other run writes to"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _holder(lock: IO[str]) -> str:
+    """The pid in a lock file that another process holds; it writes it a moment after it takes the lock."""
+    for _ in range(20):
+        lock.seek(0)
+        if pid := lock.read().strip():
+            return pid
+        time.sleep(0.05)
+    return "unknown"
+
+
+def _plain(value: Cell | Record) -> dict[str, Any]:
+    return dataclasses.asdict(value)
+
+
+def _cell(plain: Mapping[str, Any]) -> Cell:
+    return Cell(**plain)
+
+
+def _record(plain: Mapping[str, Any], cell: Mapping[str, Any] | None = None) -> Record:
+    return Record(**{**plain, "cell": _cell(cell or plain["cell"])})
+
+
+def _encodable(text: str) -> str:
+    """``text`` without lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
