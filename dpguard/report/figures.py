@@ -269,3 +269,11 @@ def _bar(ax: Axes, place: int, bar: Bar, interval: Interval | None) -> None:
         zorder=3,
         clip_on=False,
     )
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes made here belong to."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ValueError("these axes were removed from their figure")
+    return figure

@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 
 from dpguard.errors import UserError, did_you_mean
-from dpguard.report.order import policy_order
 from dpguard.report.result import StudyResult
 from dpguard.report.text import csv_cell
 from dpguard.stats import UTILITY_METRICS, Floats, Interval, max_interval, mean_interval, utility_interval
-from dpguard.study.record import Record
+from dpguard.study.record import Cell, Record
 
 CONTROL = "none"
 FLOOR = "prior"
@@ -39,6 +38,9 @@ COLUMNS = [
     "shared_fraction",
     "on_front",
 ]
+
+Place = tuple[str, str, int]
+"""Leg, position and seed of a cell."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,13 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
     by_policy = defaultdict(list)
     for record in result.records:
         by_policy[record.cell.policy].append(record)
-    expected = {_place(record) for record in result.records}
+    planned: dict[str, set[Place]] = defaultdict(set)
+    for cell in result.planned:
+        planned[cell.policy].add(_place(cell))
+    everywhere = {_place(record.cell) for record in result.records}
     rows = [
-        _row(policy, by_policy[policy], expected, scores, metric, utility_metric) for policy in policy_order(result)
+        _row(policy, by_policy[policy], planned.get(policy, everywhere), scores, metric, utility_metric)
+        for policy in result.policies
     ]
     return Frontier(
         tuple(mark_front(rows)),
@@ -219,7 +225,7 @@ class Scores:
         for record in done:
             by_option = self._scores.setdefault(record.cell.policy, {})
             for score in record.result["scores"]:
-                option = (str(score["attack"]), position(record))
+                option = (str(score["attack"]), position(record.cell))
                 by_option.setdefault(option, []).append((record.cell.seed, score))
         found = [score for options in self._scores.values() for kept in options.values() for _, score in kept]
         self.metrics = sorted({name for score in found for name in score["metrics"]})
@@ -254,20 +260,20 @@ class Scores:
         return interval, options[best]
 
 
-def position(record: Record) -> str:
+def position(cell: Cell) -> str:
     """Where in the training a leakage cell attacks: "start" or "end"."""
-    return str(record.result.get("at") or record.cell.settings.get("at") or "")
+    return str(cell.settings.get("at", "start"))
 
 
-def _place(record: Record) -> tuple[str, str, int]:
+def _place(cell: Cell) -> Place:
     """What tells a policy's cells apart: two policies of one study have the same places."""
-    return (record.cell.leg, position(record) if record.cell.leg == "leakage" else "", record.cell.seed)
+    return (cell.leg, position(cell) if cell.leg == "leakage" else "", cell.seed)
 
 
 def _row(
     policy: str,
     records: list[Record],
-    expected: set[tuple[str, str, int]],
+    expected: set[Place],
     scores: Scores,
     metric: str,
     utility_metric: str,
@@ -306,15 +312,15 @@ def utility_of(records: Sequence[Record], metric: str) -> Interval:
     return utility_interval([cell.result["predictions"] for cell in cells], labels, metric)
 
 
-def _gaps(policy: str, records: list[Record], expected: set[tuple[str, str, int]]) -> list[Gap]:
+def _gaps(policy: str, records: list[Record], expected: set[Place]) -> list[Gap]:
     if not records:
         return [Gap(policy, "all", "missing", "no cell of this policy has run")]
     gaps = []
-    for record in sorted(records, key=_place):
+    for record in sorted(records, key=lambda record: _place(record.cell)):
         if record.status != "done":
             reason = record.reason or "no reason was recorded"
-            gaps.append(Gap(policy, record.cell.leg, record.status, reason, _where(*_place(record))))
-    for place in sorted(expected - {_place(record) for record in records}):
+            gaps.append(Gap(policy, record.cell.leg, record.status, reason, _where(*_place(record.cell))))
+    for place in sorted(expected - {_place(record.cell) for record in records}):
         gaps.append(Gap(policy, place[0], "missing", "this cell has not run", _where(*place)))
     return gaps
 

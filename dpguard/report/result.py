@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from dpguard.study.record import Record, TextRow
+from dpguard.study.record import Cell, Record, TextRow
 
-
-class ReadsRecords(Protocol):
-    """The part of `dpguard.study.store.Store` that a report reads."""
-
-    def records(self) -> list[Record]:
-        """Every record of the study."""
-        ...
-
-    def texts(self, cell_id: str) -> list[TextRow]:
-        """True and recovered texts of one leakage cell."""
-        ...
-
-    def study(self) -> dict[str, Any]:
-        """Name, question, YAML, spec and whether texts may be shown."""
-        ...
+if TYPE_CHECKING:
+    from dpguard.study.store import Store
 
 
 @dataclass(frozen=True)
@@ -34,20 +21,31 @@ class StudyResult:
             "show_text" (whether private texts may be printed).
         records: one for every finished, failed or skipped cell.
         texts: cell id -> true and recovered texts; empty where they may not be shown.
+        planned: every cell of the study, run or not; without it, a cell is missing when another policy has
+            its like.
     """
 
     study: Mapping[str, Any]
     records: Sequence[Record]
     texts: Mapping[str, Sequence[TextRow]] = field(default_factory=dict)
+    planned: Sequence[Cell] = ()
 
     @classmethod
-    def read(cls, store: ReadsRecords) -> StudyResult:
+    def read(cls, store: Store) -> StudyResult:
         """Read a store; texts that may not be shown are not even read."""
-        result = cls(store.study(), store.records())
+        info = store.study()
+        study = {
+            "name": info.name,
+            "question": info.spec.get("question", ""),
+            "yaml": info.yaml,
+            "spec": info.spec,
+            "show_text": info.show_text,
+        }
+        result = cls(study, store.records(), planned=store.planned())
         if not result.shows_text:
             return result
         cells = [r.cell.id for r in result.records if r.cell.leg == "leakage" and r.status == "done"]
-        return cls(result.study, result.records, {cell: store.texts(cell) for cell in cells})
+        return cls(study, result.records, {cell: store.texts(cell) for cell in cells}, result.planned)
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -56,11 +54,17 @@ class StudyResult:
         return spec
 
     @property
+    def policies(self) -> list[str]:
+        """Names of all policies in the order of the study, with or without a record."""
+        named = [str(name) for name in self.spec.get("policies") or ()]
+        found = [cell.policy for cell in self.planned] + [record.cell.policy for record in self.records]
+        return list(dict.fromkeys(named + found))
+
+    @property
     def synthetic(self) -> bool:
         """Whether the texts are the bundled ones, which describe nobody."""
         data = self.spec.get("data")
-        named = [data.get("path"), data.get("name")] if isinstance(data, Mapping) else [data]
-        return "demo" in named
+        return (data.get("path") if isinstance(data, Mapping) else data) == "demo"
 
     @property
     def shows_text(self) -> bool:

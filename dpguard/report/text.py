@@ -25,6 +25,7 @@ METRIC_NAMES = {
 AT_NAMES = {"start": "first weights", "end": "last weights"}
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -86,9 +87,9 @@ def span(interval: Interval | None, digits: int = 2) -> str:
     """The ends of an interval.
 
     >>> span(Interval(0.5, 0.4, 0.6, 10))
-    '0.40 to 0.60'
+    '0.40 – 0.60'
     """
-    return "" if interval is None else f"{number(interval.low, digits)} to {number(interval.high, digits)}"
+    return "" if interval is None else f"{number(interval.low, digits)} – {number(interval.high, digits)}"
 
 
 def epsilon(value: float | None) -> str:
@@ -120,6 +121,24 @@ def percent(share: float | None) -> str:
         return "> 99.9 %"
     digits = 0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1
     return f"{100 * share:.{digits}f} %"
+
+
+def markdown(text: Any) -> str:
+    """Text that Markdown shows as it is: punctuation that means something there gets a backslash.
+
+    >>> print(markdown("a|b <d>"))
+    a\\|b \\<d\\>
+    """
+    return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def fence(text: str) -> str:
+    """A code fence longer than any run of backticks in the text.
+
+    >>> fence("a ```` b")
+    '`````'
+    """
+    return "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
 
 
 def count(n: int, one: str, many: str = "") -> str:

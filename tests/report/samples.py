@@ -50,7 +50,10 @@ POLICIES: dict[str, tuple[list[dict[str, Any]], tuple[float, float], float | Non
         ],
         (0.0, 0.02), 0.84, 9.7, 0.48,
     ),
-    "sign": ([{"layers": "all", "clip": 1.0, "noise": 0.3}, {"layers": "all", "bits": 1}], (0.2, 0.18), 0.83, 41.2, 1.0),
+    "sign": (
+        [{"layers": "all", "clip": 1.0, "noise": 0.3}, {"layers": "all", "bits": 1}],
+        (0.2, 0.18), 0.83, 41.2, 1.0,
+    ),
 }  # fmt: skip
 STATEMENT = (
     "Covered: one training example, added or zeroed out, of 1200, in each client's message. "
@@ -96,7 +99,8 @@ def leakage(policy: str, at: str, rate: float, targets: int, seed: int = 0) -> t
             scores.append(score)
             texts.append(TextRow(target, attack, text))
     result = {"at": at, "kappa_floor": 0.01, "scores": scores, "skipped": {}, "shared_fraction": share,
-              "defence": {"clip": {"claimed": 1.0, "largest": 0.998}, "noise": {"claimed": 0.6, "measured": 0.601}}}  # fmt: skip
+              "defence": {"clip": {"claimed": 1.0, "largest": 0.998},
+                          "noise": {"claimed": 0.6, "measured": 0.601}}}  # fmt: skip
     return Record(cell, "done", result=result, provenance=provenance(3.2)), texts
 
 
@@ -123,7 +127,8 @@ def guarantee(policy: str, epsilon: float) -> Record:
         "statement": STATEMENT if formal else "No formal guarantee: epsilon is infinite.",
         "reasons": [] if formal else ["what is shared carries no noise"],
         "bound": {"kappa": 0.01, "success": min(1.0, 0.012 * epsilon + 0.02)} if formal else None,
-        "table": [{"parameters": 26, "share": True, "train": True, "clip": 1.0, "noise": 0.6, "std": 0.6, "release": ""}],
+        "table": [{"parameters": 26, "share": True, "train": True, "clip": 1.0, "noise": 0.6, "std": 0.6,
+                   "release": ""}],
     }  # fmt: skip
     cell = Cell("guarantee", policy, rows, MODEL, DATA, {"delta": 1e-5})
     return Record(cell, "done", result=result, provenance=provenance(0.1))
@@ -159,12 +164,8 @@ def sample(targets: int = 50, *, show_text: bool = False, synthetic: bool = True
                 records.append(Record(cell, "skipped", reason=reason))
             else:
                 records.append(utility(policy, accuracy, seed))
-    order = ["none", "dp-sgd", *[name for name in POLICIES if name != "none" and not name.startswith("dp-sgd ")]]
-    policies = {name: {"rows": []} for name in order} | {
-        "dp-sgd": {"sweep": {"noise": [0.3, 0.6, 1.0, 2.0]}, "rows": []}
-    }
     spec = {
-        "name": "sample", "data": "demo" if synthetic else {"path": "notes.jsonl"}, "policies": policies,
+        "name": "sample", "data": {"path": "demo" if synthetic else "notes.jsonl"}, "policies": list(POLICIES),
         "leakage": {"metric": "rougeL", "targets": targets, "at": ["start", "end"]},
         "utility": {"metric": "accuracy", "seeds": [0, 1, 2]},
         "recommend": {"max_leakage": 0.32, "min_utility": 0.7, "max_epsilon": 20},

@@ -1,0 +1,205 @@
+"""What a page says about each policy, as plain data: its table, guarantee, attack rows, evidence and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpguard.report.evidence import Evidence, evidence
+from dpguard.report.frontier import Frontier, Row, Scores, position
+from dpguard.report.result import StudyResult
+from dpguard.report.text import at_name, metric_name, number, plain, visible
+from dpguard.stats import Interval, binomial, mean_interval
+from dpguard.study.record import Record
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """One attack at one position: means over targets and seeds, and what the numbers rest on.
+
+    Attributes:
+        attack: its name.
+        at: the position in words.
+        leakage: the study's leakage metric.
+        exact: exact match, with its exact interval when there is one seed.
+        recall: mean token recall, or None.
+        entities: mean entity recall, or None where no entities are marked.
+        certain: how many reconstructions the attack was certain of.
+        inherited: how many were taken over from a cheaper attack that was certain.
+        scores: how many scores there are.
+    """
+
+    attack: str
+    at: str
+    leakage: Interval | None
+    exact: Interval | None
+    recall: float | None
+    entities: float | None
+    certain: int
+    inherited: int
+    scores: int
+
+
+@dataclass(frozen=True)
+class PolicyView:
+    """Everything that the page says about one policy.
+
+    Attributes:
+        number: its row in the frontier table, from 1.
+        row: its figures.
+        table: the rows of the policy as written: (layers, the columns set).
+        groups: the same resolved against the model, for print.
+        guarantee: facts of the guarantee leg: (name, value).
+        statement: the guarantee in words.
+        reasons: why epsilon is infinite.
+        attacks: one row for every attack and position.
+        skipped: attacks that could not run: (attack, position in words, reason).
+        checks: what was measured of clip and noise on the message: (name, value).
+        utility: facts of the utility leg: (name, value).
+        evidence: worst targets, empty when texts are hidden.
+        more_evidence: how many targets are not shown.
+    """
+
+    number: int
+    row: Row
+    table: tuple[tuple[str, str], ...]
+    groups: tuple[Mapping[str, str], ...]
+    guarantee: tuple[tuple[str, str], ...]
+    statement: str
+    reasons: tuple[str, ...]
+    attacks: tuple[AttackRow, ...]
+    skipped: tuple[tuple[str, str, str], ...]
+    checks: tuple[tuple[str, str], ...]
+    utility: tuple[tuple[str, str], ...]
+    evidence: tuple[Evidence, ...]
+    more_evidence: int
+
+
+def policy_views(result: StudyResult, frontier: Frontier) -> list[PolicyView]:
+    """The view of every policy, in the study's order."""
+    scores = Scores(result.records)
+    return [_view(number, row, result, frontier, scores) for number, row in enumerate(frontier.rows, 1)]
+
+
+def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores: Scores) -> PolicyView:
+    records = [record for record in result.records if record.cell.policy == row.policy]
+    done = [record for record in records if record.status == "done"]
+    promise = next((r.result for r in done if r.cell.leg == "guarantee"), {})
+    attacked = [record for record in done if record.cell.leg == "leakage"]
+    shown, more = evidence(attacked, result, frontier.leakage_metric) if result.shows_text else ((), 0)
+    return PolicyView(
+        number,
+        row,
+        tuple(table_rows(records[0].cell.table)) if records else (),
+        tuple(_printed(group) for group in promise.get("table", ())),
+        tuple(_guarantee_facts(promise)),
+        visible(promise.get("statement", "")),
+        tuple(visible(reason) for reason in promise.get("reasons", ())),
+        tuple(_attack_rows(row.policy, frontier.leakage_metric, scores)),
+        tuple(_skipped(attacked)),
+        tuple(_checks(attacked)),
+        tuple(_utility_facts([r for r in done if r.cell.leg == "utility"])),
+        shown,
+        more,
+    )
+
+
+def table_rows(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """A policy's rows for print: which layers, and the columns that the row sets.
+
+    >>> table_rows([{"layers": ["embeddings", "head"], "share": False, "clip": 1.0}])
+    [('embeddings, head', 'share: false, clip: 1')]
+    """
+    return [(plain(row.get("layers", "all")), plain({k: v for k, v in row.items() if k != "layers"})) for row in table]
+
+
+def _printed(group: Mapping[str, Any]) -> dict[str, str]:
+    return {visible(key): visible(plain(value), limit=240) for key, value in group.items()}
+
+
+def _guarantee_facts(promise: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = (("delta", "delta"), ("sampling_rate", "sampling rate"), ("steps", "steps"))
+    facts = [(name, plain(promise[key])) for key, name in names if promise.get(key) is not None]
+    if promise.get("sigma_eff"):
+        facts.insert(0, ("effective noise multiplier", f"{float(promise['sigma_eff']):.3g}"))
+    bound = promise.get("bound")
+    if bound:
+        facts.append(
+            (
+                "bound on exact recovery from one message",
+                f"{float(bound['success']):.3g} (where a guess succeeds with chance {float(bound['kappa']):.2g})",
+            )
+        )
+    return facts
+
+
+def _attack_rows(policy: str, metric: str, scores: Scores) -> list[AttackRow]:
+    return [_attack_row(policy, option, metric, scores) for option in scores.options(policy)]
+
+
+def _attack_row(policy: str, option: tuple[str, str], metric: str, scores: Scores) -> AttackRow:
+    found = [score for _, score in scores.of(policy, option)]
+
+    def interval(name: str) -> Interval | None:
+        values = scores.array(policy, option, name)
+        known = values[np.isfinite(values)]
+        if known.size == 0:
+            return None
+        if name == "exact_match" and len(scores.seeds) == 1 and set(known.tolist()) <= {0.0, 1.0}:
+            return binomial(int(known.sum()), known.size)
+        return mean_interval(values)
+
+    def mean(name: str) -> float | None:
+        values = [score["metrics"].get(name) for score in found]
+        known = [float(value) for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    attack, at = option
+    return AttackRow(
+        visible(attack, limit=60),
+        at_name(at),
+        interval(metric),
+        interval("exact_match"),
+        mean("token_recall"),
+        mean("entity_recall"),
+        sum(bool(score.get("certain")) for score in found),
+        sum(bool(score.get("inherited")) for score in found),
+        len(found),
+    )
+
+
+def _skipped(attacked: Sequence[Record]) -> list[tuple[str, str, str]]:
+    told = {
+        (visible(attack, limit=60), at_name(position(record.cell)), visible(reason))
+        for record in attacked
+        for attack, reason in (record.result.get("skipped") or {}).items()
+    }
+    return sorted(told)
+
+
+def _checks(attacked: Sequence[Record]) -> list[tuple[str, str]]:
+    """The defence-effect check of the first leakage cell: what clip and noise were on the emitted tensors."""
+    defence: Mapping[str, Any] = next(
+        (record.result["defence"] for record in attacked if record.result.get("defence")), {}
+    )
+    return [(visible(name), plain(value)) for name, value in defence.items() if value not in (None, {}, [])]
+
+
+def _utility_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:
+    if not trained:
+        return []
+    facts = []
+    for name in trained[0].result.get("metrics", {}):
+        values = [float(record.result["metrics"][name]) for record in trained]
+        each = f" ({', '.join(number(value, 3) for value in values)})" if len(values) > 1 else ""
+        facts.append((metric_name(name), number(sum(values) / len(values), 3) + each))
+    first = trained[0].result
+    facts.append(("test texts", f"{len(first['labels']):,}"))
+    facts.append(("seeds", str(len(trained))))
+    if first.get("clipped_fraction") is not None:
+        shares = [float(record.result["clipped_fraction"]) for record in trained]
+        facts.append(("examples clipped (private, not covered by epsilon)", number(sum(shares) / len(shares))))
+    return facts
