@@ -165,6 +165,8 @@ class Document:
 
         first = min(error.errors(), key=rank)
         loc = (*prefix, *first["loc"])
+        while loc not in self.marks and self.marks.get(loc[:-1], Mark(0, 0, 0, 0)).raw:
+            loc = loc[:-1]  # item 0 of a single value that stands for a list of one
         owner, field = _schema_at(model, first["loc"])
         name = ".".join(str(step) for step in loc) or "the file"
         expected = field.description if field and field.description else ""
@@ -269,8 +271,7 @@ class _Reader:
                 raise self._error("found a list or a mapping as a key, expected a text", key)
             name = key.value
             if key.tag != _TAG + "str":
-                kind = key.tag.removeprefix(_TAG)
-                raise self._error(f"key {name!r} is read as a {kind} by YAML, expected a text: quote it", key)
+                raise self._error(f"key {name!r} is read as no text by YAML, expected a text: quote it", key)
             if name in data:
                 line = self.marks[(*loc, name)].key_line
                 raise self._error(f"key {name!r} appears twice, first in line {line}", key)
