@@ -25,13 +25,52 @@ class GradientMode(Protocol):
         """The clipped sum of everything since the last call; per-example state is dropped."""
         ...
 
+    def fold(self) -> None:
+        """Clip and sum what went backward so far, so that a large logical batch needs the memory of a part."""
+        ...
+
     def discard(self) -> None:
-        """Forget everything since the last `collect`."""
+        """Forget everything since the last `collect`, folded parts included."""
         ...
 
     def detach(self) -> None:
         """Remove every hook from the model."""
         ...
+
+
+class _Folding:
+    """Keeps the running sum of a logical batch's parts; subclasses give the sum of the latest part."""
+
+    _folded: wire.ClippedSum | None = None
+
+    def part(self) -> wire.ClippedSum:
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        raise NotImplementedError
+
+    def fold(self) -> None:
+        """See `GradientMode.fold`."""
+        latest = self.part()
+        self.clear()
+        self._folded = latest if self._folded is None else self._folded.plus(latest)
+
+    def collect(self) -> wire.ClippedSum:
+        """See `GradientMode.collect`."""
+        if self._folded is None or self.pending():
+            self.fold()
+        folded, self._folded = self._folded, None
+        if folded is None:
+            raise RuntimeError("nothing went backward since the last step")
+        return folded
+
+    def pending(self) -> bool:
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """See `GradientMode.discard`."""
+        self._folded = None
+        self.clear()
 
 
 def _conv1d(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -48,7 +87,7 @@ def _conv1d(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> d
 register_grad_sampler(Conv1D)(_conv1d)
 
 
-class OpacusHooks:
+class OpacusHooks(_Folding):
     """Per-example gradients by Opacus's hooks, clipped per group: exact, and the oracle of faster modes.
 
     Args:
@@ -70,8 +109,8 @@ class OpacusHooks:
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise UserError(f"no per-example gradients for this model: {str(error).splitlines()[0]}") from error
 
-    def collect(self) -> wire.ClippedSum:
-        """See `GradientMode.collect`.
+    def part(self) -> wire.ClippedSum:
+        """The clipped sum of the latest backward passes.
 
         Raises:
             RuntimeError: a trained parameter got no per-example gradient (unused in the forward pass), or
@@ -82,7 +121,6 @@ class OpacusHooks:
         if len(rows) > 1:
             bad = {name: g.shape[0] for name, g in per_example.items() if g.shape[0] != max(rows)}
             raise RuntimeError(f"per-example gradients of {max(rows)} examples, but {bad}: a broadcast input?")
-        self.discard()
         return wire.clip_and_sum(per_example, self.plan)
 
     def _grad_sample(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -93,8 +131,12 @@ class OpacusHooks:
         value = torch.cat(found) if isinstance(found, list) else found
         return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
-    def discard(self) -> None:
-        """See `GradientMode.discard`."""
+    def pending(self) -> bool:
+        """True when something went backward since the last fold."""
+        return any(getattr(p, "grad_sample", None) is not None for p in self.parameters.values())
+
+    def clear(self) -> None:
+        """Drop per-example gradients."""
         for parameter in self.parameters.values():
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
@@ -104,7 +146,7 @@ class OpacusHooks:
         self.hooks.cleanup()
 
 
-class PlainSum:
+class PlainSum(_Folding):
     """For plans without any clip: the ordinary gradient, scaled back to a sum; costs what training costs.
 
     A step whose sum is not finite is left out whole, because no single example can be told apart.
@@ -121,19 +163,22 @@ class PlainSum:
         if torch.is_grad_enabled():
             self.rows = int(getattr(output, "logits", torch.zeros(1)).shape[0])
 
-    def collect(self) -> wire.ClippedSum:
-        """See `GradientMode.collect`."""
+    def part(self) -> wire.ClippedSum:
+        """The sum of the latest backward pass."""
         scale = float(self.rows) if self.mean else 1.0
         sums = {name: torch.zeros_like(p) if p.grad is None else p.grad * scale for name, p in self.parameters.items()}
         finite = all(bool(g.isfinite().all()) for g in sums.values())
         dropped = 0 if finite else self.rows
         if not finite:
             sums = {name: torch.zeros_like(g) for name, g in sums.items()}
-        self.discard()
-        return wire.ClippedSum(sums, {}, dropped)
+        return wire.ClippedSum({name: g.clone() for name, g in sums.items()}, {}, dropped)
 
-    def discard(self) -> None:
-        """See `GradientMode.discard`."""
+    def pending(self) -> bool:
+        """True when something went backward since the last fold."""
+        return any(p.grad is not None for p in self.parameters.values())
+
+    def clear(self) -> None:
+        """Drop the gradient."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

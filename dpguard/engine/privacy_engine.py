@@ -79,6 +79,10 @@ class PrivateOptimizer(Optimizer):
         self.mode.discard()
         self.inner.zero_grad(set_to_none=set_to_none)
 
+    def fold(self) -> None:
+        """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
+        self.mode.fold()
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on the message of everything that went backward since the last one."""
         loss = None
@@ -96,6 +100,7 @@ class PrivateOptimizer(Optimizer):
             parameter.grad = value.to(parameter.dtype)
         self.last_message = message.wire
         self.inner.step()
+        self.empty = False
         self._on_step(clipped)
         return loss
 

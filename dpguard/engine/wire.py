@@ -29,6 +29,14 @@ class ClippedSum:
     norms: dict[str, Tensor]
     dropped: int = 0
 
+    def plus(self, other: ClippedSum) -> ClippedSum:
+        """The sum over two parts of one logical batch."""
+        return ClippedSum(
+            {name: value + other.sums[name] for name, value in self.sums.items()},
+            {key: torch.cat([norms, other.norms[key]]) for key, norms in self.norms.items()},
+            self.dropped + other.dropped,
+        )
+
 
 @dataclass(frozen=True)
 class Message:

@@ -1,0 +1,131 @@
+"""``dpguard attack``: one look at what one policy gives away."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Opcodes
+from rapidfuzz.distance.Levenshtein import opcodes
+from rich.text import Text
+
+from dpguard.attacks.panel import PANELS
+from dpguard.cli.console import console, table
+from dpguard.cli.progress import bar
+from dpguard.errors import UserError
+from dpguard.inputs import models, texts
+from dpguard.inputs.family import slots
+from dpguard.measure import leakage
+from dpguard.measure.leakage import Leak, Score
+from dpguard.policy.table import Policy
+
+JSON_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "token_recall")
+
+
+def attack_once(
+    policy: str,
+    model: str,
+    data: str,
+    *,
+    targets: int,
+    batch_size: int,
+    seed: int,
+    attacks: Sequence[str] | None,
+    text: str,
+    label: str,
+    as_json: bool,
+) -> None:
+    """Attack a few messages under one policy and print true text beside recovered text."""
+    rows = Policy.load(policy)
+    corpus = texts.load(data, text=text, label=label)
+    loaded = models.load(model, labels=corpus.classes)
+    plan = rows.plan(slots(loaded.module))
+    if not plan.shared:
+        raise UserError(f"policy {policy!r} shares nothing, so there is no message to attack")
+    if targets * batch_size > len(corpus.train):
+        raise UserError(
+            f"{targets} messages of {batch_size} texts are more than the {len(corpus.train)} texts of {data!r}; "
+            f"expected at most {len(corpus.train)}"
+        )
+    messages = leakage.pick_targets(corpus, targets=targets, batch_size=batch_size, seed=seed)
+    texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
+    names = list(attacks) if attacks else [name for name in PANELS["panel-0"] if name != "prior"]
+    found = []
+    for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
+        started = time.perf_counter()
+        leak = leakage.attack_message(
+            loaded, plan, corpus, indices, attacks=names, seed=seed * 1_000_003 + number, noise_seed=seed + number
+        )
+        found.append((leak, time.perf_counter() - started))
+    best = [(best_of(leak, names), leak, seconds) for leak, seconds in found]
+    if as_json:
+        print(json.dumps(as_plain(best), indent=2))
+    else:
+        _print(policy, model, plan.shared_fraction, best)
+
+
+def best_of(leak: Leak, names: Sequence[str]) -> dict[int, Score]:
+    """One score a text: of the attack that was certain, else of the last that ran. Never the luckiest."""
+    chosen: dict[int, Score] = {}
+    for name in names:
+        for score in leak.scores:
+            if score.attack == name and not (score.target in chosen and chosen[score.target].certain):
+                chosen[score.target] = score
+    return chosen
+
+
+def as_plain(best: Sequence[tuple[dict[int, Score], Leak, float]]) -> dict[str, Any]:
+    """The JSON form: mean metrics, and one entry a text."""
+    scores = [(score, seconds) for chosen, _leak, seconds in best for score in chosen.values()]
+    means = {
+        name: float(np.mean([score.metrics[name] or 0.0 for score, _ in scores])) if scores else None
+        for name in JSON_METRICS
+    }
+    return {
+        "metrics": means,
+        "targets": [
+            {
+                "exact_match": score.metrics["exact_match"],
+                "seconds": round(seconds, 3),
+                "certain": score.certain,
+                "attack": score.attack,
+                **{name: score.metrics[name] for name in JSON_METRICS[1:]},
+            }
+            for score, seconds in scores
+        ],
+        "skipped": {name: why for _, leak, _ in best for name, why in leak.skipped.items()},
+    }
+
+
+def _print(policy: str, model: str, fraction: float, best: Sequence[tuple[dict[int, Score], Leak, float]]) -> None:
+    out = console()
+    out.print(f"{policy} on {model}: {100 * fraction:.3g} % of the parameters leave\n")
+    for chosen, leak, seconds in best:
+        for target, truth in leak.truths.items():
+            score = chosen.get(target)
+            out.print(Text("true       ", style="dim").append(truth, style="not dim"))
+            if score is None:
+                why = "; ".join(f"{name}: {reason}" for name, reason in leak.skipped.items())
+                out.print(Text(f"recovered  nothing ({why})\n", style="dim"))
+                continue
+            out.print(Text("recovered  ", style="dim").append_text(marked(score.guess, truth)))
+            sure = "certain" if score.certain else "a guess"
+            verdict = f"           {score.attack}, {sure}, ROUGE-L {score.metrics['rougeL']:.2f}, {seconds:.1f} s\n"
+            out.print(Text(verdict, style="dim"))
+    plain = as_plain(best)
+    rows = [[name, "-" if value is None else f"{value:.2f}"] for name, value in plain["metrics"].items()]
+    out.print(table(["metric", f"mean of {len(plain['targets'])}"], rows, right=["mean of"]))
+
+
+def marked(guess: str, truth: str) -> Text:
+    """The guess, right words in bold and wrong ones struck through, by a word-level edit script."""
+    said, true = guess.split(), truth.split()
+    steps: Opcodes = opcodes(said, true)
+    out = Text()
+    for step in steps:
+        for word in said[step.src_start : step.src_end]:
+            out.append(word, style="bold" if step.tag == "equal" else "strike dim").append(" ")
+    return out

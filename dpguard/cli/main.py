@@ -1,0 +1,165 @@
+"""The command line. Importing this module imports no numeric library: every command loads what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+
+from dpguard.errors import UserError
+
+app = typer.Typer(
+    name="dpguard",
+    help="What may a federated client share, what does that leak, what does it cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of records and report.")]  # noqa: UP045
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Model = Annotated[str, typer.Option("--model", help="demo, minilm, a local folder, or a hub name.")]
+Targets = Annotated[int, typer.Option("--targets", min=1, help="Messages to attack.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts in one message.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study's records.")]
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).")],
+    out: Out = None,
+    workers: Annotated[Optional[int], typer.Option("--workers", help="Processes side by side [all cores].")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its epsilons, run nothing.")] = False,
+    show_text: Annotated[
+        bool, typer.Option("--show-text", help="Print the users' private sentences in the report.")
+    ] = False,
+) -> None:
+    """Run a study; running it again does only what is missing."""
+    from dpguard.cli.studies import run_study
+
+    raise typer.Exit(run_study(study, out, workers=workers, dry_run=dry_run, show_text=show_text))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Render the report of a folder of records again."""
+    from dpguard.cli.studies import render_report
+
+    render_report(folder)
+
+
+@app.command()
+def recommend(
+    folder: Folder,
+    max_leakage: Annotated[Optional[float], typer.Option("--max-leakage", min=0, max=1)] = None,  # noqa: UP045
+    min_utility: Annotated[Optional[float], typer.Option("--min-utility")] = None,  # noqa: UP045
+    max_epsilon: Annotated[Optional[float], typer.Option("--max-epsilon", min=0)] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Pick the policy of highest utility under caps (those of the study where none is given)."""
+    from dpguard.cli.studies import print_recommendation
+
+    print_recommendation(
+        folder, max_leakage=max_leakage, min_utility=min_utility, max_epsilon=max_epsilon, as_json=as_json
+    )
+
+
+@app.command()
+def attack(
+    policy: Annotated[str, typer.Option("--policy", help="A policy file, a ready-made name, or a selector.")] = "none",
+    model: Model = "demo",
+    data: Annotated[str, typer.Option("--data", help="demo, a jsonl, csv or parquet file, or a hub name.")] = "demo",
+    targets: Targets = 3,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    attacks: Annotated[
+        Optional[list[str]], typer.Option("--attack", help="Only this attack, e.g. span or match:partial (repeatable).")  # noqa: UP045
+    ] = None,
+    text: Annotated[str, typer.Option("--text", help="Column of the texts.")] = "text",
+    label: Annotated[str, typer.Option("--label", help="Column of the labels.")] = "label",
+    as_json: Json = False,
+) -> None:
+    """Show what one policy gives away: true text beside recovered text."""
+    from dpguard.cli.look import attack_once
+
+    attack_once(
+        policy, model, data,
+        targets=targets, batch_size=batch_size, seed=seed, attacks=attacks, text=text, label=label, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def guarantee(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A policy file, a ready-made name, or a selector.")],
+    sampling_rate: Annotated[float, typer.Option("--sampling-rate", help="Batch size / number of examples.")],
+    steps: Annotated[int, typer.Option("--steps", help="Messages that the client sends.")],
+    delta: Annotated[float, typer.Option("--delta", help="At most 1 / number of examples.")] = 1e-5,
+    model: Model = "demo",
+    examples: Annotated[Optional[int], typer.Option("--examples", help="Number of examples, to check delta.")] = None,  # noqa: UP045
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffled fixed batches instead of Poisson.")] = False,
+    kappa: Annotated[float, typer.Option("--kappa", help="Chance of success without the message.")] = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Say what a policy guarantees: epsilon, what is covered and what is not, the reconstruction bound."""
+    from dpguard.cli.claims import print_guarantee
+
+    print_guarantee(
+        policy, model, sampling_rate=sampling_rate, steps=steps, delta=delta, examples=examples,
+        shuffle=shuffle, kappa=kappa, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, minilm, a local folder, or a hub name.")],
+    as_json: Json = False,
+) -> None:
+    """Show a model's blocks and roles with their share of parameters."""
+    from dpguard.cli.claims import print_layers
+
+    print_layers(model, as_json=as_json)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(metavar="policies|attacks|metrics|studies|families|columns")],
+    as_json: Json = False,
+) -> None:
+    """List what can be named."""
+    from dpguard.cli.listing import print_names
+
+    print_names(what, as_json=as_json)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, extras, hub, bundled model, a first private step."""
+    from dpguard.cli.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit status 2."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(standalone_mode=False)
+    except UserError as error:
+        print(f"dpguard: {error}", file=sys.stderr)
+        status = 2
+    except click.ClickException as error:
+        # typer would print a framed usage text; one sentence says it
+        print(f"dpguard: {error.format_message()}", file=sys.stderr)
+        status = 2
+    except (click.Abort, KeyboardInterrupt):
+        print("dpguard: stopped", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) went away: no traceback for that
+        status = 141
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,208 @@
+"""``dpguard run``, ``report`` and ``recommend``: from a study file to a decision."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpguard.cli.console import console, table
+from dpguard.errors import UserError
+from dpguard.report.frontier import Frontier, frontier
+from dpguard.report.recommend import Caps, Recommendation, recommend
+from dpguard.report.result import StudyResult
+from dpguard.report.terminal import terminal_table
+from dpguard.study.grid import NEEDS
+from dpguard.study.record import Cell
+from dpguard.study.spec import Study
+from dpguard.study.store import Store
+
+EXECUTE = "dpguard.study.legs:execute"
+PRELOAD = ("dpguard.study.legs",)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A study made ready to run on this machine.
+
+    Attributes:
+        cells: everything to run, in order.
+        context: plain data for the workers.
+        epsilons: policy label -> epsilon after the whole training.
+    """
+
+    cells: list[Cell]
+    context: dict[str, Any]
+    epsilons: dict[str, float]
+
+
+def run_study(path: Path, out: Path | None, *, workers: int | None, dry_run: bool, show_text: bool) -> int:
+    """Run a study and print its decision; the exit status says whether a cell failed."""
+    from dpguard.study import runner
+
+    study = Study.load(path)
+    folder = out or Path("reports") / study.name
+    with console().status("reading model and texts") if console().is_terminal else _Nothing():
+        planned = plan_study(study, folder, epsilons=dry_run)
+    if dry_run:
+        _print_plan(study, planned, folder)
+        return 0
+    summary = runner.run(
+        study, folder, planned.cells, execute=EXECUTE, context=planned.context,
+        workers=workers, preload=PRELOAD, show_text=show_text,
+    )  # fmt: skip
+    console().print(summary.sentence)
+    for cell, reason in summary.failures:
+        console().print(f"failed: {cell}: {reason}", style="bold", markup=False)
+    if not summary.interrupted:
+        render_report(folder)
+    return summary.exit_status
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
+    """Load model and texts once, resolve every policy, and list the cells: every mistake shows here.
+
+    Raises:
+        UserError: anything in the study, the data or the model that cannot be meant, with its place.
+    """
+    from dpguard.attacks.panel import PANELS, panel_hash
+    from dpguard.inputs import models, texts
+    from dpguard.inputs.family import slots
+    from dpguard.study import legs
+
+    data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent)}
+    with study.locating("data"):
+        corpus = legs.corpus_of({"data": data})
+    with study.locating("model"):
+        loaded = models.load(study.model, labels=corpus.classes, seed=0)
+    texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
+    plans = study.plans(slots(loaded.module))
+    panel: dict[str, Any] | None = None
+    if study.leakage:
+        names = _panel(study, PANELS)
+        panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
+    model_id = {"name": study.model, "hash": loaded.fingerprint}
+    data_id = {
+        "name": study.data.path, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
+    }  # fmt: skip
+    cells = study.cells(model_id, data_id, panel)
+    context = {
+        "model": study.model,
+        "data": data,
+        "folder": str(folder),
+        "keep_weights": [c.settings[NEEDS] for c in cells if NEEDS in c.settings],
+    }
+    return Planned(cells, context, _epsilons(cells, plans) if epsilons else {})
+
+
+def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
+    from dpguard.errors import did_you_mean
+
+    if study.leakage is None:
+        return []
+    with study.locating("leakage", "panel"):
+        if study.leakage.panel not in panels:
+            raise UserError(f"unknown panel {study.leakage.panel!r}{did_you_mean(study.leakage.panel, panels)}")
+    whole = list(panels[study.leakage.panel])
+    asked = study.leakage.attacks
+    if asked is None:
+        return whole
+    kept = [name for name in whole if name in asked or name.partition(":")[0] in asked]
+    return kept + [name for name in asked if not any(k == name or k.partition(":")[0] == name for k in kept)]
+
+
+def _epsilons(cells: list[Cell], plans: Mapping[str, Any]) -> dict[str, float]:
+    from dpguard.engine.accounting import guarantee
+
+    return {
+        cell.policy: guarantee(
+            plans[cell.policy],
+            sampling_rate=cell.settings["sampling_rate"],
+            steps=cell.settings["steps"],
+            delta=cell.settings["delta"],
+        ).epsilon
+        for cell in cells
+        if cell.leg == "guarantee"
+    }
+
+
+def _print_plan(study: Study, planned: Planned, folder: Path) -> None:
+    finished: set[str] = set()
+    if (folder / "records.sqlite").exists():
+        with Store.open(folder) as store:
+            finished = store.done_ids()
+    rows = []
+    for named in study.policies:
+        own = [cell for cell in planned.cells if cell.policy == named.label]
+        legs = [sum(cell.leg == leg for cell in own) for leg in ("guarantee", "utility", "leakage")]
+        epsilon = planned.epsilons[named.label]
+        shown = "inf" if math.isinf(epsilon) else f"{epsilon:.3g}"
+        rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in own)])
+    columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
+    console().print(table(columns, rows, right=columns[1:]))
+    left = sum(cell.id not in finished for cell in planned.cells)
+    console().print(f"{len(planned.cells)} cells, {left} to run; records in {folder}", markup=False)
+
+
+def _result(folder: Path) -> StudyResult:
+    with Store.open(folder) as store:
+        return StudyResult.read(store)
+
+
+def render_report(folder: Path) -> Path:
+    """Render report.html, report.md, frontier.csv and figures; print decision, frontier and path."""
+    from dpguard.report.render import render
+
+    result = _result(folder)
+    page = render(result, folder)
+    found = frontier(result)
+    decision = _decide(found, Caps.read(result.spec))
+    out = console()
+    out.print()
+    out.print(terminal_table(found, out.width))
+    out.print()
+    out.print(decision.sentence, style="bold", markup=False)
+    out.print(f"report: {page}", markup=False)
+    return page
+
+
+def _decide(found: Frontier, caps: Caps) -> Recommendation:
+    return recommend(found, max_leakage=caps.max_leakage, min_utility=caps.min_utility, max_epsilon=caps.max_epsilon)
+
+
+def print_recommendation(
+    folder: Path,
+    *,
+    max_leakage: float | None,
+    min_utility: float | None,
+    max_epsilon: float | None,
+    as_json: bool,
+) -> None:
+    """Recommend under the caps given here; those of the study stand in where none is given."""
+    result = _result(folder)
+    found = frontier(result)
+    given = {"max_leakage": max_leakage, "min_utility": min_utility, "max_epsilon": max_epsilon}
+    asked = {name: value for name, value in given.items() if value is not None}
+    caps = Caps(**asked) if asked else Caps.read(result.spec)
+    decision = _decide(found, caps)
+    if as_json:
+        plain = {"verdict": decision.verdict, "policy": decision.policy, "sentence": decision.sentence}
+        print(json.dumps(plain, indent=2))
+        return
+    out = console()
+    out.print(decision.sentence, style="bold", markup=False)
+    for line in (*decision.why, *decision.limits, *decision.sensitivity):
+        out.print(f"- {line}", markup=False)
+    out.print()
+    out.print(terminal_table(found, out.width))

@@ -1,0 +1,314 @@
+"""Texts with labels: the bundled corpus, jsonl, csv or parquet files, hub data sets through the [data] extra.
+
+Every example remembers its file and line, so that a mistake in the data is told with its place.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpguard.errors import UserError, did_you_mean
+from dpguard.inputs.demo import bundle
+
+SPLIT_SEED = 20
+"""Seed of the order of the training texts and of what is held out; public, the same for everybody."""
+HELD_OUT = 0.15
+PUBLIC = 0.2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text.
+
+    Attributes:
+        text: not empty.
+        label: class index from 0.
+        entities: marked entities (names, numbers, dates ...), or None when the data marks none.
+        where: ``file:line``.
+    """
+
+    text: str
+    label: int
+    entities: tuple[str, ...] | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of a study.
+
+    Attributes:
+        name: as the user wrote it.
+        train: the clients' texts, in a fixed shuffled order; targets of attacks come from here.
+        test: held-out texts for utility.
+        public: texts of the same kind that anybody has; disjoint from ``train``.
+        synthetic: True for the bundled corpus, whose texts may be shown.
+        held_out: which of ``test`` and ``public`` were cut from the training file.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    public: tuple[str, ...]
+    synthetic: bool = False
+    held_out: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, at least 2."""
+        return max(2, 1 + max(e.label for e in (*self.train, *self.test)))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (16 hex digits) of every text and label in order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(json.dumps([[e.text, e.label, e.entities] for e in part]).encode())
+        digest.update(json.dumps(self.public).encode())
+        return digest.hexdigest()[:16]
+
+    def cut(self, count: int | None) -> Corpus:
+        """The same corpus with the first ``count`` training texts of its fixed order."""
+        return self if count is None else replace(self, train=self.train[:count])
+
+
+def load(
+    path: str,
+    *,
+    text: str = "text",
+    label: str = "label",
+    test: str | None = None,
+    public: str | None = None,
+    entities: str | None = None,
+    locate: Callable[[str], Path] = Path,
+) -> Corpus:
+    """Read a corpus.
+
+    Args:
+        path: ``demo``, a jsonl, csv or parquet file, or a hub name.
+        text, label: column names.
+        test: file of held-out texts; without it 15 % of ``path`` are held out.
+        public: file of public texts (column ``text`` is enough); without it 20 % of ``path`` are set apart.
+        entities: column of lists of marked entities; ``entities`` is used when it is there.
+        locate: turns a file named in a study into a path.
+
+    Raises:
+        UserError: a missing or empty file, a missing column, a label that is no class index, an empty
+            text, an unreachable hub; with file and line.
+    """
+    if path == "demo":
+        files = bundle.paths()
+        return replace(
+            _read_all("demo", files["train"], files["test"], files["public"], text, label, entities), synthetic=True
+        )
+    main = locate(path)
+    if not main.is_file():
+        return _from_hub(path, text, label) if _is_hub_name(path, main) else _missing(path, main)
+    extra = [None if name is None else _existing(name, locate(name)) for name in (test, public)]
+    return _read_all(path, main, extra[0], extra[1], text, label, entities)
+
+
+def _read_all(
+    name: str, main: Path, test: Path | None, public: Path | None, text: str, label: str, entities: str | None
+) -> Corpus:
+    train = list(examples(main, text=text, label=label, entities=entities))
+    held = list(examples(test, text=text, label=label, entities=entities)) if test else None
+    known = list(_texts(public, text)) if public else None
+    return _assemble(name, train, held, known)
+
+
+def _assemble(name: str, train: list[Example], test: list[Example] | None, public: list[str] | None) -> Corpus:
+    """Shuffle once, set apart what no file gives, and keep public and private texts disjoint."""
+    random.Random(SPLIT_SEED).shuffle(train)
+    held_out = []
+    if test is None:
+        count = max(1, round(HELD_OUT * len(train)))
+        test, train = train[:count], train[count:]
+        held_out.append("test")
+    if public is None:
+        count = max(1, round(PUBLIC * len(train)))
+        public, train = [e.text for e in train[:count]], train[count:]
+        held_out.append("public")
+    if not train:
+        raise UserError(f"data {name!r} has too few texts; expected at least 4")
+    private = {e.text for e in train}
+    public = [t for t in public if t not in private]
+    return Corpus(name, tuple(train), tuple(test), tuple(public), held_out=tuple(held_out))
+
+
+def examples(path: Path, *, text: str = "text", label: str = "label", entities: str | None = None) -> Iterator[Example]:
+    """The examples of one file, in its order.
+
+    Raises:
+        UserError: see `load`.
+    """
+    for where, row in _rows(path, [text, label, *([entities] if entities else [])]):
+        yield Example(
+            text=_text(row[text], text, where),
+            label=_label(row[label], label, where),
+            entities=_entities(row.get(entities or "entities"), where),
+            where=where,
+        )
+
+
+def _texts(path: Path, column: str) -> Iterator[str]:
+    for where, row in _rows(path, [column]):
+        yield _text(row[column], column, where)
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    readers: dict[str, Callable[[Path], Iterable[tuple[int, dict[str, Any]]]]] = {
+        ".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+    }  # fmt: skip
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"is a {path.suffix or 'nameless'} file; expected .jsonl, .csv or .parquet", where=str(path))
+    count = 0
+    for line, row in reader(path):
+        where = f"{path}:{line}"
+        for column in columns:
+            if column not in row:
+                raise UserError(f"no column {column!r}{did_you_mean(column, [str(k) for k in row])}", where=where)
+        count += 1
+        yield where, row
+    if count == 0:
+        raise UserError("has no rows; expected at least one text", where=str(path))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"is no JSON ({error.msg}); expected one object a line", where=f"{path}:{number}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"holds {str(row)[:40]!r}; expected one JSON object a line", where=f"{path}:{number}")
+        yield number, row
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 ({error.reason}); expected UTF-8 text", where=str(path)) from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"is no parquet file ({error})", where=str(path)) from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{column} is {value!r}; expected a text", where=where)
+    return value
+
+
+def _label(value: Any, column: str, where: str) -> int:
+    digits = value.strip() if isinstance(value, str) else value
+    if isinstance(digits, str) and digits.isdecimal():
+        digits = int(digits)
+    if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits < 10_000:
+        raise UserError(f"{column} is {value!r}; expected a class index (0, 1, 2, ...)", where=where)
+    return digits
+
+
+def _entities(value: Any, where: str) -> tuple[str, ...] | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"entities is {value!r}; expected a list of texts", where=where)
+    return tuple(value)
+
+
+def _existing(name: str, path: Path) -> Path:
+    if not path.is_file():
+        _missing(name, path)
+    return path
+
+
+def _missing(name: str, path: Path) -> Corpus:
+    folder = path.parent if path.parent.is_dir() else Path()
+    near = did_you_mean(path.name, [p.name for p in folder.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
+    raise UserError(f"no data file {name!r}; expected 'demo', a .jsonl, .csv or .parquet file, or a hub name"
+                    + (near if near.startswith("; did") else ""))  # fmt: skip
+
+
+def _is_hub_name(name: str, path: Path) -> bool:
+    return not path.suffix and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def _from_hub(name: str, text: str, label: str) -> Corpus:
+    from dpguard.inputs.models import hub_reachable
+
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"no data file {name!r}, and hub data sets need the [data] extra; expected 'demo' or a .jsonl, .csv "
+            "or .parquet file"
+        )
+    if not hub_reachable():
+        raise UserError(f"data {name!r} is no local file and no hub can be reached; expected 'demo' or a local file")
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise UserError(f"data {name!r} cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
+    splits = {
+        key: list(_hub_rows(name, key, part, text, label)) for key, part in found.items() if key != "unsupervised"
+    }
+    if "train" not in splits:
+        raise UserError(f"data {name!r} has splits {', '.join(splits)}; expected one called 'train'")
+    return _assemble(name, splits["train"], splits.get("validation") or splits.get("test"), None)
+
+
+def _hub_rows(name: str, split: str, rows: Any, text: str, label: str) -> Iterator[Example]:
+    for index, row in enumerate(rows, 1):
+        where = f"{name}/{split}:{index}"
+        for column in (text, label):
+            if column not in row:
+                raise UserError(f"no column {column!r}{did_you_mean(column, list(row))}", where=where)
+        yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where)
+
+
+def check_lengths(items: Iterable[Example], tokenizer: Any, most: int) -> None:
+    """Refuse a text that does not fit the model's positions.
+
+    Raises:
+        UserError: the first such text, with file, line and token count.
+    """
+    listed = list(items)
+    for example, ids in zip(listed, tokenizer([e.text for e in listed])["input_ids"], strict=True):
+        if len(ids) > most:
+            raise UserError(
+                f"a text of {len(ids)} tokens does not fit the model's {most} positions; expected at most {most}",
+                where=example.where,
+            )

@@ -1,0 +1,95 @@
+"""How much of a text was recovered. Pure functions of (guess, truth), each from 0 to 1."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+NAMES = ("rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall")
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score import rouge_scorer  # takes a second to import
+
+    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+
+
+def rouge(guess: str, truth: str) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L, F-measure (Lin, 2004; Google's rouge-score, no stemming).
+
+    >>> rouge("the cat sat", "the cat sat down")["rouge1"].__round__(3)
+    0.857
+    """
+    found = _scorer().score(truth, guess)
+    return {name: float(found[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")}
+
+
+def token_recall(guess: Sequence[int], truth: Sequence[int]) -> float:
+    """Share of the true tokens (with multiplicity) that the guess holds, in any order.
+
+    >>> token_recall([1, 2, 2], [2, 2, 3, 4])
+    0.5
+    """
+    if not truth:
+        return 1.0
+    return sum((Counter(guess) & Counter(truth)).values()) / len(truth)
+
+
+def entity_recall(guess: str, entities: Sequence[str] | None) -> float | None:
+    """Share of the marked entities whose words stand in the guess, in order and side by side.
+
+    None where the data marks none: a missing value is not a zero.
+
+    >>> entity_recall("call ms. vera holt now", ["Vera Holt", "0171 22"])
+    0.5
+    """
+    if not entities:
+        return None
+    words = " " + " ".join(_words(guess)) + " "
+    return sum(f" {' '.join(_words(entity))} " in words for entity in entities) / len(entities)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def score(
+    guess_ids: Sequence[int],
+    guess: str,
+    truth_ids: Sequence[int],
+    truth: str,
+    entities: Sequence[str] | None,
+) -> dict[str, float | None]:
+    """Every metric of one guess against one true text (token ids without special tokens)."""
+    return {
+        **rouge(guess, truth),
+        "exact_match": float(list(guess_ids) == list(truth_ids)),
+        "token_recall": token_recall(guess_ids, truth_ids),
+        "entity_recall": entity_recall(guess, entities),
+    }
+
+
+def assign(scores: np.ndarray) -> list[int]:
+    """One-to-one assignment of guesses to true texts with the largest sum of scores.
+
+    Args:
+        scores: (texts, guesses), any number of guesses.
+
+    Returns:
+        For every text the index of its guess, -1 when there are fewer guesses than texts.
+
+    >>> assign(np.array([[0.9, 0.8], [0.9, 0.1]]))
+    [1, 0]
+    """
+    out = [-1] * scores.shape[0]
+    if scores.size:
+        for text, guess in zip(*linear_sum_assignment(scores, maximize=True), strict=True):
+            out[int(text)] = int(guess)
+    return out

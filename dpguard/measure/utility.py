@@ -1,0 +1,240 @@
+"""What a policy costs: train under it exactly as it would be deployed, score on held-out texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from dpguard.engine.gradients import per_example_losses
+from dpguard.engine.privacy_engine import PrivacyEngine, PrivateOptimizer
+from dpguard.errors import UserError, did_you_mean
+from dpguard.inputs.batch import Batch, collate
+from dpguard.inputs.texts import Example
+from dpguard.policy.table import Plan
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+PHYSICAL = 32
+"""Examples whose per-example gradients are held at once (an embedding matrix of MiniLM is 47 MB an example)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        steps: messages released.
+        sampling_rate: Poisson inclusion probability.
+        clipped_fraction: share of (example, group) pairs that were scaled down, None without a clip.
+        dropped: examples left out because their gradient was not finite.
+        seconds: wall time.
+    """
+
+    steps: int
+    sampling_rate: float
+    clipped_fraction: float | None
+    dropped: int
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    plan: Plan,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    optimizer: str = "adam",
+    seed: int = 0,
+    physical: int = PHYSICAL,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Trained:
+    """Train ``model`` in place with Poisson batches under a plan; dropout is on, as it would be.
+
+    Args:
+        model: the classifier; its parameters require gradients again afterwards.
+        tokenizer: its tokenizer.
+        examples: the N training texts.
+        plan: the policy resolved against the model.
+        epochs: expected passes; steps = round(epochs / sampling rate).
+        batch_size: public batch size.
+        learning_rate: of the optimizer.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        seed: of sampling, dropout and noise (a study's; a deployment has none).
+        physical: examples in one backward pass.
+        on_step: called with (steps done, steps in all).
+
+    Raises:
+        UserError: unknown optimizer, or a plan that trains nothing or withholds what it trains.
+    """
+    check_central(plan)
+    started = time.perf_counter()
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model.train()
+    inner = _optimizer(optimizer, model, plan, learning_rate)
+    encoded = DataLoader(_encode(examples, tokenizer), batch_size=batch_size, collate_fn=_pad(tokenizer))  # type: ignore[arg-type,var-annotated]
+    engine = PrivacyEngine()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module, private, loader = engine.make_private(
+            module=model, optimizer=inner, data_loader=encoded, policy=plan, seed=seed, loss_reduction="sum"
+        )
+        steps = round(epochs / engine.sampling_rate)
+        try:
+            for done, batch in enumerate(_endless(loader, steps), 1):
+                _step(module, private, batch, physical)
+                on_step(done, steps)
+        finally:
+            engine.close()
+            model.eval()
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+    seconds = time.perf_counter() - started
+    return Trained(engine.steps, engine.sampling_rate, engine.clipped_fraction, engine.dropped, seconds)
+
+
+def check_central(plan: Plan) -> None:
+    """Refuse a plan whose utility a central training cannot show.
+
+    Raises:
+        UserError: layers that are trained but withheld differ from client to client.
+    """
+    if plan.withheld:
+        raise UserError(
+            f"{len(plan.withheld)} withheld tensors are trained at each client, so one central model does not "
+            "exist; it needs the federation"
+        )
+    if not plan.trained:
+        raise UserError("the policy trains nothing; expected at least one trained layer")
+
+
+def _step(module: nn.Module, private: PrivateOptimizer, batch: Batch, physical: int) -> None:
+    private.zero_grad()
+    private.empty = len(batch) == 0
+    starts = range(0, len(batch), physical)
+    for start in starts:
+        part = batch.rows(slice(start, start + physical))
+        torch.autograd.backward(per_example_losses(module, part).sum())
+        if len(starts) > 1:
+            private.fold()
+    private.step()
+
+
+def _optimizer(name: str, model: nn.Module, plan: Plan, learning_rate: float) -> Optimizer:
+    if name not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
+    trained = set(plan.trained)
+    parameters = [p for n, p in model.named_parameters() if n in trained]
+    return OPTIMIZERS[name](parameters, lr=learning_rate)  # type: ignore[call-arg]
+
+
+def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], int]]:
+    ids = tokenizer([e.text for e in examples])["input_ids"]
+    return [(row, e.label) for row, e in zip(ids, examples, strict=True)]
+
+
+def _pad(tokenizer: Any) -> Callable[[list[tuple[list[int], int]]], Batch]:
+    padding = int(tokenizer.pad_token_id)
+
+    def padded(items: list[tuple[list[int], int]]) -> Batch:
+        longest = max(len(ids) for ids, _ in items)
+        rows = torch.full((len(items), longest), padding, dtype=torch.int64)
+        mask = torch.zeros_like(rows)
+        for index, (ids, _) in enumerate(items):
+            rows[index, : len(ids)] = torch.tensor(ids)
+            mask[index, : len(ids)] = 1
+        return Batch(rows, mask, torch.tensor([label for _, label in items]))
+
+    return padded
+
+
+def _endless(loader: DataLoader[Any], steps: int) -> Iterator[Batch]:
+    done = 0
+    while done < steps:
+        for batch in loader:
+            if done == steps:
+                return
+            done += 1
+            yield batch
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, batch_size: int = 64
+) -> tuple[list[int], float]:
+    """Predicted classes and mean cross-entropy, dropout off.
+
+    Returns:
+        (predictions in the order of ``examples``, loss).
+    """
+    model.eval()
+    predictions, losses = [], []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        batch = collate([e.text for e in part], [e.label for e in part], tokenizer)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+        predictions += [int(c) for c in logits.argmax(1)]
+        losses += nn.functional.cross_entropy(logits, batch.labels, reduction="none").tolist()
+    return predictions, float(np.mean(losses))
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of right predictions.
+
+    >>> accuracy([1, 0, 1], [1, 1, 1]).__round__(3)
+    0.667
+    """
+    return float(np.mean(np.asarray(predictions) == np.asarray(labels)))
+
+
+def confusion(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray:
+    """(classes, classes) counts, true class by predicted class."""
+    classes = 1 + max(*predictions, *labels)
+    table = np.zeros((classes, classes))
+    np.add.at(table, (np.asarray(labels), np.asarray(predictions)), 1)
+    return table
+
+
+def mcc(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Matthews correlation for any number of classes (Gorodkin, 2004); 0 when one side is constant.
+
+    >>> mcc([1, 0, 1, 0], [1, 0, 0, 0]).__round__(3)
+    0.577
+    """
+    table = confusion(predictions, labels)
+    true, said, total = table.sum(1), table.sum(0), table.sum()
+    covariance = np.trace(table) * total - true @ said
+    spread = np.sqrt((total**2 - said @ said) * (total**2 - true @ true))
+    return float(covariance / spread) if spread else 0.0
+
+
+def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """F1 of class 1 for two classes, the mean over classes (macro) for more; an absent class counts 0.
+
+    >>> f1([1, 0, 1, 0], [1, 0, 0, 0]).__round__(3)
+    0.667
+    """
+    table = confusion(predictions, labels)
+    hits, either = np.diag(table), table.sum(0) + table.sum(1)
+    each = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
+    return float(each[1] if len(each) == 2 else each.mean())
+
+
+def scores(predictions: Sequence[int], labels: Sequence[int], loss: float) -> dict[str, float]:
+    """Every utility metric."""
+    return {
+        "accuracy": accuracy(predictions, labels),
+        "mcc": mcc(predictions, labels),
+        "f1": f1(predictions, labels),
+        "loss": loss,
+    }
