@@ -1,0 +1,335 @@
+"""Gradient matching: move soft texts until they send the message that was seen.
+
+Presets:
+    default: our own. Per-tensor cosine without noise, whitened distance with it; replays clip, pruning
+        and rounding; restarts side by side; ends with a discrete search among the nearest tokens.
+    partial: the setting of "Seeing the Forest through the Trees" (Li, Xu, Dras, EMNLP 2024, arXiv
+        2406.00999; its loop is LAMP's, arXiv 2202.08827): mean over tensors of 1 - cos, plus
+        (mean token norm - 1.4)²; Adam at .01, times .89 every 50 steps; 500 random starts, then 500
+        orders of the best; from a tenth of the steps on, every 75 steps, 200 other token orders. There a
+        language model's loss is added to an order's score with weight .2. Here a bigram model of the
+        public texts takes its place, because the core needs no language model. Labels and lengths are
+        known there; where they are not, every class gets its own run.
+    demo: the default's objective on a budget for the bundled model.
+
+Dropout (``mode`` "train") is not replayed: a candidate's gradient is compared with dropout off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.base import Budget
+from dpguard.attacks.guesses import Guesses, draw, label_guesses, length_guesses
+from dpguard.attacks.language import Corpus, bigram
+from dpguard.attacks.objective import Objective, targets
+from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.presets import choose
+from dpguard.attacks.reorder import propose, shuffle
+from dpguard.attacks.vocabulary import TokenTable
+from dpguard.engine.gradients import running_as
+from dpguard.inputs.family import family_of
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What makes a preset, besides its budget.
+
+    Attributes:
+        aware: replay the policy on the candidates and whiten noise (see `Objective`).
+        learning_rate: Adam's step size; multiplied by ``decay`` every ``decay_every`` steps.
+        starts: random starts scored for each label guess.
+        permutations: orders of the best starts scored.
+        burn_in: fraction of the steps before the first reordering.
+        every: steps between reorderings.
+        proposals: orders scored at a reordering.
+        order_prior: weight of the bigram loss (nats a token) in an order's score.
+        norm_weight: weight of (mean token norm - ``norm``)².
+        norm: token norm that starts have and the penalty asks for; None takes the table's mean.
+        substitutes: nearest tokens tried at each position in the discrete search at the end; 0 = none.
+    """
+
+    aware: bool = True
+    learning_rate: float = 0.01
+    decay: float = 0.89
+    decay_every: int = 50
+    starts: int = 64
+    permutations: int = 64
+    burn_in: float = 0.1
+    every: int = 75
+    proposals: int = 100
+    order_prior: float = 0.05
+    norm_weight: float = 1.0
+    norm: float | None = None
+    substitutes: int = 8
+
+
+SETTINGS = {
+    "default": Setting(learning_rate=0.03, decay=0.93, every=50),
+    "partial": Setting(
+        aware=False, starts=500, permutations=500, proposals=200, order_prior=0.2, norm=1.4, substitutes=0
+    ),
+    "demo": Setting(learning_rate=0.1, decay=0.8, decay_every=15, starts=16, permutations=16, every=20, proposals=16),
+}
+
+
+class Match:
+    """See the module's docstring."""
+
+    name = "match"
+    cite = "Li, Xu, Dras, EMNLP 2024 (arXiv 2406.00999); LAMP, NeurIPS 2022 (arXiv 2202.08827)"
+
+    def __init__(self) -> None:
+        self.presets = {
+            "default": Budget(steps=600, candidates=6_000, restarts=4),
+            "partial": Budget(steps=2_000, candidates=6_000, restarts=1),
+            "demo": Budget(steps=80, candidates=400, restarts=2),
+        }
+
+    def applicable(self, seen: Observation) -> str:
+        """Empty when a shared tensor can be compared with a candidate's gradient, else the reason."""
+        if not seen.message:
+            return "the message holds no tensor"
+        if seen.disclosed.kind != "gradient":
+            return f"the message is an {seen.disclosed.kind}; matching replays one gradient step"
+        if not hasattr(seen.model.config, "num_labels") or "LMHead" in type(seen.model).__name__:
+            return "the model predicts tokens; matching guesses class labels"
+        if not targets(seen, aware=False)[0]:
+            return "nothing to compare: only token-embedding rows or empty tensors are shared"
+        return ""
+
+    def reconstruct(
+        self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
+    ) -> Reconstruction:
+        """Propose the texts whose gradient comes nearest to the message. Never certain.
+
+        ``notes``: ``objective``, ``loss`` of the proposed tokens, ``losses`` of every restart before its
+        projection to tokens, ``compared`` and ``ignored`` tensors, ``lengths`` and ``labels`` as guessed.
+
+        Raises:
+            UserError: no such preset.
+        """
+        name, limits = choose(self.name, self.presets, preset, budget)
+        with running_as(seen.model, "eval"):
+            return Search(seen, SETTINGS[name], limits, rng).run()
+
+
+@dataclass
+class Spent:
+    """Steps and candidates used so far."""
+
+    steps: int = 0
+    candidates: int = 0
+
+
+@dataclass
+class Search:
+    """One reconstruction: start, order, optimise, project, search."""
+
+    seen: Observation
+    setting: Setting
+    budget: Budget
+    rng: torch.Generator
+    spent: Spent = field(default_factory=Spent)
+
+    def __post_init__(self) -> None:
+        told, model = self.seen.disclosed, self.seen.model
+        self.classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+        self.texts = told.sequences if told.sequences is not None else told.batch_size
+        self.objective = Objective(self.seen, self.texts, aware=self.setting.aware)
+        self.table = TokenTable(model.get_input_embeddings().weight, told.tokenizer)  # type: ignore[operator]
+        self.norm = self.table.mean_norm if self.setting.norm is None else self.setting.norm
+        self.bigram = bigram(Corpus.of(told), len(self.table.weight))
+
+    def run(self) -> Reconstruction:
+        """All of it."""
+        guesses, losses = self.optimise(self.reordered_starts(self.starts()))
+        ids = self.project(guesses)
+        discrete = self.score(guesses.moved(self.table.weight[ids]))
+        best = int(discrete.nan_to_num(nan=torch.inf).argmin())
+        final, chosen = guesses.at([best]), ids.reshape(guesses.messages, self.texts, -1)[best]
+        loss = float(discrete[best])
+        if self.setting.substitutes:
+            chosen, loss = self.climb(final, chosen)
+        lengths = final.mask.sum(1).tolist()
+        return Reconstruction(
+            sequences=[row[:length] for row, length in zip(chosen.tolist(), lengths, strict=True)],
+            certain=[False] * self.texts,
+            steps=self.spent.steps,
+            candidates=self.spent.candidates,
+            notes={
+                "objective": "whitened" if self.objective.whitened else "cosine",
+                "loss": loss,
+                "losses": losses.tolist(),
+                "compared": len(self.objective.targets),
+                "ignored": self.objective.ignored,
+                "lengths": lengths,
+                "labels": final.labels.tolist(),
+            },
+        )
+
+    def left(self, wanted: int) -> int:
+        """``wanted`` candidates, or as many as the budget still holds."""
+        return max(0, min(wanted, self.budget.candidates - self.spent.candidates))
+
+    @torch.no_grad()
+    def score(self, guesses: Guesses) -> Tensor:
+        """(R,) distances of R messages, in chunks; each counts as a candidate."""
+        self.spent.candidates += guesses.messages
+        size = max(1, CHUNK // self.texts)
+        parts = []
+        for first in range(0, guesses.messages, size):
+            some = guesses.at(list(range(first, min(first + size, guesses.messages))))
+            parts.append(self.objective(some.batch, some.embeddings).detach())
+        return torch.cat(parts)
+
+    # -- initialisation
+
+    def starts(self) -> Guesses:
+        """The best random starts: ``restarts`` of them for each of the most promising label guesses."""
+        told, model = self.seen.disclosed, self.seen.model
+        longest = family_of(model).max_tokens(model.config)
+        labels = label_guesses(told, self.texts, self.classes, self.rng)
+        count = max(self.budget.restarts, self.left(self.setting.starts * len(labels)) // (2 * len(labels)))
+        count = min(count, max(self.budget.restarts, self.setting.starts))
+        lengths = length_guesses(told, self.texts, count, longest, self.rng)
+        pools = [
+            draw(lengths, label, table=self.table.weight, norm=self.norm, tokenizer=told.tokenizer, rng=self.rng)
+            for label in labels
+        ]
+        self.objective.calibrate(pools[0].batch, pools[0].embeddings)
+        scores = [self.score(pool) for pool in pools]
+        promising = sorted(range(len(pools)), key=lambda index: float(scores[index].min()))[:4]
+        kept = [pools[index].at(scores[index].argsort()[: self.budget.restarts]) for index in promising]
+        return Guesses.join(kept)
+
+    def reordered_starts(self, guesses: Guesses) -> Guesses:
+        """Every start in the best of several random orders of its embeddings."""
+        count = self.left(self.setting.permutations * guesses.messages) // (2 * guesses.messages)
+        return guesses.moved(self._best_orders(guesses, min(count, self.setting.permutations), 0.0, scramble=True))
+
+    # -- continuous search
+
+    def optimise(self, guesses: Guesses) -> tuple[Guesses, Tensor]:
+        """Adam on all restarts at once; each keeps the embeddings of its smallest distance, (R,) with it."""
+        setting, free, fixed = self.setting, guesses.free[:, :, None], guesses.embeddings.detach()
+        x = fixed.clone().requires_grad_()
+        adam = torch.optim.Adam([x], lr=setting.learning_rate)
+        decay = torch.optim.lr_scheduler.StepLR(adam, setting.decay_every, setting.decay)
+        best, lowest = fixed.clone(), torch.full((guesses.messages,), torch.inf, device=fixed.device)
+        for step in range(self.budget.steps):
+            now = torch.where(free, x, fixed)
+            distance = self.objective(guesses.batch, now, create_graph=True)
+            total = distance + setting.norm_weight * self.norm_penalty(now, guesses)
+            better = distance.detach() < lowest
+            lowest = torch.where(better, distance.detach(), lowest)
+            best = torch.where(better.repeat_interleave(self.texts)[:, None, None], now.detach(), best)
+            (x.grad,) = torch.autograd.grad(total.sum(), x)
+            adam.step()
+            decay.step()
+            self.spent.steps += 1
+            if step >= setting.burn_in * self.budget.steps and step % setting.every == 0 and step:
+                self.reorder(x, guesses)
+        return guesses.moved(best), lowest
+
+    def norm_penalty(self, embeddings: Tensor, guesses: Guesses) -> Tensor:
+        """(R,) squared difference of the mean norm of a message's free tokens from the wanted norm."""
+        weights = guesses.free.reshape(guesses.messages, -1).float()
+        norms = (embeddings.pow(2).sum(2) + 1e-12).sqrt().reshape(guesses.messages, -1)
+        return ((norms * weights).sum(1) / weights.sum(1).clamp(min=1) - self.norm).pow(2)
+
+    # -- order
+
+    @torch.no_grad()
+    def reorder(self, x: Tensor, guesses: Guesses) -> None:
+        """Put every restart's embeddings in the best of several orders; Adam's memory stays in place."""
+        now = guesses.moved(torch.where(guesses.free[:, :, None], x.detach(), guesses.embeddings))
+        count = self.left(self.setting.proposals * guesses.messages) // guesses.messages
+        x.copy_(self._best_orders(now, count, self.setting.order_prior))
+
+    def _best_orders(self, guesses: Guesses, count: int, prior: float, *, scramble: bool = False) -> Tensor:
+        """Embeddings with every message in the best of ``count`` orders (as it is, and count - 1 others)."""
+        out = guesses.embeddings.clone()
+        if count < 2:
+            return out
+        ids = self.project(guesses).reshape(guesses.messages, self.texts, -1)
+        for message in range(guesses.messages):
+            many = guesses.at([message] * count)
+            order = self._orders(many.free[: self.texts], count, scramble=scramble).to(out.device)
+            embeddings = many.embeddings.gather(1, order[:, :, None].expand_as(many.embeddings))
+            scores = self.score(many.moved(embeddings))
+            if prior and self.bigram is not None:
+                tokens = ids[message].repeat(count, 1).gather(1, order)
+                loss = self.bigram.loss(tokens, many.mask).reshape(count, self.texts).mean(1)
+                scores = scores + prior * loss.to(scores)
+            winner = int(scores.argmin())
+            rows = slice(message * self.texts, (message + 1) * self.texts)
+            out[rows] = embeddings[winner * self.texts : (winner + 1) * self.texts]
+        return out
+
+    def _orders(self, free: Tensor, count: int, *, scramble: bool) -> Tensor:
+        """(count * B, L) positions to read from; the first B rows leave everything where it is."""
+        identity = torch.arange(free.shape[1]).repeat(count, len(free), 1)
+        inside = [row.nonzero().flatten().tolist() for row in free.cpu()]
+        for index in range(1, count):
+            text = int(torch.randint(len(inside), (1,), generator=self.rng))
+            for each in range(len(inside)) if scramble else [text]:
+                new = shuffle(inside[each], self.rng) if scramble else propose(inside[each], self.rng)
+                identity[index, each, inside[each]] = torch.tensor(new, dtype=torch.int64)
+        return identity.flatten(0, 1)
+
+    # -- tokens
+
+    def project(self, guesses: Guesses) -> Tensor:
+        """(N, L) token ids: the nearest token by cosine at free positions, special tokens elsewhere."""
+        return torch.where(guesses.free, self.table.nearest(guesses.embeddings)[:, :, 0], guesses.ids)
+
+    def climb(self, final: Guesses, ids: Tensor) -> tuple[Tensor, float]:
+        """Better tokens for one message: other orders, and each position's nearest tokens, while budget is left.
+
+        Args:
+            final: one message, at its continuous solution.
+            ids: (B, L) its tokens.
+
+        Returns:
+            (B, L) token ids and their distance.
+        """
+        near = self.table.nearest(final.embeddings, self.setting.substitutes)
+        places = final.free.nonzero().tolist()
+        swaps = [(row, place, int(token)) for row, place in places for token in near[row, place]]
+        best, (score, distance) = ids, self._posterior(final, ids[None])[0]
+        while swaps and self.left(CHUNK) == CHUNK:
+            tried = []
+            for index in torch.randperm(len(swaps), generator=self.rng)[: CHUNK // 2].tolist():
+                row, place, token = swaps[index]
+                tried.append(best.index_put((torch.tensor(row), torch.tensor(place)), torch.tensor(token)))
+            order = self._orders(final.free, CHUNK - len(tried) + 1, scramble=False)[self.texts :].to(best.device)
+            tried += list(best.repeat(CHUNK - len(tried), 1).gather(1, order).reshape(-1, *best.shape))
+            found = self._posterior(final, torch.stack(tried))
+            winner = min(range(len(found)), key=lambda index: found[index][0])
+            if found[winner][0] < score:
+                best, (score, distance) = tried[winner], found[winner]
+        return best, distance
+
+    def _posterior(self, final: Guesses, ids: Tensor) -> list[tuple[float, float]]:
+        """(what to minimise, distance) of (K, B, L) token ids.
+
+        Under noise half the whitened distance is a negative log-likelihood, so the public bigram model
+        adds its nats to it; without noise the message alone decides.
+        """
+        many = final.at([0] * len(ids))
+        flat = ids.flatten(0, 1)
+        distances = self.score(many.moved(self.table.weight[flat]))
+        scores = distances
+        if self.objective.whitened and self.bigram is not None:
+            nats = self.bigram.loss(flat, many.mask).to(distances) * (many.mask.sum(1) - 1)
+            scores = distances + 2 * nats.reshape(len(ids), -1).sum(1) / self.objective.scale
+        return list(zip(scores.tolist(), distances.tolist(), strict=True))
+
+
+PLUGIN = Match()

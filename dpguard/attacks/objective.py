@@ -1,0 +1,171 @@
+"""How far candidate texts are from the message: per-tensor cosine, or whitened distance under noise.
+
+The message is compared as the policy made it: groups are clipped, entries that were pruned are left
+out, quantised tensors are compared after the same rounding (straight-through gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.observation import Observation
+from dpguard.attacks.replay import Rows, Tap, clip_rows, find_taps, form, products, record, squared_norms
+from dpguard.engine import wire
+from dpguard.inputs.batch import Batch
+from dpguard.policy.table import Plan
+
+NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the message, in units of the sum over the batch.
+
+    Attributes:
+        tap: where a candidate's gradient of it comes from.
+        value: the tensor, float32.
+        std: standard deviation of the noise on each entry.
+        kept: entries that arrived (None: all of them).
+        release: the plan of this tensor alone, when it was quantised or released otherwise.
+    """
+
+    tap: Tap
+    value: Tensor
+    std: float
+    kept: Tensor | None = None
+    release: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Per tensor and message: (tensors, R) inner products and squared norms, (tensors,) squared targets."""
+
+    dots: Tensor
+    squares: Tensor
+    targets: Tensor
+
+
+def cosine_distance(parts: Parts) -> Tensor:
+    """(R,) mean over tensors of 1 - cos(g, g'), from 0 to 2.
+
+    >>> cosine_distance(Parts(torch.tensor([[3.0]]), torch.tensor([[9.0]]), torch.tensor([1.0])))
+    tensor([0.])
+    """
+    lengths = (parts.squares * parts.targets[:, None]).clamp(min=1e-30).sqrt()
+    return (1 - parts.dots / lengths).mean(0)
+
+
+def whitened_distance(parts: Parts, stds: Tensor) -> Tensor:
+    """(R,) sum over tensors of (||g||² - 2 <g, m>) / std²: -2 log-likelihood up to a constant."""
+    return ((parts.squares - 2 * parts.dots) / stds[:, None].pow(2)).sum(0)
+
+
+class Objective:
+    """Scores candidates against one message.
+
+    Args:
+        seen: the message and what is disclosed.
+        texts: texts a message holds; consecutive rows of a batch form one message.
+        aware: replay clip, pruning and rounding and whiten the noise; False compares what arrived by
+            cosine, as the published attacks do.
+
+    Attributes:
+        targets: the tensors that are compared.
+        ignored: names of tensors on the wire that cannot be compared.
+        whitened: whether the whitened distance is used (every compared tensor is noisy).
+        scale: what whitened distances are divided by, see `calibrate`.
+    """
+
+    def __init__(self, seen: Observation, texts: int, *, aware: bool) -> None:
+        self.model, self.plan, self.texts = seen.model, seen.disclosed.plan, texts
+        found, self.ignored = targets(seen, aware=aware)
+        clean = [target for target in found if target.std == 0]
+        # Noise can't hide what clean tensors show, and by the likelihood a clean tensor outweighs all others.
+        self.targets = (clean or found) if aware else found
+        self.whitened = aware and not clean and bool(found)
+        self.clipped = aware and bool(self.plan.groups) and (self.whitened or texts > 1)
+        grouped = {name for group in self.plan.groups.values() for name in group.names} if self.clipped else set()
+        names = grouped | {target.tap.slot.name for target in self.targets}
+        self.taps = find_taps(seen.model, [rule.slot for name, rule in self.plan.items() if name in names])
+        self.batch_size = seen.disclosed.batch_size
+        self.mask_seed = seen.disclosed.mask_seed
+        self.scale = 1.0
+
+    def parts(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Parts:
+        """Inner products and norms of N / texts candidate messages; see `Parts`."""
+        rows = record(self.model, self.taps, batch, embeddings, create_graph=create_graph)
+        clipped = clip_rows(rows, self.taps, self.plan) if self.clipped else {"": rows}
+        pairs = [self._compare(target, clipped) for target in self.targets]
+        dots, squares = (torch.stack(side) for side in zip(*pairs, strict=True))
+        kept = [t.value if t.kept is None else t.value * t.kept for t in self.targets]
+        return Parts(dots, squares, torch.stack([value.pow(2).sum() for value in kept]))
+
+    def __call__(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Tensor:
+        """(N / texts,) distances; lower is nearer.
+
+        Args:
+            batch: N candidate texts; only mask and labels are read.
+            embeddings: (N, L, d) token embeddings.
+            create_graph: for a derivative with respect to the embeddings.
+        """
+        parts = self.parts(batch, embeddings, create_graph=create_graph)
+        if not self.whitened:
+            return cosine_distance(parts)
+        stds = parts.dots.new_tensor([target.std for target in self.targets])
+        return whitened_distance(parts, stds) / self.scale
+
+    def calibrate(self, batch: Batch, embeddings: Tensor) -> None:
+        """Measure whitened distances in units of the mean energy ||g||² / std² of these candidates."""
+        if self.whitened:
+            squares = self.parts(batch, embeddings).squares
+            stds = squares.new_tensor([target.std for target in self.targets])
+            self.scale = float((squares / stds[:, None].pow(2)).sum(0).mean().clamp(min=1e-30))
+
+    def _compare(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> tuple[Tensor, Tensor]:
+        tap = target.tap
+        group = self.plan[tap.slot.name].group if self.clipped else ""
+        rows = clipped[group][tap.module].grouped(self.texts)
+        if target.kept is None and target.release is None:
+            return products(tap, rows, target.value), squared_norms(tap, rows)
+        gradients = form(tap, rows)
+        if target.kept is not None:
+            gradients = gradients * target.kept
+        if target.release is not None:
+            gradients = self._released(target.tap.slot.name, target.release, gradients)
+        return (gradients * target.value).flatten(1).sum(1), gradients.flatten(1).pow(2).sum(1)
+
+    def _released(self, name: str, plan: Plan, gradients: Tensor) -> Tensor:
+        """Round as the client did; the derivative is the identity's (straight-through)."""
+        sent = [
+            wire.release({name: g}, plan, batch_size=self.batch_size, mask_seed=self.mask_seed)[name] * self.batch_size
+            for g in gradients.detach()
+        ]
+        return gradients + (torch.stack(sent) - gradients).detach()
+
+
+def targets(seen: Observation, *, aware: bool) -> tuple[list[Target], list[str]]:
+    """The tensors of a message that can be compared, and the names of those that cannot.
+
+    Token-embedding tables can't (soft tokens have no row in them), nor can tensors that hold nothing but
+    rounding errors (a key's bias: softmax ignores it).
+    """
+    told, plan = seen.disclosed, seen.disclosed.plan
+    taps = find_taps(seen.model, [plan[name].slot for name in seen.message if name in plan])
+    largest = max((float(value.float().norm()) for value in seen.message.values()), default=0.0)
+    out, ignored = [], []
+    for name, value in seen.message.items():
+        tap = taps.get(name)
+        usable = tap is not None and tap.slot.role != "token_embedding"
+        if tap is None or not usable or not float(value.float().norm()) > NEGLIGIBLE * largest:
+            ignored.append(name)
+            continue
+        rule, total = plan[name], value.detach().float() * told.batch_size
+        kept = (total != 0).float() if aware and rule.keep < 1 else None
+        rounded = aware and (rule.bits is not None or bool(rule.release))
+        alone = Plan({name: replace(rule, keep=1.0)}, plan.rows, plan.name) if rounded else None
+        out.append(Target(tap, total, rule.std(told.batch_size), kept, alone))
+    return out, ignored
