@@ -80,7 +80,7 @@ def _lines(ax: Axes, content: Tradeoff, narrow: bool) -> None:
 def _point(ax: Axes, point: Point) -> None:
     colour = point.band.colour if point.band else OPEN
     x, y = point.leakage, point.utility
-    bars: dict[str, Any] = {"color": colour, "linewidth": 1.6, "alpha": 0.4, "solid_capstyle": "round", "zorder": 2}
+    bars: dict[str, Any] = {"color": colour, "linewidth": 1.6, "alpha": 0.5, "solid_capstyle": "round", "zorder": 2}
     ax.plot([x.low, x.high], [y.value, y.value], gid=f"bar-{point.number}", **bars)
     ax.plot([x.value, x.value], [y.low, y.high], gid=f"bar-{point.number}-u", **bars)
     ax.plot(
@@ -230,13 +230,13 @@ def leakage(frontier: Frontier, *, narrow: bool = False) -> tuple[Axes, Axes]:
         for place, bar in enumerate(content.bars):
             _bar(left, place, bar, bar.leakage)
             _bar(right, place, bar, bar.exact)
-            if bar.bound is not None:
+            if bar.bound is not None and bar.exact is not None:
                 ends = [place - 0.33, place + 0.33]
                 right.plot([bar.bound] * 2, ends, color=RED, linewidth=1.8, gid=f"bound-{bar.number}")
         if content.floor:
             x, ends_of_axis = content.floor.value, left.get_xaxis_transform()
             left.axvline(x, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            left.text(x + 0.015, 0.005, "floor", transform=ends_of_axis, color=MUTED, va="bottom")
+            left.text(x, 1.0, "floor", transform=ends_of_axis, color=MUTED, va="bottom", ha="center")
         names = [str(b.number) if narrow else visible(b.policy, limit=NAME_LENGTH) for b in content.bars]
         left.set_yticks(range(len(names)), names, color=INK)
         left.set_ylim(len(names) - 0.4, -0.6)
@@ -244,7 +244,7 @@ def leakage(frontier: Frontier, *, narrow: bool = False) -> tuple[Axes, Axes]:
             ax.set_xlim(-0.03, 1.03)
             ax.set_xticks([0, 0.5, 1] if narrow else [0, 0.25, 0.5, 0.75, 1])
             ax.grid(axis="x", color=LINE, linewidth=0.6, zorder=0)
-            ax.set_title(title, loc="left", color=INK)
+            ax.set_xlabel(title, color=INK)
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
     return left, right
@@ -252,7 +252,8 @@ def leakage(frontier: Frontier, *, narrow: bool = False) -> tuple[Axes, Axes]:
 
 def _bar(ax: Axes, place: int, bar: Bar, interval: Interval | None) -> None:
     if interval is None:
-        ax.text(0.0, place, "not measured", color=MUTED, va="center", ha="left", fontstyle="italic")
+        paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+        ax.text(0.5, place, "not measured", color=MUTED, va="center", ha="center", bbox=paper)
         return
     colour = bar.band.colour if bar.band else OPEN
     ends = [interval.low, interval.high]

@@ -13,23 +13,27 @@ from dpguard.study.record import Record
 
 @dataclass(frozen=True)
 class Group:
-    """Gaps of one leg of one policy with one reason, counted."""
+    """Gaps of one leg with one reason: ``policies`` has, for each policy, the positions and seeds it lacks."""
 
-    policy: str
     leg: str
     status: str
     reason: str
-    where: tuple[str, ...]
+    policies: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def grouped(gaps: Sequence[Gap]) -> list[Group]:
-    """Gaps that differ only in seed or position as one; failed ones first, then missing, then skipped."""
-    found: dict[tuple[str, str, str, str], list[str]] = {}
+    """Gaps of one leg with one reason as one; failed ones first, then missing, then skipped."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for gap in gaps:
-        found.setdefault((gap.policy, gap.leg, gap.status, gap.reason), []).append(gap.where)
+        places = found.setdefault((gap.leg, gap.status, gap.reason), {}).setdefault(gap.policy, [])
+        if gap.where:
+            places.append(gap.where)
+    groups = [
+        Group(*key, tuple((policy, tuple(places)) for policy, places in policies.items()))
+        for key, policies in found.items()
+    ]
     order = ("failed", "missing", "skipped")
-    groups = [Group(*key, tuple(place for place in where if place)) for key, where in found.items()]
-    return sorted(groups, key=lambda group: order.index(group.status) if group.status in order else 0)
+    return sorted(groups, key=lambda group: order.index(group.status))
 
 
 def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ class Band:
 def _bands() -> tuple[Band, ...]:
     day = seaborn.color_palette("viridis", as_cmap=True)
     limits = ((1.0, "ε ≤ 1"), (3.0, "ε ≤ 3"), (10.0, "ε ≤ 10"), (math.inf, "ε > 10"))
-    shades = zip((0.10, 0.36, 0.58, 0.76), (0.42, 0.60, 0.76, 0.92), strict=True)
+    shades = zip((0.10, 0.36, 0.58, 0.76), (0.50, 0.66, 0.80, 0.94), strict=True)
     return tuple(
         Band(most, name, _hex(day(light)), _hex(day(dark)))
         for (most, name), (light, dark) in zip(limits, shades, strict=True)
