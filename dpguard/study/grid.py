@@ -31,7 +31,12 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
     """
     examples = _examples(study, data)
     sampling_rate, steps = _schedule(study, examples)
-    guarantee = {"sampling_rate": sampling_rate, "steps": steps, "delta": study.privacy.delta}
+    guarantee = {
+        "sampling_rate": sampling_rate,
+        "steps": steps,
+        "delta": study.privacy.delta,
+        "examples": examples,
+    }
 
     def cell(leg: Leg, index: int, settings: dict[str, Any], seed: int = 0) -> Cell:
         named = study.policies[index]
@@ -71,8 +76,8 @@ def _examples(study: Study, data: dict[str, Any]) -> int:
         count = study.utility.train_examples
     if delta > 1 / count:
         raise UserError(
-            f"privacy.delta: {delta:g} is larger than 1/{count}, one over the number of training examples, "
-            f"expected at most {1 / count:.2g}",
+            f"privacy.delta: {delta:g} is larger than one over the number of training examples, "
+            f"expected at most 1/{count}",
             loc=("privacy", "delta"),
         )
     return count
@@ -108,8 +113,20 @@ def _training(study: Study, examples: int) -> dict[str, Any]:
 def _attack(study: Study, panel: dict[str, Any] | None) -> dict[str, Any]:
     if study.leakage is None:
         return {}
-    kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "attacks"})
-    return {**kept, "panel": panel or {"name": study.leakage.panel}}
+    kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size"})
+    asked = study.leakage.attacks
+    return {**kept, "panel": panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}}
+
+
+def describe(cell: Cell) -> str:
+    """A cell in words.
+
+    >>> describe(Cell("leakage", "dp-sgd noise=0.6", [], {}, {}, {"at": "end"}, 1))
+    'leakage at end, dp-sgd noise=0.6, seed 1'
+    """
+    at = f" at {cell.settings['at']}" if "at" in cell.settings else ""
+    seed = "" if cell.leg == "guarantee" else f", seed {cell.seed}"
+    return f"{cell.leg}{at}, {cell.policy}{seed}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dpguard.study.grid import describe
 from dpguard.study.record import Cell, Record
 
 
@@ -32,17 +33,6 @@ class Event:
     running: tuple[Cell, ...] = ()
 
 
-def describe(cell: Cell) -> str:
-    """A cell in words.
-
-    >>> describe(Cell("leakage", "dp-sgd noise=0.6", [], {}, {}, {"at": "end"}, 1))
-    'leakage at end, dp-sgd noise=0.6, seed 1'
-    """
-    at = f" at {cell.settings['at']}" if "at" in cell.settings else ""
-    seed = "" if cell.leg == "guarantee" else f", seed {cell.seed}"
-    return f"{cell.leg}{at}, {cell.policy}{seed}"
-
-
 def line(event: Event) -> str:
     """One quiet line about a finished cell."""
     record = event.record
@@ -58,8 +48,8 @@ def line(event: Event) -> str:
 class Display:
     """Shows events on stderr; a context manager."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, total: int, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             MofNCompleteColumn(),
             BarColumn(bar_width=24),

@@ -16,8 +16,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from dpguard.errors import UserError
-from dpguard.study.grid import NEEDS
-from dpguard.study.progress import Display, Event, describe
+from dpguard.study.grid import NEEDS, describe
+from dpguard.study.progress import Display, Event
 from dpguard.study.record import Cell, Record, TextRow
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -121,10 +121,10 @@ def run(
         todo = _todo(cells, store.statuses())
         if todo:
             warm_up(preload)
-        with _Interrupts() as interrupts, Display(len(todo)) as display:
+        with _Interrupts() as interrupts, Display(len(todo), quiet=quiet) as display:
             driver = _Driver(store, todo, workers, execute, dict(context or {}), interrupts)
-            driver.listeners = [show for show in (None if quiet else display.show, on_event) if show]
-            driver.say = (lambda sentence: None) if quiet else display.say
+            driver.listeners = [display.show, *([on_event] if on_event else [])]
+            driver.say = display.say
             driver.drive()
         return driver.summary(len(cells), len(store.ignored()))
 

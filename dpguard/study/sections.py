@@ -66,11 +66,12 @@ def _folder_name(value: str) -> str:
 
 
 def _attacks(names: Sequence[str]) -> tuple[str, ...]:
-    """Known attacks in one order, with the floor among them whatever was asked for."""
+    """Known attacks (``match`` or, with a preset, ``match:tag``) in one order, the floor always among them."""
     known = {*registry.names("dpguard.attacks"), FLOOR}
     for name in names:
-        if name not in known:
-            raise UserError(f"unknown attack {name!r}{did_you_mean(name, known)}")
+        attack = name.partition(":")[0]
+        if attack not in known:
+            raise UserError(f"unknown attack {attack!r}{did_you_mean(attack, known)}")
     return tuple(sorted({*names, FLOOR}))
 
 

@@ -174,7 +174,8 @@ class Study:
         Args:
             model: what identifies the model, ``{"name", "hash"}``.
             data: what identifies the texts, ``{"name", "hash", "train", "test"}`` with counts.
-            panel: what identifies the attacker, ``{"name", "hash"}``; its name alone when None.
+            panel: what identifies the attacker, ``{"name", "hash", "attacks"}``; when None, what the study
+                says of it.
 
         Raises:
             UserError: settings that do not fit the number of texts, with file, line and column.

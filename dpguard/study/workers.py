@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing import forkserver, reduction
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,9 @@ def function(name: str) -> Execute:
 
 
 def _end_with_driver() -> None:
-    """Wait for the driver to end, however it ends, and end as well."""
-    driver = multiprocessing.parent_process()
+    """Wait for the driver to end, however it ends, or for the server, which alone can tell it of our end."""
+    driver, server = multiprocessing.parent_process(), os.getppid()
     if driver is not None:
-        driver.join()
+        while os.getppid() == server and not wait([driver.sentinel], timeout=1.0):
+            pass
         os._exit(1)

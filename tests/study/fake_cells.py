@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpguard.study.progress import describe
+from dpguard.study.grid import describe
 from dpguard.study.record import Record, TextRow
 
 

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from dpguard.errors import UserError
+from dpguard.study.record import Cell, Record, TextRow
+from dpguard.study.store import FILE, Store
+
+
+def cell(number, policy="none"):
+    return Cell("utility", policy, [{"layers": "all", "bits": 8}], {"name": "m"}, {"name": "d"}, {"n": number}, 1)
+
+
+CELLS = [cell(number) for number in range(4)]
+
+
+def filled(folder, name="one", cells=CELLS):
+    store = Store.open(folder, create=True)
+    store.set_study(name, f"name: {name}\n", {"name": name}, cells)
+    return store
+
+
+def test_what_is_put_comes_back(tmp_path):
+    record = Record(
+        CELLS[1], "done", "", {"x": [1, 2.5, None, "inf"], "é": {"a": True}}, {"seconds": 1.5, "device": "cpu"}
+    )
+    texts = [TextRow(0, "truth", "a — b"), TextRow(0, "span", ""), TextRow(1, "truth", "=c\n")]
+    with filled(tmp_path / "new" / "folder") as store:
+        store.put(record, texts)
+    with Store.open(tmp_path / "new" / "folder") as store:
+        assert store.records() == [record]
+        assert store.record(CELLS[1].id) == record
+        assert store.record(CELLS[0].id) is None
+        assert store.texts(CELLS[1].id) == texts
+        assert store.texts(CELLS[0].id) == []
+        assert store.planned() == CELLS
+
+
+def test_the_study_is_kept(tmp_path):
+    with Store.open(tmp_path, create=True) as store:
+        with pytest.raises(UserError, match="holds no study yet"):
+            store.study()
+        store.set_study("one", "name: one # é\n", {"name": "one", "data": {"path": "x"}}, CELLS, show_text=True)
+    with Store.open(tmp_path) as store:
+        info = store.study()
+        assert (info.name, info.yaml, info.show_text) == ("one", "name: one # é\n", True)
+        assert info.spec == {"name": "one", "data": {"path": "x"}}
+
+
+def test_a_failed_cell_is_not_finished_and_a_later_record_takes_its_place(tmp_path):
+    with filled(tmp_path) as store:
+        for one, status in zip(CELLS, ("done", "failed", "skipped"), strict=False):
+            store.put(Record(one, status, "r"), [TextRow(0, "truth", status)])
+        assert store.done_ids() == {CELLS[0].id, CELLS[2].id}
+        assert store.statuses()[CELLS[1].id] == "failed"
+        store.put(Record(CELLS[1], "done"), [])
+        assert store.done_ids() == {one.id for one in CELLS[:3]}
+        assert store.texts(CELLS[1].id) == []
+
+
+def test_records_come_in_the_order_of_the_plan(tmp_path):
+    with filled(tmp_path) as store:
+        for one in reversed(CELLS):
+            store.put(Record(one, "done"))
+        assert [record.cell for record in store.records()] == CELLS
+
+
+def test_a_changed_study_keeps_its_old_records_and_says_so(tmp_path):
+    with filled(tmp_path) as store:
+        for one in CELLS:
+            store.put(Record(one, "done"))
+        store.set_study("one", "", {}, [cell(3, "renamed"), cell(9)])
+        assert [record.cell.policy for record in store.records()] == ["renamed"]
+        assert {record.cell.id for record in store.ignored()} == {one.id for one in CELLS[:3]}
+        store.set_study("one", "", {}, CELLS)
+        assert len(store.records()) == 4
+        assert store.ignored() == []
+
+
+def test_another_study_is_refused_and_nothing_is_lost(tmp_path):
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"))
+    with (
+        Store.open(tmp_path, create=True) as store,
+        pytest.raises(
+            UserError, match="holds the records of study 'one', expected an empty folder or records of 'two'"
+        ),
+    ):
+        store.set_study("two", "", {}, [])
+    with Store.open(tmp_path) as store:
+        assert store.study().name == "one"
+        assert len(store.records()) == 1
+
+
+def test_a_number_that_is_not_finite_is_refused_whole(tmp_path):
+    with filled(tmp_path) as store:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            store.put(Record(CELLS[0], "done", result={"x": float("nan")}), [TextRow(0, "truth", "t")])
+        assert store.statuses() == {}
+        assert store.texts(CELLS[0].id) == []
+
+
+def test_a_text_that_no_file_can_hold_is_kept_readable(tmp_path):
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"), [TextRow(0, "span", "a\ud800b")])
+        assert store.texts(CELLS[0].id)[0].text == "a?b"
+
+
+def test_a_closed_store_is_one_file_and_readable_without_a_log(tmp_path):
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"))
+        assert (tmp_path / f"{FILE}-wal").exists()
+        mode = store._connection.execute("PRAGMA journal_mode").fetchone()
+        synchronous = store._connection.execute("PRAGMA synchronous").fetchone()
+        assert (mode, synchronous) == (("wal",), (2,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.lock", FILE]
+    assert (tmp_path / FILE).read_bytes()[18:20] == b"\x01\x01"  # a rollback-journal file, no log needed
+
+
+def test_readers_read_while_the_writer_writes(tmp_path):
+    with filled(tmp_path) as writer, Store.open(tmp_path) as reader:
+        assert reader.records() == []
+        writer.put(Record(CELLS[0], "done"))
+        assert len(reader.records()) == 1
+    with Store.open(tmp_path) as reader:
+        assert len(reader.records()) == 1
+
+
+def test_a_reader_cannot_write(tmp_path):
+    filled(tmp_path).close()
+    with Store.open(tmp_path) as store, pytest.raises(UserError, match="readonly"):
+        store.put(Record(CELLS[0], "done"))
+
+
+def test_a_second_writer_is_refused_and_names_the_first(tmp_path):
+    with filled(tmp_path):
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}, expected a folder"):
+            Store.open(tmp_path, create=True)
+        code = f"from dpguard.study.store import Store; Store.open({str(tmp_path)!r}, create=True)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert f"in use by process {os.getpid()}" in done.stderr
+    Store.open(tmp_path, create=True).close()
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(UserError, match="holds no records, expected the folder of a study"):
+        Store.open(tmp_path)
+    with pytest.raises(UserError, match="holds no records"):
+        Store.open(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_database_is_left_alone(tmp_path):
+    (tmp_path / FILE).write_text("precious notes " * 100)
+    for create in (True, False):
+        with pytest.raises(UserError, match="file is not a database") as caught:
+            Store.open(tmp_path, create=create)
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / FILE).read_text() == "precious notes " * 100
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path):
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("CREATE TABLE mine (x)")
+    other.close()
+    with pytest.raises(UserError, match="holds no records of a study"):
+        Store.open(tmp_path, create=True)
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    filled(tmp_path).close()
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    other.close()
+    for create in (True, False):
+        with pytest.raises(UserError, match="has schema 99, made by a newer dpguard, expected at most 1"):
+            Store.open(tmp_path, create=create)
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
+    other.close()
+    Store.open(tmp_path, create=True).close()  # the refusal let the folder go
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Store.open(tmp_path / "file", create=True)
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_what_is_stored(tmp_path):
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"))
+        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._connection.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(UserError, match=r"full.*nothing was deleted"):
+            store.put(Record(CELLS[1], "done", result={"x": "y" * 1_000_000}))
+        assert store.done_ids() == {CELLS[0].id}
