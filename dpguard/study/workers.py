@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,12 @@ class Worker:
         self.cell = cell
         self.receiver, sender = _CONTEXT.Pipe(duplex=False)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `answer`
-        self._process = _CONTEXT.Process(
-            target=_work, args=(sender, _Passed(self._log.fileno()), cell, execute, dict(context))
-        )
-        with _server_environment(), _without_main():
-            self._process.start()
+        arguments = (sender, _Passed(self._log.fileno()), cell, execute, dict(context))
+        try:
+            self._process = _started(arguments)
+        except (EOFError, OSError):
+            # The server was killed a moment ago; asked once more, multiprocessing starts another.
+            self._process = _started(arguments)
         # The driver must not hold the sending end, or it would never see the end of the worker's answer.
         sender.close()
 
@@ -117,6 +119,13 @@ class Worker:
         self._process.close()
         self.receiver.close()
         self._log.close()
+
+
+def _started(arguments: tuple[Any, ...]) -> ForkServerProcess:
+    with _server_environment(), _without_main():
+        process = _CONTEXT.Process(target=_work, args=arguments)
+        process.start()
+    return process
 
 
 def _ending(exit_code: int | None) -> str:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -364,3 +366,27 @@ def test_a_handler_of_ctrl_c_is_given_back(kit, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     go(kit, tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed(kit, tmp_path):
+    choose = random.Random(3)
+    finished = set()
+    for _ in range(10):
+        driver = start(kit, tmp_path / "out", {"seconds": 0.2})
+        time.sleep(choose.uniform(0.3, 1.5))
+        victims = session(driver.pid)
+        for victim in [driver.pid] if choose.random() < 0.5 or not victims else [choose.choice(victims), driver.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            time.sleep(choose.uniform(0.0, 0.5))
+        _out, err = driver.communicate(timeout=60)
+        assert "Traceback" not in err
+        until(lambda pid=driver.pid: not session(pid), "every process of the run ended")
+        if (tmp_path / "out" / "records.sqlite").exists():
+            with Store.open(tmp_path / "out") as store:
+                assert finished <= store.done_ids()
+                finished = store.done_ids()
+    go(kit, tmp_path / "out")
+    go(kit, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
