@@ -43,6 +43,7 @@ class Interval:
     seeds: int = 1
 
 
+@lru_cache(maxsize=4096)
 def binomial(successes: int, trials: int, *, confidence: float = CONFIDENCE) -> Interval:
     """Exact interval of a proportion (Clopper and Pearson, Biometrika 26, 1934).
 

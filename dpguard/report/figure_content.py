@@ -10,14 +10,17 @@ from dpguard.report.text import metric_name
 from dpguard.stats import Interval
 
 LABELLED = 24
-"""With more points than this, only the front and the control are labelled."""
+"""With more points than this, only the front and the control have a name and interval bars."""
 LISTED = 60
 """With more policies than this, the leakage chart lists only the front and the control."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One policy in the trade-off picture; ``number`` is its row in the table, counted from 1."""
+    """One policy in the trade-off picture.
+
+    ``number`` is its row in the table, counted from 1; only ``labelled`` points have a name and interval bars.
+    """
 
     number: int
     policy: str

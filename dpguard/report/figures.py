@@ -81,8 +81,9 @@ def _point(ax: Axes, point: Point) -> None:
     colour = point.band.colour if point.band else OPEN
     x, y = point.leakage, point.utility
     bars: dict[str, Any] = {"color": colour, "linewidth": 1.6, "alpha": 0.5, "solid_capstyle": "round", "zorder": 2}
-    ax.plot([x.low, x.high], [y.value, y.value], gid=f"bar-{point.number}", **bars)
-    ax.plot([x.value, x.value], [y.low, y.high], gid=f"bar-{point.number}-u", **bars)
+    if point.labelled:
+        ax.plot([x.low, x.high], [y.value, y.value], gid=f"bar-{point.number}", **bars)
+        ax.plot([x.value, x.value], [y.low, y.high], gid=f"bar-{point.number}-u", **bars)
     ax.plot(
         [x.value],
         [y.value],
@@ -199,7 +200,7 @@ def _drawn(ax: Axes, content: Tradeoff) -> list[labels.Box]:
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     runs = [((x, y0), (x, y1)) for x in (content.floor, content.ceiling) if x is not None]
     runs += [((x0, y), (x1, y)) for y in (content.undefended, content.majority) if y is not None]
-    for p in content.points:
+    for p in (point for point in content.points if point.labelled):
         runs.append(((p.leakage.low, p.utility.value), (p.leakage.high, p.utility.value)))
         runs.append(((p.leakage.value, p.utility.low), (p.leakage.value, p.utility.high)))
     for (ax0, ay0), (ax1, ay1) in pairwise(content.front):

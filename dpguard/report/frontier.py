@@ -221,6 +221,7 @@ class Scores:
 
     def __init__(self, records: Sequence[Record]) -> None:
         done = [r for r in records if r.cell.leg == "leakage" and r.status == "done"]
+        done.sort(key=lambda record: (position(record.cell) != "start", position(record.cell), record.cell.seed))
         self._scores: dict[str, dict[tuple[str, str], list[tuple[int, dict[str, Any]]]]] = {}
         for record in done:
             by_option = self._scores.setdefault(record.cell.policy, {})
@@ -278,9 +279,11 @@ def _row(
     metric: str,
     utility_metric: str,
 ) -> Row:
+    if not records:
+        return Row(policy, gaps=(Gap(policy, "every leg", "missing", "no cell of this policy has run"),))
     gaps = _gaps(policy, records, expected)
     broken = {gap.leg for gap in gaps}
-    row = Row(policy, rows=len(records[0].cell.table) if records else 0, gaps=tuple(gaps))
+    row = Row(policy, rows=len(records[0].cell.table), gaps=tuple(gaps))
     for record in records:
         share = record.result.get("shared_fraction")
         if row.shared_fraction is None and share is not None:
@@ -313,8 +316,6 @@ def utility_of(records: Sequence[Record], metric: str) -> Interval:
 
 
 def _gaps(policy: str, records: list[Record], expected: set[Place]) -> list[Gap]:
-    if not records:
-        return [Gap(policy, "all", "missing", "no cell of this policy has run")]
     gaps = []
     for record in sorted(records, key=lambda record: _place(record.cell)):
         if record.status != "done":

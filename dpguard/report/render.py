@@ -109,6 +109,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "violations": [bar for bar in leakage_content(table).bars if bar.broken],
         "left_out": leakage_content(table).left_out,
         "absent": tradeoff_content(table).absent,
+        "crowded": not all(point.labelled for point in tradeoff_content(table).points),
         "sizes": _sizes(table),
         "synthetic": result.synthetic,
         "shows_text": result.shows_text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ def _settings(narrow: bool) -> dict[str, Any]:
 
 @contextmanager
 def styled(narrow: bool = False) -> Iterator[None]:
-    """Matplotlib's own defaults and ours on top, whatever the user's settings are."""
-    with matplotlib.style.context(["default", _settings(narrow)]):
+    """Matplotlib's own defaults and ours on top, whatever the user's settings are.
+
+    Letters that the font lacks (policies may have names in any script) are real text in the SVG, which the
+    reader's browser draws in a font of its own, so that matplotlib's warning does not apply.
+    """
+    with matplotlib.style.context(["default", _settings(narrow)]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         yield

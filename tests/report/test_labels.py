@@ -1,0 +1,41 @@
+"""Labels do not cover each other, points, or the edge, as long as there is room."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dpguard.report.labels import place
+
+
+def boxes(places, sizes):
+    return [(p.x, p.y, p.x + w, p.y + h) for p, (w, h) in zip(places, sizes, strict=True)]
+
+
+def meet(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_keep_off_each_other_and_off_points(seed):
+    rng = np.random.default_rng(seed)
+    points = [(float(x), float(y)) for x, y in rng.uniform((60, 40), (640, 360), size=(13, 2))]
+    sizes = [(float(w), 12.0) for w in rng.uniform(30, 130, size=13)]
+    markers = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    found = boxes(place(points, sizes, bounds=(0, 0, 700, 400), hard=markers), sizes)
+    assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
+    assert not any(meet(a, marker) for a in found for marker in markers)
+    assert all(a[0] >= 0 and a[2] <= 700 and a[1] >= 0 and a[3] <= 400 for a in found)
+
+
+def test_a_cluster_spreads_out():
+    points = [(350.0 + n, 200.0 + n) for n in range(5)]
+    sizes = [(90.0, 12.0)] * 5
+    found = boxes(place(points, sizes, bounds=(0, 0, 700, 400)), sizes)
+    assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_placing_is_deterministic_and_empty_is_fine():
+    points, sizes = [(50.0, 50.0), (55.0, 52.0)], [(40.0, 10.0)] * 2
+    assert place(points, sizes, bounds=(0, 0, 99, 99)) == place(points, sizes, bounds=(0, 0, 99, 99))
+    assert place([], [], bounds=(0, 0, 1, 1)) == []

@@ -1,0 +1,203 @@
+"""The decision: caps hold at the bad end, dominated policies change nothing, and silence where nothing is known."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpguard.errors import UserError
+from dpguard.report.frontier import Frontier, Gap, Row, frontier
+from dpguard.report.recommend import Caps, recommend
+from dpguard.stats import Interval
+from tests.report.made_up_study import sample
+
+FLOOR = Interval(0.1, 0.08, 0.15, 50)
+CONTROL = Row(
+    "none", leakage=Interval(0.98, 0.95, 1.0, 50), utility=Interval(0.9, 0.88, 0.92, 400), epsilon=math.inf,
+    attack="span", attacks=("prior", "span"), rows=1,
+)  # fmt: skip
+share = st.floats(0, 1).map(lambda x: round(x, 2))
+
+
+def policy(name, leakage, utility, epsilon=4.0, rows=1):
+    """A row of which only the bad ends matter."""
+    return Row(
+        name, leakage=Interval(leakage, 0.0, leakage, 50), utility=Interval(utility, utility, 1.0, 400),
+        epsilon=epsilon, attack="span", attacks=("prior", "span"), rows=rows,
+    )  # fmt: skip
+
+
+def board(*rows, floor=FLOOR, control=CONTROL):
+    return Frontier((control, *rows) if control else rows, "rougeL", "accuracy", floor)
+
+
+@st.composite
+def boards(draw):
+    count = draw(st.integers(0, 6))
+    epsilons = st.one_of(st.just(math.inf), st.floats(0.1, 50).map(lambda x: round(x, 1)))
+    rows = [policy(f"p{n}", draw(share), draw(share), draw(epsilons), draw(st.integers(1, 3))) for n in range(count)]
+    return board(*rows)
+
+
+caps_of = st.fixed_dictionaries(
+    {},
+    optional={"max_leakage": share, "min_utility": share, "max_epsilon": st.floats(0.5, 60)},
+)
+
+
+@given(boards(), caps_of)
+@settings(max_examples=300, deadline=None)
+def test_a_recommendation_never_breaks_a_cap_at_the_bad_end(table, caps):
+    got = recommend(table, **caps)
+    if got.verdict != "recommended":
+        return
+    row = table.row(got.policy)
+    assert row.leakage.high <= caps.get("max_leakage", 1)
+    assert row.utility.low >= caps.get("min_utility", 0)
+    assert row.epsilon <= caps.get("max_epsilon", math.inf)
+
+
+@given(boards(), caps_of)
+@settings(max_examples=300, deadline=None)
+def test_none_qualifies_exactly_when_none_does(table, caps):
+    def keeps(row):
+        return (
+            row.leakage.high <= caps.get("max_leakage", 1)
+            and row.utility.low >= caps.get("min_utility", 0)
+            and row.epsilon <= caps.get("max_epsilon", math.inf)
+        )
+
+    got = recommend(table, **caps)
+    if not caps:
+        assert (got.verdict, got.policy) == ("no caps", "")
+    elif any(keeps(row) for row in table.rows):
+        assert got.verdict == "recommended"
+    else:
+        assert (got.verdict, got.policy) == ("none qualifies", "")
+        assert "nearest miss" in got.sentence
+
+
+@given(boards(), caps_of, st.data())
+@settings(max_examples=400, deadline=None)
+def test_a_dominated_policy_never_changes_the_choice(table, caps, data):
+    better = data.draw(st.sampled_from(table.rows))
+    worse = data.draw(st.tuples(share, share, st.floats(0, 9).map(lambda x: round(x, 1))))
+    if worse == (0, 0, 0):
+        return
+    added = policy(
+        "dominated", min(1.0, better.leakage.high + worse[0]), better.utility.low - worse[1],
+        better.epsilon + worse[2], rows=data.draw(st.integers(0, 3)),
+    )  # fmt: skip
+    same = (added.leakage.high, added.utility.low, added.epsilon)
+    if same == (better.leakage.high, better.utility.low, better.epsilon):
+        return
+    place = data.draw(st.integers(1, len(table.rows)))
+    rows = (*table.rows[:place], added, *table.rows[place:])
+    assert recommend(replace(table, rows=rows), **caps).policy == recommend(table, **caps).policy
+
+
+@given(boards(), share)
+@settings(max_examples=150, deadline=None)
+def test_among_those_under_the_caps_the_most_useful_wins(table, cap):
+    got = recommend(table, max_leakage=cap)
+    if got.verdict == "recommended":
+        fit = [row.utility.low for row in table.rows if row.leakage.high <= cap]
+        assert table.row(got.policy).utility.low == pytest.approx(max(fit), abs=1e-3)
+
+
+def test_ties_go_to_the_shorter_table():
+    table = board(policy("long", 0.2, 0.8, rows=3), policy("short", 0.25, 0.8, epsilon=3.0, rows=1))
+    assert recommend(table, max_leakage=0.3).policy == "short"
+
+
+def test_the_sentence_names_the_bad_ends():
+    got = recommend(board(policy("calm", 0.2, 0.8)), max_leakage=0.3, min_utility=0.5, max_epsilon=8)
+    assert got.sentence == ("Use calm: accuracy is at least 0.800, leakage (ROUGE-L) at most 0.200, and epsilon is 4.")
+    assert any("0.100 under the cap" in line for line in got.why)
+    assert any("No other policy keeps every cap" in line for line in got.why)
+
+
+def test_relaxing_a_cap_says_what_it_would_gain():
+    table = board(policy("calm", 0.2, 0.6), policy("bold", 0.35, 0.85), policy("hush", 0.05, 0.4))
+    got = recommend(table, max_leakage=0.3, min_utility=0.5)
+    assert got.policy == "calm"
+    assert "Allowing leakage up to 0.350 would admit bold and gain 0.250 of utility." in got.sensitivity
+    assert any("would admit hush" in line for line in got.sensitivity)
+
+
+def test_nearest_miss_is_in_words():
+    got = recommend(board(policy("near", 0.34, 0.8), policy("far", 0.6, 0.8)), max_leakage=0.3, min_utility=0.7)
+    assert got.verdict == "none qualifies"
+    assert "The nearest miss is near, for its leakage of up to 0.340." in got.sentence
+    both = recommend(board(policy("off", 0.34, 0.6, 30.0)), max_leakage=0.3, min_utility=0.95, max_epsilon=10)
+    assert "its leakage of up to 0.340 and its utility of only 0.600 and its epsilon of 30" in both.sentence
+
+
+def test_without_caps_there_is_only_the_frontier():
+    assert recommend(board(policy("calm", 0.2, 0.8))).verdict == "no caps"
+
+
+def test_a_utility_floor_alone_takes_the_least_leaking():
+    table = board(policy("calm", 0.2, 0.75), policy("quiet", 0.12, 0.72), policy("useless", 0.1, 0.3))
+    assert recommend(table, min_utility=0.7).policy == "quiet"
+
+
+@pytest.mark.parametrize("reached", [Interval(0.4, 0.3, 0.5, 50), Interval(0.12, 0.1, 0.2, 50)])
+def test_an_attack_that_does_not_recover_the_control_concludes_nothing(reached):
+    table = board(policy("calm", 0.05, 0.8), control=replace(CONTROL, leakage=reached))
+    got = recommend(table, max_leakage=0.3)
+    assert (got.verdict, got.policy) == ("no power", "")
+    assert "This attack has no power here; nothing can be concluded." in got.sentence
+
+
+def test_a_floor_as_high_as_the_ceiling_concludes_nothing():
+    table = board(policy("calm", 0.05, 0.8), floor=Interval(0.9, 0.8, 0.95, 50))
+    assert recommend(table, max_leakage=0.3).verdict == "no power"
+
+
+def test_a_control_that_failed_concludes_nothing_and_says_why():
+    lost = replace(CONTROL, leakage=None, gaps=(Gap("none", "leakage", "failed", "the disk was full"),))
+    got = recommend(board(policy("calm", 0.1, 0.8), control=lost), max_leakage=0.3)
+    assert got.verdict == "no control"
+    assert "the disk was full" in got.sentence
+    assert recommend(board(control=None), max_leakage=0.3).verdict == "no control"
+    assert recommend(board(policy("calm", 0.1, 0.8), floor=None), max_leakage=0.3).verdict == "no control"
+
+
+def test_a_policy_that_was_not_measured_in_full_is_never_chosen():
+    whole = policy("calm", 0.2, 0.8)
+    holes = [replace(whole, policy=f"without {leg}", **{leg: None}) for leg in ("leakage", "utility", "epsilon")]
+    assert recommend(board(*holes), max_leakage=0.3).verdict == "none qualifies"
+    assert recommend(board(*holes, whole), max_leakage=0.3).policy == "calm"
+
+
+def test_what_is_not_protected_is_said():
+    bare = replace(policy("bare", 0.2, 0.8, epsilon=math.inf), leakage=Interval(0.19, 0.15, 0.2, 50))
+    limits = " ".join(recommend(board(bare), max_leakage=0.3).limits)
+    assert "no formal guarantee" in limits
+    assert "Something still leaks" in limits
+    untried = replace(policy("untried", 0.2, 0.8), attacks=("prior",))
+    assert "No attack but the guess" in " ".join(recommend(board(untried), max_leakage=0.3).limits)
+
+
+@pytest.mark.parametrize(
+    "caps", [{"max_leakage": 1.5}, {"max_leakage": math.nan}, {"max_epsilon": -1.0}, {"min_utility": True}]
+)
+def test_caps_that_cannot_be_meant(caps):
+    with pytest.raises(UserError, match="expected a number from"):
+        recommend(board(), **caps)
+
+
+def test_caps_of_a_study_file():
+    assert Caps.read({}) == Caps()
+    assert Caps.read({"recommend": {"max_leakage": 0.2, "min_utility": None}}) == Caps(max_leakage=0.2)
+    with pytest.raises(UserError, match="did you mean 'max_leakage'"):
+        Caps.read({"recommend": {"max_leakge": 0.2}})
+
+
+def test_the_made_up_study_has_a_recommendation():
+    got = recommend(frontier(sample(50)), max_leakage=0.32, min_utility=0.7, max_epsilon=20)
+    assert got.verdict == "recommended"
+    assert got.policy == "dp-sgd noise=0.6"

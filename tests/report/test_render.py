@@ -1,0 +1,270 @@
+"""The whole report: self-contained, escaped, the same bytes again, and honest on its first screen."""
+
+import csv
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dpguard.report.evidence import SHOWN
+from dpguard.report.render import render
+from dpguard.study.record import Record, TextRow
+from tests.report.made_up_study import POLICIES, sample, sentence
+
+ROOT = Path(__file__).parents[2]
+EVIL = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "=HYPERLINK(1)",
+    "{{ 7*7 }}{% raw %}",
+    "right\u202eto left\u2066",
+    "bell\x07\x1b[31m\x00",
+    "long" * 2500,
+    "a|b`c`*d*\n# e",
+]
+
+
+class Page(HTMLParser):
+    """Tags, ids, links and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.words, self.open = [], [], [], [], []
+        self.attributes = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open.append(tag)
+        for name, value in attrs:
+            self.attributes.add(name)
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def study():
+    return sample()
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    assert render(study, folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A study whose policy names, question, reasons, texts and file are all hostile."""
+    study = sample(4)
+    names = dict(zip([name for name in POLICIES if name != "none"], EVIL, strict=False))
+    records = []
+    for record in study.records:
+        cell = replace(record.cell, policy=names.get(record.cell.policy, record.cell.policy))
+        reason = EVIL[0] + EVIL[4] + EVIL[6] if record.reason else ""
+        result = record.result
+        if record.cell.leg == "guarantee":
+            result = {**result, "statement": " ".join(EVIL), "reasons": EVIL}
+        records.append(Record(cell, record.status, reason, result, {"versions": {EVIL[0]: EVIL[1]}}))
+    texts = {
+        cell: [TextRow(row.target, row.attack, EVIL[n % 8] + row.text) for n, row in enumerate(rows)]
+        for cell, rows in study.texts.items()
+    }
+    spec = {**study.spec, "policies": []}
+    told = {**study.study, "name": EVIL[0], "question": EVIL[1] + EVIL[4], "yaml": "\n".join(EVIL), "spec": spec}
+    folder = tmp_path_factory.mktemp("hostile")
+    render(replace(study, study=told, records=records, texts=texts), folder)
+    return folder
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_report_is_five_files_and_small(folder):
+    assert set(digest(folder)) == {
+        "report.html", "report.md", "frontier.csv", "figures/tradeoff.svg", "figures/leakage.svg",
+    }  # fmt: skip
+    assert (folder / "report.html").stat().st_size <= 500_000
+
+
+def test_the_page_asks_for_nothing(folder, page):
+    text = (folder / "report.html").read_text("utf-8")
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert not [name for name in page.attributes if name.startswith("on")]
+
+
+def test_every_link_leads_somewhere_and_ids_are_unique(page):
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} <= set(page.ids)
+
+
+def test_rebuilding_gives_the_same_bytes_in_another_process(folder, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tests.report.made_up_study import sample;"
+        "from dpguard.report.render import render; render(sample(), Path(sys.argv[1]));"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], check=False, cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path) == digest(folder)
+    assert not {"torch", "opacus", "transformers"} & set(done.stdout.split())
+
+
+def test_the_decision_comes_first(page):
+    text = page.text
+    assert text.index("What may a client of the clinic share") < text.index("Use dp-sgd noise=0.6")
+    assert text.index("Use dp-sgd noise=0.6") < text.index("What it does not protect") < text.index("The frontier")
+
+
+def test_failed_and_skipped_cells_are_on_the_first_screen(page):
+    first = page.text[: page.text.index("What leaks, and what it is worth")]
+    assert "1 result missing from this report" in first
+    assert "leakage failed for sign (end, seed 0): out of memory: 3.1 GB asked for" in first
+    assert "utility skipped for no-embeddings" in first
+    assert "needs the federation" in first
+
+
+def test_every_policy_has_its_table_statement_and_attacks(page):
+    for number, name in enumerate(POLICIES, 1):
+        assert f"policy-{number}" in page.ids
+        assert f"{number} · {name}" in page.text
+    assert "block[1].attention.query" in page.text
+    assert "clip: 1, noise: 0.8, per: block" in page.text
+    assert "No formal guarantee: epsilon is infinite." in page.text
+    assert "Covered: one training example" in page.text
+
+
+def test_synthetic_texts_are_shown_and_marked(page):
+    assert "synthetic text" in page.text
+    assert sentence(0) in page.text
+    assert page.text.count("target 0 ·") <= len(POLICIES)
+    assert f"{50 - SHOWN} targets more in the records" in page.text
+
+
+def test_private_texts_are_nowhere_unless_asked_for(tmp_path):
+    private = sample(6, synthetic=False)
+    render(private, tmp_path / "hidden")
+    for path in (tmp_path / "hidden").rglob("*.*"):
+        assert not any(sentence(target)[:12] in path.read_text("utf-8") for target in range(6)), path
+    assert "Private texts are not in this page" in (tmp_path / "hidden" / "report.html").read_text("utf-8")
+    render(sample(6, synthetic=False, show_text=True), tmp_path / "shown")
+    shown = (tmp_path / "shown" / "report.html").read_text("utf-8")
+    assert sentence(0) in shown
+    assert "synthetic text" not in shown
+
+
+def test_a_diff_can_be_read_without_colour(page, folder):
+    html = (folder / "report.html").read_text("utf-8")
+    assert '<del><span class="hidden">not recovered: </span>' in html
+    assert '<ins><span class="hidden">made up: </span>' in html
+
+
+def test_hostile_text_is_text(hostile):
+    page = Page((hostile / "report.html").read_text("utf-8"))
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}{% raw %}" in page.text
+    assert "right[U+202E]to left[U+2066]" in page.text
+    assert "bell[U+0007][U+001B][31m[U+0000]" in page.text
+    for path in hostile.rglob("*.*"):
+        assert not re.search("[\u202e\u2066\x07\x1b\x00]", path.read_text("utf-8")), path
+
+
+def test_hostile_names_break_neither_csv_nor_markdown(hostile):
+    with (hostile / "frontier.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(POLICIES)
+    assert "'=HYPERLINK(1)" in [row["policy"] for row in rows]
+    assert not any(value.startswith(("=", "@", "+")) for row in rows for value in row.values())
+    lines = (hostile / "report.md").read_text("utf-8").splitlines()
+    header = next(n for n, line in enumerate(lines) if line.startswith("| # |"))
+    table = lines[header : header + len(POLICIES) + 2]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
+    assert not [line for line in lines if re.search(r"(?<!\\)<script", line) and not line.startswith("<script")]
+    assert "# e" in lines[lines.index(next(line for line in lines if line.endswith("yaml"))) :]
+
+
+def test_nothing_concluded_is_said_in_place_of_a_decision(tmp_path):
+    study = sample(8)
+    spec = {**study.spec, "recommend": {"max_leakage": 0.2, "min_utility": 0.99}}
+    render(replace(study, study={**study.study, "spec": spec}), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "None qualifies" in text
+    assert "The nearest miss is" in text
+    lost = [r for r in study.records if not (r.cell.policy == "none" and r.cell.leg == "leakage")]
+    render(replace(study, records=lost), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "nothing can be concluded" in text
+    assert "leakage missing for none (end, seed 0; start, seed 0)" in text
+
+
+def test_a_broken_bound_is_a_red_banner(tmp_path):
+    study = sample(20)
+    records = [
+        replace(r, result={**r.result, "bound": {"kappa": 0.001, "success": 0.05}})
+        if r.cell.leg == "guarantee" and r.cell.policy == "dp-sgd noise=0.3"
+        else r
+        for r in study.records
+    ]
+    render(replace(study, records=records), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "dp-sgd noise=0.3 gave away more than its guarantee allows" in text
+    assert text.index("gave away more") < text.index("Recommended under")
+
+
+def test_a_report_without_any_record_is_still_a_report(tmp_path):
+    study = sample(3)
+    render(replace(study, records=[], texts={}), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "13 results missing from this report" in text
+    assert "nothing can be concluded" in text
+
+
+def test_two_thousand_records(tmp_path):
+    base = sample(10)
+    records, policies = [], []
+    for copy in range(26):
+        for record in base.records:
+            name = record.cell.policy if copy == 0 else f"{record.cell.policy} copy={copy}"
+            policies.append(name)
+            records.append(replace(record, cell=replace(record.cell, policy=name)))
+    assert len(records) >= 2000
+    spec = {**base.spec, "policies": list(dict.fromkeys(policies))}
+    render(replace(base, study={**base.study, "spec": spec}, records=records, texts={}), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "policies off the front had no room here" in text
