@@ -42,9 +42,12 @@ class Planned:
 def run_study(path: Path, out: Path | None, *, workers: int | None, dry_run: bool, show_text: bool) -> int:
     """Run a study and print its decision; the exit status says whether a cell failed."""
     from dpguard.study import runner
+    from dpguard.study.workers import warm_up
 
     study = Study.load(path)
     folder = out or Path("reports") / study.name
+    if not dry_run:
+        warm_up(PRELOAD)  # the worker server imports torch while this process reads model and texts
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         planned = plan_study(study, folder, epsilons=dry_run)
     if dry_run:
@@ -97,11 +100,13 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "name": study.data.path, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
     cells = study.cells(model_id, data_id, panel)
+    needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
     context = {
         "model": study.model,
         "data": data,
         "folder": str(folder),
-        "keep_weights": [c.settings[NEEDS] for c in cells if NEEDS in c.settings],
+        "keep_weights": sorted(needed),
+        "trained": {c.id: vars(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans) if epsilons else {})
 

@@ -157,13 +157,15 @@ def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
     model = _model(cell, context, corpus)
     given = cell.settings
     if given["at"] == "end":
-        _load_weights(model, context, given["needs"])
+        _load_weights(model, context, given["needs"], corpus)
     plan = _plan(cell, model)
     if not plan.shared:
         raise SkippedError("the policy shares nothing, so there is no message to attack")
     messages = leakage.pick_targets(corpus, targets=given["targets"], batch_size=given["batch_size"], seed=cell.seed)
     effect = _effect(model, plan, corpus, messages[0])
-    scores, rows, skipped = [], [], {}
+    scores: list[dict[str, Any]] = []
+    rows: list[TextRow] = []
+    skipped: dict[str, str] = {}
     for number, indices in enumerate(messages):
         seed = cell.seed * 1_000_003 + number
         leak = leakage.attack_message(
@@ -189,20 +191,16 @@ def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: list[int]) 
 
 
 def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
-    given = cell.settings
-    corpus = corpus_of(context).cut(given.get("train_examples"))
+    corpus = corpus_of(context)
     model = _model(cell, context, corpus)
     plan = _plan(cell, model)
     try:
         utility.check_central(plan)
     except UserError as error:
         raise SkippedError(error.sentence) from None
-    trained = utility.train(
-        model.module, model.tokenizer, corpus.train, plan,
-        epochs=given["epochs"], batch_size=given["batch_size"], learning_rate=given["learning_rate"],
-        optimizer=given["optimizer"], seed=cell.seed,
-    )  # fmt: skip
-    _save_weights(model, context, cell.id)
+    trained = _train(cell, model, plan, corpus)
+    if cell.id in context.get("keep_weights", ()):
+        _save_weights(model, context, cell.id)
     predictions, loss = utility.predict(model.module, model.tokenizer, corpus.test)
     labels = [e.label for e in corpus.test]
     return {
@@ -217,14 +215,21 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
     }, []
 
 
+def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus) -> utility.Trained:
+    given = cell.settings
+    return utility.train(
+        model.module, model.tokenizer, corpus.cut(given.get("train_examples")).train, plan,
+        epochs=given["epochs"], batch_size=given["batch_size"], learning_rate=given["learning_rate"],
+        optimizer=given["optimizer"], seed=cell.seed,
+    )  # fmt: skip
+
+
 def _weights(context: Mapping[str, Any], cell_id: str) -> Path:
     return Path(context["folder"]) / "weights" / f"{cell_id}.safetensors"
 
 
 def _save_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str) -> None:
     """Keep last weights for the cells that attack them; written beside, then renamed, so never half a file."""
-    if cell_id not in context.get("keep_weights", ()):
-        return
     path = _weights(context, cell_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -234,10 +239,14 @@ def _save_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str) 
     part.replace(path)
 
 
-def _load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str) -> None:
+def _load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, corpus: Corpus) -> None:
+    """Last weights of a utility cell: from the file, or trained again (same seed, same weights) when it is gone."""
     path = _weights(context, cell_id)
     if not path.is_file():
-        raise UserError(f"the trained weights of cell {cell_id} are gone; expected {path}")
+        cell = Cell(**context["trained"][cell_id])
+        _train(cell, model, _plan(cell, model), corpus)
+        _save_weights(model, context, cell_id)
+        return
     model.module.load_state_dict(load_file(path), strict=False)
 
 

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+
+from dpguard.errors import UserError
+from dpguard.inputs.family import slots
+from dpguard.policy.table import Policy
+from tests import tiny
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return slots(tiny.module("bert"))
+
+
+def plan(rows, found):
+    return Policy(rows).plan(found)
+
+
+def test_later_rows_override_column_by_column(bert):
+    found = plan([{"layers": "all", "clip": 1.0, "noise": 0.5}, {"layers": "block[1]", "noise": 2.0}], bert)
+    assert (found[QUERY].clip, found[QUERY].noise) == (1.0, 2.0)
+    assert found["classifier.weight"].noise == 0.5
+
+
+def test_a_clip_group_is_what_one_row_clipped_last(bert):
+    found = plan(
+        [
+            {"layers": "all", "clip": 1.0, "noise": 1.0},
+            {"layers": "block[1]", "clip": 0.5, "per": "tensor"},
+            {"layers": "head", "noise": 3.0},
+        ],
+        bert,
+    )
+    groups = found.groups
+    assert "classifier.weight" in groups["row 1"].names, "overriding only noise leaves the group as it is"
+    assert found[QUERY].group == f"row 2 {QUERY}"
+    assert all(len(g.names) == 1 and g.clip == 0.5 for key, g in groups.items() if key != "row 1")
+
+
+@pytest.mark.parametrize(
+    ("per", "count"),
+    [("row", 1), ("block", 6), ("role", 13), ("tensor", 57)],
+)
+def test_per(bert, per, count):
+    found = plan([{"layers": "all", "clip": 1.0, "per": per}], bert)
+    assert len(found.groups) == count
+    assert sorted(n for g in found.groups.values() for n in g.names) == sorted(found.trained)
+
+
+def test_per_block_puts_embeddings_pooler_and_head_in_groups_of_their_own(bert):
+    found = plan([{"layers": "all", "clip": 1.0, "per": "block"}], bert)
+    assert [g.removeprefix("row 1 ") for g in found.groups] == [
+        "embeddings", "block[0]", "block[1]", "block[2]", "pooler", "head",
+    ]  # fmt: skip
+
+
+def test_frozen_is_what_the_policy_or_the_model_freezes():
+    model = tiny.module("bert")
+    model.classifier.bias.requires_grad_(False)
+    found = plan([{"layers": "embeddings", "train": False}], slots(model))
+    assert not found["classifier.bias"].train
+    assert not any("embeddings" in name for name in found.trained)
+    assert not set(found.shared) - set(found.trained)
+
+
+def test_shared_fraction_counts_shared_parameters_and_ignores_keep_and_bits(bert):
+    everything = sum(s.size for s in bert)
+    part = sum(s.size for s in bert if s.block == 1 and s.role == "query")
+    rows = [
+        {"layers": "all", "share": False},
+        {"layers": "block[1].attention.query", "share": True, "keep": 0.1, "bits": 4},
+    ]
+    assert plan(rows, bert).shared_fraction == pytest.approx(part / everything)
+
+
+def test_a_tied_tensor_is_one_tensor():
+    found = slots(tiny.module("gpt2-lm"))
+    tied = [s for s in found if s.tied_to]
+    assert [(s.name, s.tied_to) for s in tied] == [("lm_head.weight", "transformer.wte.weight")]
+    one = plan([{"layers": "head", "share": False}], found)
+    assert not one["transformer.wte.weight"].share
+    assert "lm_head.weight" not in one
+    with pytest.raises(UserError, match="one tied tensor"):
+        plan([{"layers": "embeddings", "clip": 1.0}, {"layers": "head", "clip": 2.0}], found)
+    both = plan([{"layers": "all", "clip": 1.0}, {"layers": "head", "clip": 2.0}], found)
+    assert both["transformer.wte.weight"].clip == 2.0, "a row that names both names is simply overridden"
+
+
+@pytest.mark.parametrize(
+    ("rows", "loc", "said"),
+    [
+        ([{"layers": "all", "noise": 1.0}], ("rows", 0, "noise"), "without a clip"),
+        (
+            [{"layers": "all", "clip": 1.0, "noise": 1.0, "noise_std": 0.1}],
+            ("rows", 0, "noise_std"),
+            "expected one of them",
+        ),
+        (
+            [{"layers": "all", "clip": 1.0, "noise": 1.0}, {"layers": "head", "noise_std": 0.1}],
+            ("rows", 1, "noise_std"),
+            "expected one of them",
+        ),
+        ([{"layers": "all", "layres": 1}], ("rows", 0, "layres"), "did you mean 'layers'?"),
+        ([{"layers": "all", "keep": 1.5}], ("rows", 0, "keep"), "above 0 and at most 1"),
+        ([{"layers": "all", "clip": False}], ("rows", 0, "clip"), "is False; expected a number above 0"),
+        ([{"layers": "all", "clip": -1}], ("rows", 0, "clip"), "a number above 0"),
+        ([{"layers": "all", "clip": 1.0, "mode": "normalise"}], ("rows", 0, "mode"), "cannot run yet"),
+        ([{"layers": "all", "clip": {"quantile": 0.5}}], ("rows", 0, "clip"), "cannot run yet"),
+        ([{"layers": "all", "clip": 1.0, "unit": "update"}], ("rows", 0, "unit"), "cannot run yet"),
+        ([{"layers": "all", "clip": 1.0, "mode": "scale"}], ("rows", 0, "mode"), "expected one of: clip, normalise"),
+        ([{"layers": "all", "per": "block"}], ("rows", 0, "per"), "per without clip"),
+        ([{"layers": "all", "prune": "random"}], ("rows", 0, "prune"), "prune without keep"),
+        ([{"layers": "all", "bits": 2.5}], ("rows", 0, "bits"), "a whole number"),
+        ([{"layers": "all"}], ("rows", 0), "sets no column"),
+        ([{"clip": 1.0}], ("rows", 0), "has no 'layers'"),
+        ([{"layers": "all", "release": "swap"}], ("rows", 0, "release"), "unknown release operation 'swap'"),
+        ([{"layers": ["all", "hed"], "clip": 1.0}], ("rows", 0, "layers", 1), "did you mean 'head'?"),
+        (
+            [{"layers": "all", "clip": 1.0}, {"layers": "all", "clip": 2.0}],
+            ("rows", 0),
+            "later rows override all of it",
+        ),
+        (
+            [{"layers": "embeddings", "train": False}, {"layers": "embeddings", "clip": 1.0}],
+            ("rows", 1),
+            "frozen or withheld",
+        ),
+        ([{"layers": "head", "share": False}, {"layers": "head", "bits": 4}], ("rows", 1), "frozen or withheld"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_one_sentence_with_its_place(bert, rows, loc, said):
+    with pytest.raises(UserError) as error:
+        plan(rows, bert)
+    assert error.value.loc == loc
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_to_frame_has_a_row_a_tensor(bert):
+    frame = plan([{"layers": "all", "clip": 1.0, "noise": 0.5}], bert).to_frame()
+    assert len(frame) == len(bert)
+    assert frame["fraction"].sum() == pytest.approx(1.0)
+    assert set(frame["noise"]) == {0.5}
+
+
+def test_hash_changes_with_any_rule(bert):
+    hashes = {
+        plan(rows, bert).hash for rows in ([], [{"layers": "all", "keep": 0.5}], [{"layers": "all", "keep": 0.6}])
+    }
+    assert len(hashes) == 3
+
+
+def test_a_policy_does_not_change_with_the_list_it_was_made_of(bert):
+    rows = [{"layers": "all", "clip": 1.0}]
+    policy = Policy(rows)
+    rows[0]["clip"] = 9.0
+    assert policy.plan(bert)[QUERY].clip == 1.0
