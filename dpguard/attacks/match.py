@@ -34,6 +34,7 @@ from dpguard.engine.gradients import running_as
 from dpguard.inputs.family import family_of
 
 CHUNK = 64
+SOLVED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Setting:
         order_prior: weight of the bigram loss (nats a token) in an order's score.
         norm_weight: weight of (mean token norm - ``norm``)².
         norm: token norm that starts have and the penalty asks for; None takes the table's mean.
+        check: steps between looks at the projected tokens; without noise the search ends when their
+            distance is at zero. 0 = never look.
         substitutes: nearest tokens tried at each position in the discrete search at the end; 0 = none.
     """
 
@@ -66,15 +69,16 @@ class Setting:
     order_prior: float = 0.05
     norm_weight: float = 1.0
     norm: float | None = None
+    check: int = 10
     substitutes: int = 8
 
 
 SETTINGS = {
     "default": Setting(learning_rate=0.03, decay=0.93, every=50),
     "partial": Setting(
-        aware=False, starts=500, permutations=500, proposals=200, order_prior=0.2, norm=1.4, substitutes=0
+        aware=False, starts=500, permutations=500, proposals=200, order_prior=0.2, norm=1.4, check=0, substitutes=0
     ),
-    "demo": Setting(learning_rate=0.1, decay=0.8, decay_every=15, starts=16, permutations=16, every=20, proposals=16),
+    "demo": Setting(learning_rate=0.15, decay=0.8, decay_every=8, starts=16, permutations=8, every=15, proposals=8),
 }
 
 
@@ -88,7 +92,7 @@ class Match:
         self.presets = {
             "default": Budget(steps=600, candidates=6_000, restarts=4),
             "partial": Budget(steps=2_000, candidates=6_000, restarts=1),
-            "demo": Budget(steps=80, candidates=400, restarts=2),
+            "demo": Budget(steps=40, candidates=300, restarts=2),
         }
 
     def applicable(self, seen: Observation) -> str:
@@ -233,9 +237,17 @@ class Search:
             adam.step()
             decay.step()
             self.spent.steps += 1
+            if setting.check and step % setting.check == setting.check - 1 and self.solved(guesses.moved(best)):
+                break
             if step >= setting.burn_in * self.budget.steps and step % setting.every == 0 and step:
                 self.reorder(x, guesses)
         return guesses.moved(best), lowest
+
+    def solved(self, guesses: Guesses) -> bool:
+        """Whether the tokens nearest to some restart send the message exactly, as far as rounding can tell."""
+        if self.objective.whitened or not self.left(guesses.messages):
+            return False
+        return float(self.score(guesses.moved(self.table.weight[self.project(guesses)])).min()) < SOLVED
 
     def norm_penalty(self, embeddings: Tensor, guesses: Guesses) -> Tensor:
         """(R,) squared difference of the mean norm of a message's free tokens from the wanted norm."""
@@ -303,7 +315,7 @@ class Search:
         places = final.free.nonzero().tolist()
         swaps = [(row, place, int(token)) for row, place in places for token in near[row, place]]
         best, (score, distance) = ids, self._posterior(final, ids[None])[0]
-        while swaps and self.left(CHUNK) == CHUNK:
+        while swaps and self.left(CHUNK) == CHUNK and (self.objective.whitened or distance > SOLVED):
             tried = []
             for index in torch.randperm(len(swaps), generator=self.rng)[: CHUNK // 2].tolist():
                 row, place, token = swaps[index]

@@ -27,6 +27,7 @@ Words = tuple[str, ...]
 
 REFERENCES = 256
 COMMON = 40
+MINIMUM = 64
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Prior:
 def fit(corpus: Corpus, length: int | None, candidates: int) -> Fit:
     """The best guesses for a text of ``length`` tokens (None: unknown), at most ``candidates`` scored.
 
-    Of each half of the public texts, the `REFERENCES` nearest in length stand for the target.
+    Public texts stand for the target: when its length is known, the eighth of them that is nearest in
+    length (at least `MINIMUM`), at most `REFERENCES` of each half.
     """
     order = _nearest(corpus, length)
     texts = [(corpus.texts[index], words(corpus.texts[index])) for index in order]
@@ -112,7 +114,8 @@ def _nearest(corpus: Corpus, length: int | None) -> list[int]:
         stride = max(1, total // (2 * REFERENCES))
         return list(range(total))[::stride]
     counts = public_lengths(corpus)
-    return sorted(range(total), key=lambda index: abs(counts[index] - length))
+    near = sorted(range(total), key=lambda index: abs(counts[index] - length))
+    return near[: max(MINIMUM, total // 8)]
 
 
 def words(text: str) -> Words:
