@@ -199,8 +199,7 @@ class Search:
         told, model = self.seen.disclosed, self.seen.model
         longest = family_of(model).max_tokens(model.config)
         labels = label_guesses(told, self.texts, self.classes, self.rng)
-        count = max(self.budget.restarts, self.left(self.setting.starts * len(labels)) // (2 * len(labels)))
-        count = min(count, max(self.budget.restarts, self.setting.starts))
+        count = max(self.budget.restarts, min(self.setting.starts, self._quarter(len(labels))))
         lengths = length_guesses(told, self.texts, count, longest, self.rng)
         pools = [
             draw(lengths, label, table=self.table.weight, norm=self.norm, tokenizer=told.tokenizer, rng=self.rng)
@@ -214,8 +213,12 @@ class Search:
 
     def reordered_starts(self, guesses: Guesses) -> Guesses:
         """Every start in the best of several random orders of its embeddings."""
-        count = self.left(self.setting.permutations * guesses.messages) // (2 * guesses.messages)
-        return guesses.moved(self._best_orders(guesses, min(count, self.setting.permutations), 0.0, scramble=True))
+        count = min(self.setting.permutations, self._quarter(guesses.messages))
+        return guesses.moved(self._best_orders(guesses, count, 0.0, scramble=True))
+
+    def _quarter(self, share: int) -> int:
+        """A quarter of the candidates still left, split into ``share`` parts: how much a first step may use."""
+        return self.left(self.budget.candidates) // (4 * share)
 
     # -- continuous search
 

@@ -65,6 +65,10 @@ def test_partial_searches_orders_with_the_papers_rhythm() -> None:
     assert found.steps == 160
     assert found.candidates <= 1000
     assert len(set(_bag(model, found.sequences[0])) & set(_bag(model, batch.input_ids[0].tolist()))) >= 5
+    starting = _run(
+        seen, preset="partial", budget=Budget(steps=0, candidates=match.PLUGIN.presets["partial"].candidates)
+    )
+    assert starting.candidates == 500 + 500 + 1
     setting = match.SETTINGS["partial"]
     assert (setting.learning_rate, setting.decay, setting.decay_every) == (0.01, 0.89, 50)
     assert (setting.starts, setting.permutations, setting.proposals, setting.every) == (500, 500, 200, 75)
