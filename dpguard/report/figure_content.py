@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpguard.report.frontier import CONTROL, Frontier, Row
@@ -10,7 +11,7 @@ from dpguard.report.text import metric_name
 from dpguard.stats import Interval
 
 LABELLED = 24
-"""With more points than this, only the front and the control have a name and interval bars."""
+"""With more points than this, only the front (no more of it than this) and the control are named and have bars."""
 LISTED = 60
 """With more policies than this, the leakage chart lists only the front and the control."""
 
@@ -61,7 +62,7 @@ class Tradeoff:
 def tradeoff_content(frontier: Frontier) -> Tradeoff:
     """Compute the trade-off picture."""
     whole = [(number, row) for number, row in enumerate(frontier.rows, 1) if row.leakage and row.utility is not None]
-    crowded = len(whole) > LABELLED
+    named = _named([row for _, row in whole])
     points = tuple(
         Point(
             number,
@@ -70,7 +71,7 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
             row.utility,
             band(row.epsilon),
             row.on_front,
-            not crowded or row.on_front or row.policy == CONTROL,
+            row.policy in named,
         )
         for number, row in whole
         if row.leakage and row.utility
@@ -88,6 +89,17 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
         f"Leakage: {metric_name(frontier.leakage_metric)} of the strongest attack (less is better)",
         f"Utility: {metric_name(frontier.utility_metric)} on held-out texts",
     )
+
+
+def _named(rows: Sequence[Row]) -> set[str]:
+    """Policies whose points get a name: all, or in a crowd the control and the front, one for each place."""
+    if len(rows) <= LABELLED:
+        return {row.policy for row in rows}
+    places: dict[tuple[float, float], str] = {}
+    for row in sorted(rows, key=lambda row: row.policy != CONTROL):
+        if (row.on_front or row.policy == CONTROL) and row.leakage and row.utility:
+            places.setdefault((round(row.leakage.value, 2), round(row.utility.value, 2)), row.policy)
+    return set(list(places.values())[:LABELLED])
 
 
 def why_absent(row: Row) -> str:

@@ -90,8 +90,8 @@ def _point(ax: Axes, point: Point) -> None:
         marker="o" if point.band else "D",
         markersize=8.5 if point.band else 7.0,
         markerfacecolor=colour if point.band else PAPER,
-        markeredgecolor=PAPER if point.band else colour,
-        markeredgewidth=0.8 if point.band else 1.7,
+        markeredgecolor=INK if point.band else colour,
+        markeredgewidth=0.7 if point.band else 1.7,
         linestyle="none",
         zorder=3,
         clip_on=False,
@@ -102,7 +102,17 @@ def _point(ax: Axes, point: Point) -> None:
 def _legend(ax: Axes, content: Tradeoff, narrow: bool) -> None:
     used = {point.band for point in content.points}
     handles = [
-        Line2D([], [], marker="o", linestyle="none", color=b.colour, markersize=7.5, label=b.name)
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="none",
+            color=b.colour,
+            markeredgecolor=INK,
+            markeredgewidth=0.7,
+            markersize=7.5,
+            label=b.name,
+        )
         for b in BANDS
         if b in used
     ]
@@ -265,8 +275,8 @@ def _bar(ax: Axes, place: int, bar: Bar, interval: Interval | None) -> None:
         marker="o" if bar.band else "D",
         markersize=6.5 if bar.band else 5.5,
         markerfacecolor=colour if bar.band else PAPER,
-        markeredgecolor=colour,
-        markeredgewidth=1.4,
+        markeredgecolor=INK if bar.band else colour,
+        markeredgewidth=0.7 if bar.band else 1.5,
         linestyle="none",
         zorder=3,
         clip_on=False,

@@ -13,12 +13,12 @@ from dpguard.study.record import Record
 
 @dataclass(frozen=True)
 class Group:
-    """Gaps of one leg with one reason: ``policies`` has, for each policy, the positions and seeds it lacks."""
+    """Gaps of one leg with one reason: ``policies`` has, for each policy, which positions and seeds it lacks."""
 
     leg: str
     status: str
     reason: str
-    policies: tuple[tuple[str, tuple[str, ...]], ...]
+    policies: tuple[tuple[str, str], ...]
 
 
 def grouped(gaps: Sequence[Gap]) -> list[Group]:
@@ -29,11 +29,22 @@ def grouped(gaps: Sequence[Gap]) -> list[Group]:
         if gap.where:
             places.append(gap.where)
     groups = [
-        Group(*key, tuple((policy, tuple(places)) for policy, places in policies.items()))
+        Group(*key, tuple((policy, _places(places)) for policy, places in policies.items()))
         for key, policies in found.items()
     ]
     order = ("failed", "missing", "skipped")
     return sorted(groups, key=lambda group: order.index(group.status))
+
+
+def _places(places: Sequence[str]) -> str:
+    """Positions and seeds in words; seeds alone are listed as one.
+
+    >>> _places(["seed 0", "seed 1"]), _places(["end, seed 0"])
+    ('seeds 0, 1', 'end, seed 0')
+    """
+    if len(places) > 1 and all(place.startswith("seed ") for place in places):
+        return f"seeds {', '.join(place.removeprefix('seed ') for place in places)}"
+    return "; ".join(places)
 
 
 def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:

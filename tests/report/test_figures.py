@@ -99,6 +99,9 @@ def test_a_crowded_picture_names_the_front_only():
     assert len(content.points) == LABELLED + 10
     assert {p.policy for p in content.points if p.labelled} == {r.policy for r in table.rows if r.on_front}
     figures.tradeoff(table)
+    twins = replace(table, rows=tuple(replace(row, policy=f"{row.policy}{n}") for row in table.rows for n in "ab"))
+    named = [(p.leakage.value, p.utility.value) for p in tradeoff_content(twins).points if p.labelled]
+    assert 0 < len(named) == len(set(named)) <= LABELLED
 
 
 def test_leakage_chart_lists_all_or_says_how_many_are_left_out(table):

@@ -154,7 +154,7 @@ def test_failed_and_skipped_cells_are_on_the_first_screen(page):
     first = page.text[: page.text.index("What leaks, and what it is worth")]
     assert "1 result missing from this report" in first
     assert "leakage failed for sign (end, seed 0): out of memory: 3.1 GB asked for" in first
-    assert "utility skipped for no-embeddings" in first
+    assert "utility skipped for no-embeddings (seeds 0, 1, 2)" in first
     assert "needs the federation" in first
 
 
