@@ -16,6 +16,9 @@ from dpguard.policy.guarantee import Accountant, Guarantee, Sampling
 from dpguard.policy.guarantee import guarantee as _guarantee
 from dpguard.policy.table import Plan
 
+RELATIVE_ERROR = 0.003
+"""Error of PRV's epsilon where it is large; .01 where it is small."""
+
 
 class SubsampledGaussian:
     """`policy.guarantee.Accountant` on Opacus; queries are cached by their arguments."""
@@ -33,9 +36,13 @@ class SubsampledGaussian:
 @lru_cache(maxsize=4096)
 def _epsilon(sigma: float, sampling_rate: float, steps: int, delta: float) -> float:
     history = [(sigma, sampling_rate, steps)]
-    found = _prv_epsilon(history, delta)
-    if found is not None:
-        return found
+    loose = _rdp_epsilon(history, delta)
+    tight = _prv_epsilon(history, delta, eps_error=max(0.01, RELATIVE_ERROR * loose))
+    return loose if tight is None else min(loose, tight)
+
+
+def _rdp_epsilon(history: list[tuple[float, float, int]], delta: float) -> float:
+    """RDP's upper bound: instant, valid at any noise multiplier, some per cent above PRV's."""
     rdp = RDPAccountant()
     rdp.history = history
     with warnings.catch_warnings():
@@ -43,14 +50,18 @@ def _epsilon(sigma: float, sampling_rate: float, steps: int, delta: float) -> fl
         return float(rdp.get_epsilon(delta=delta))
 
 
-def _prv_epsilon(history: list[tuple[float, float, int]], delta: float) -> float | None:
-    """PRV's upper bound, or None where its discretisation fails (noise multipliers below about .05)."""
+def _prv_epsilon(history: list[tuple[float, float, int]], delta: float, eps_error: float) -> float | None:
+    """PRV's upper bound, or None where its discretisation fails (noise multipliers below about .05).
+
+    Its grid has about epsilon / eps_error points: the error must grow with epsilon, or hundreds of millions
+    of points are tried at small noise.
+    """
     prv = PRVAccountant()
     prv.history = history
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = float(prv.get_epsilon(delta=delta))
+            found = float(prv.get_epsilon(delta=delta, eps_error=eps_error))
         except (ValueError, RuntimeError, ArithmeticError, MemoryError):
             return None
     return found if np.isfinite(found) and found >= 0 else None
@@ -61,14 +72,15 @@ def _curve(sigma: float, sampling_rate: float, steps: int) -> Callable[[float], 
     """epsilon -> upper bound on delta, or None where PRV fails."""
     prv = PRVAccountant()
     prv.history = [(sigma, sampling_rate, steps)]
+    error = max(0.01, RELATIVE_ERROR * _rdp_epsilon(prv.history, 1e-6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # eps_error .01, delta_error 1e-8: fine enough for success bounds down to kappa = 1e-6
-            composed = prv._get_dprv(eps_error=0.01, delta_error=1e-8)
+            # fine enough for success bounds down to kappa = 1e-6
+            composed = prv._get_dprv(eps_error=error, delta_error=1e-8)
         except (ValueError, RuntimeError, ArithmeticError, MemoryError):
             return None
-    return lambda epsilon: float(composed.compute_delta_estimate(max(epsilon - 0.01, 0.0))) + 1e-8
+    return lambda epsilon: float(composed.compute_delta_estimate(max(epsilon - error, 0.0))) + 1e-8
 
 
 def guarantee(
