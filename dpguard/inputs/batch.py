@@ -31,7 +31,10 @@ class Batch:
         """The examples at ``index``, padding that nobody needs cut off."""
         mask = self.attention_mask[index]
         longest = max(1, int(mask.sum(1).max())) if len(mask) else mask.shape[1]
-        return Batch(self.input_ids[index, :longest], mask[:, :longest], self.labels[index])
+        labels = self.labels[index]
+        return Batch(
+            self.input_ids[index, :longest], mask[:, :longest], labels[:, :longest] if labels.dim() == 2 else labels
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
