@@ -258,7 +258,7 @@ def utility_interval(
 
     Args:
         predictions: shape (seeds, examples), predicted class of the same examples in the same order.
-        labels: shape (examples,).
+        labels: shape (examples,), classes counted from 0.
         metric: accuracy, f1 or mcc.
         confidence: of the interval.
         draws: number of bootstrap samples.
@@ -272,15 +272,13 @@ def utility_interval(
     if guesses.ndim != 2 or guesses.size == 0 or guesses.shape[1] != truth.shape[0]:
         raise ValueError(f"predictions have shape {guesses.shape}, expected (seeds, {truth.shape[0]})")
     seeds, examples = guesses.shape
-    classes = np.union1d(truth, guesses)
-    classes = classes if classes.size > 1 else np.union1d(classes, [0, 1])
-    coded = np.searchsorted(classes, np.vstack([truth[None], guesses]))
-    kinds, counts = np.unique(coded, axis=1, return_counts=True)
+    classes = 1 + max(1, int(truth.max()), int(guesses.max()))
+    kinds, counts = np.unique(np.vstack([truth[None], guesses]), axis=1, return_counts=True)
     rng = np.random.default_rng([seed, examples])
     drawn = np.vstack([counts, rng.multinomial(examples, counts / examples, size=draws)]).astype(np.float64)
     scores = np.empty((draws + 1, seeds))
     for number in range(seeds):
-        pairs = np.zeros((kinds.shape[1], classes.size, classes.size))
+        pairs = np.zeros((kinds.shape[1], classes, classes))
         pairs[np.arange(kinds.shape[1]), kinds[0], kinds[number + 1]] = 1
         scores[:, number] = from_confusion(np.tensordot(drawn, pairs, axes=1), metric)
     value = float(scores[0].mean())

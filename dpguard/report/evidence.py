@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpguard.report.frontier import position
 from dpguard.report.result import StudyResult
+from dpguard.report.scores import position
 from dpguard.report.text import Piece, at_name, diff, visible
 from dpguard.study.record import Record
 

@@ -121,11 +121,6 @@ class Bar:
     bound: float | None
     band: Band | None
 
-    @property
-    def broken(self) -> bool:
-        """Measured exact match, by its lower end, is above what the guarantee allows: a bug somewhere."""
-        return self.exact is not None and self.bound is not None and self.exact.low > self.bound
-
 
 @dataclass(frozen=True)
 class Bars:

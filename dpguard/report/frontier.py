@@ -18,8 +18,9 @@ import pandas as pd
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.report.result import StudyResult
+from dpguard.report.scores import Scores, position
 from dpguard.report.text import csv_cell
-from dpguard.stats import UTILITY_METRICS, Floats, Interval, max_interval, mean_interval, utility_interval
+from dpguard.stats import UTILITY_METRICS, Interval, mean_interval, utility_interval
 from dpguard.study.record import Cell, Record
 
 CONTROL = "none"
@@ -66,7 +67,9 @@ class Row:
         exact: the same for exact match, which is what ``bound`` speaks of.
         utility: the study's utility metric on held-out texts.
         epsilon: of the training; infinite when there is no formal guarantee.
+        proven: lower limit of exact match at the level `ALARM`, shared among all policies, attacks and positions.
         bound: largest possible chance that one message gives one record away, when the guarantee has one.
+        kappa: the chance of a guess without the message that ``bound`` supposes.
         shared_fraction: share of the parameters that leaves the client.
         rows: length of the policy's table.
         attacks: the attacks that ran, the prior among them.
@@ -81,7 +84,9 @@ class Row:
     exact: Interval | None = None
     utility: Interval | None = None
     epsilon: float | None = None
+    proven: float | None = None
     bound: float | None = None
+    kappa: float | None = None
     shared_fraction: float | None = None
     rows: int = 0
     attacks: tuple[str, ...] = ()
@@ -92,6 +97,11 @@ class Row:
     def formal(self) -> bool:
         """Whether epsilon is known and finite."""
         return self.epsilon is not None and math.isfinite(self.epsilon)
+
+    @property
+    def broken(self) -> bool:
+        """More came back whole than the guarantee allows, beyond chance: a bug somewhere."""
+        return self.proven is not None and self.bound is not None and self.proven > self.bound
 
 
 @dataclass(frozen=True)
@@ -210,62 +220,6 @@ def mark_front(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, on_front=on_front(row)) for row in rows]
 
 
-class Scores:
-    """Scores of all leakage cells, laid out so that policies and attacks can be compared target by target.
-
-    Attributes:
-        metrics: names of the metrics that occur.
-        targets: every target of the study, in order: the same axis for all, which pairs all comparisons.
-        seeds: every seed of the leakage leg, in order.
-    """
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        done = [r for r in records if r.cell.leg == "leakage" and r.status == "done"]
-        done.sort(key=lambda record: (position(record.cell) != "start", position(record.cell), record.cell.seed))
-        self._scores: dict[str, dict[tuple[str, str], list[tuple[int, dict[str, Any]]]]] = {}
-        for record in done:
-            by_option = self._scores.setdefault(record.cell.policy, {})
-            for score in record.result["scores"]:
-                option = (str(score["attack"]), position(record.cell))
-                by_option.setdefault(option, []).append((record.cell.seed, score))
-        found = [score for options in self._scores.values() for kept in options.values() for _, score in kept]
-        self.metrics = sorted({name for score in found for name in score["metrics"]})
-        self.targets = sorted({int(score["target"]) for score in found})
-        self.seeds = sorted({record.cell.seed for record in done})
-        self._column = {target: number for number, target in enumerate(self.targets)}
-
-    def options(self, policy: str) -> list[tuple[str, str]]:
-        """Every (attack, position) that has scores for the policy, in the order in which they ran."""
-        return list(self._scores.get(policy, {}))
-
-    def of(self, policy: str, option: tuple[str, str]) -> list[tuple[int, dict[str, Any]]]:
-        """(seed, score) of every target under one attack at one position."""
-        return self._scores.get(policy, {}).get(option, [])
-
-    def array(self, policy: str, option: tuple[str, str], metric: str) -> Floats:
-        """Scores of one attack at one position: shape (targets, seeds), NaN where there is none."""
-        values = np.full((len(self.targets), max(len(self.seeds), 1)), np.nan)
-        for seed, score in self.of(policy, option):
-            value = score["metrics"].get(metric)
-            if value is not None:
-                values[self._column[int(score["target"])], self.seeds.index(seed)] = float(value)
-        return values
-
-    def largest(self, policy: str, metric: str) -> tuple[Interval, tuple[str, str]] | None:
-        """The largest mean over attacks and positions, with the attack and position that reached it."""
-        options = self.options(policy)
-        values = np.array([self.array(policy, option, metric) for option in options])
-        if not options or not np.isfinite(values).any():
-            return None
-        interval, best = max_interval(values)
-        return interval, options[best]
-
-
-def position(cell: Cell) -> str:
-    """Where in the training a leakage cell attacks: "start" or "end"."""
-    return str(cell.settings.get("at", "start"))
-
-
 def _place(cell: Cell) -> Place:
     """What tells a policy's cells apart: two policies of one study have the same places."""
     return (cell.leg, position(cell) if cell.leg == "leakage" else "", cell.seed)
@@ -289,14 +243,14 @@ def _row(
         if row.shared_fraction is None and share is not None:
             row = replace(row, shared_fraction=float(share))
         if record.cell.leg == "guarantee" and record.status == "done":
-            bound = record.result.get("bound")
-            success = float(bound["success"]) if bound else None
-            row = replace(row, epsilon=float(record.result["epsilon"]), bound=success)
+            bound = record.result.get("bound") or {"success": None, "kappa": None}
+            row = replace(row, epsilon=float(record.result["epsilon"]), bound=bound["success"], kappa=bound["kappa"])
     row = replace(row, attacks=tuple(dict.fromkeys(attack for attack, _ in scores.options(policy))))
     if "leakage" not in broken and (found := scores.largest(policy, metric)):
         exact = scores.largest(policy, "exact_match")
         leakage, (attack, at) = found
         row = replace(row, leakage=leakage, attack=attack, at=at, exact=exact[0] if exact else None)
+        row = replace(row, proven=scores.proven(policy))
     if "utility" not in broken and "utility" in {leg for leg, _, _ in expected}:
         row = replace(row, utility=utility_of(records, utility_metric))
     return row

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from dpguard.report.evidence import Evidence, evidence
-from dpguard.report.frontier import Frontier, Row, Scores, position
+from dpguard.report.frontier import Frontier, Row
 from dpguard.report.result import StudyResult
-from dpguard.report.text import at_name, metric_name, number, plain, visible
+from dpguard.report.scores import Scores, position
+from dpguard.report.text import at_name, metric_name, number, percent, plain, visible
 from dpguard.stats import Interval, binomial, mean_interval
 from dpguard.study.record import Record
+
+CHECKS = 12
+"""Lines of the defence-effect check printed for each policy."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,23 @@ class AttackRow:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What was measured on a message before it left, beside what the table claims.
+
+    Attributes:
+        what: "one example moved" (a clip group, by a norm) or "noise std of" (a part of the model).
+        part: the clip group or the part of the model.
+        measured: in wire units.
+        claimed: the bound C for a clip group, the std for noise.
+    """
+
+    what: str
+    part: str
+    measured: str
+    claimed: str
+
+
+@dataclass(frozen=True)
 class PolicyView:
     """Everything that the page says about one policy.
 
@@ -57,7 +78,8 @@ class PolicyView:
         reasons: why epsilon is infinite.
         attacks: one row for every attack and position.
         skipped: attacks that could not run: (attack, position in words, reason).
-        checks: what was measured of clip and noise on the message: (name, value).
+        checks: what was measured of clip and noise on the message.
+        more_checks: how many such lines there was no room for.
         utility: facts of the utility leg: (name, value).
         evidence: worst targets, empty when texts are hidden.
         more_evidence: how many targets are not shown.
@@ -72,7 +94,8 @@ class PolicyView:
     reasons: tuple[str, ...]
     attacks: tuple[AttackRow, ...]
     skipped: tuple[tuple[str, str, str], ...]
-    checks: tuple[tuple[str, str], ...]
+    checks: tuple[Check, ...]
+    more_checks: int
     utility: tuple[tuple[str, str], ...]
     evidence: tuple[Evidence, ...]
     more_evidence: int
@@ -100,7 +123,7 @@ def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores
         tuple(visible(reason) for reason in promise.get("reasons", ())),
         tuple(_attack_rows(row.policy, frontier.leakage_metric, scores)),
         tuple(_skipped(attacked)),
-        tuple(_checks(attacked)),
+        *_checks(attacked),
         tuple(_utility_facts([r for r in done if r.cell.leg == "utility"])),
         shown,
         more,
@@ -117,7 +140,12 @@ def table_rows(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _printed(group: Mapping[str, Any]) -> dict[str, str]:
-    return {visible(key): visible(plain(value), limit=240) for key, value in group.items()}
+    """One resolved row; what is not set is empty, the share of the parameters is in per cent."""
+    shown = {}
+    for key, value in group.items():
+        text = percent(value) if key == "fraction" else "" if value is None else visible(plain(value), limit=240)
+        shown[visible(key)] = text
+    return shown
 
 
 def _guarantee_facts(promise: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,12 +208,15 @@ def _skipped(attacked: Sequence[Record]) -> list[tuple[str, str, str]]:
     return sorted(told)
 
 
-def _checks(attacked: Sequence[Record]) -> list[tuple[str, str]]:
-    """The defence-effect check of the first leakage cell: what clip and noise were on the emitted tensors."""
-    defence: Mapping[str, Any] = next(
-        (record.result["defence"] for record in attacked if record.result.get("defence")), {}
-    )
-    return [(visible(name), plain(value)) for name, value in defence.items() if value not in (None, {}, [])]
+def _checks(attacked: Sequence[Record]) -> tuple[tuple[Check, ...], int]:
+    """The defence-effect check of the first leakage cell that has one, and how many lines there was no room for."""
+    defence: Mapping[str, Any] = next((r.result["defence"] for r in attacked if r.result.get("defence")), {})
+    found = [
+        Check(words, visible(part), f"{float(measured):.4g}", f"{float(claimed):.4g}")
+        for key, words in (("clip", "one example moved"), ("noise", "noise std of"))
+        for part, (measured, claimed) in (defence.get(key) or {}).items()
+    ]
+    return tuple(found[:CHECKS]), max(len(found) - CHECKS, 0)
 
 
 def _utility_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:

@@ -99,8 +99,8 @@ def leakage(policy: str, at: str, rate: float, targets: int, seed: int = 0) -> t
             scores.append(score)
             texts.append(TextRow(target, attack, text))
     result = {"at": at, "kappa_floor": 0.01, "scores": scores, "skipped": {}, "shared_fraction": share,
-              "defence": {"clip": {"claimed": 1.0, "largest": 0.998},
-                          "noise": {"claimed": 0.6, "measured": 0.601}}}  # fmt: skip
+              "defence": {"clip": {"all": [0.998, 1.0]},
+                          "noise": {"block 0": [0.0601, 0.06], "head": [0.0598, 0.06]}}}  # fmt: skip
     return Record(cell, "done", result=result, provenance=provenance(3.2)), texts
 
 
@@ -127,8 +127,12 @@ def guarantee(policy: str, epsilon: float) -> Record:
         "statement": STATEMENT if formal else "No formal guarantee: epsilon is infinite.",
         "reasons": [] if formal else ["what is shared carries no noise"],
         "bound": {"kappa": 0.01, "success": min(1.0, 1.5 * max(rates) + 0.08)} if formal else None,
-        "table": [{"parameters": 26, "share": True, "train": True, "clip": 1.0, "noise": 0.6, "std": 0.6,
-                   "release": ""}],
+        "table": [
+            {"parameters": part, "fraction": size, "share": True, "train": True, "clip": 1.0 if formal else None,
+             "group": "all" if formal else None, "noise": 0.6 if formal else 0.0, "std": 0.6 if formal else 0.0,
+             "release": ""}
+            for part, size in (("embeddings", 0.48), ("block 0", 0.26), ("block 1", 0.2596), ("head", 0.0004))
+        ],
     }  # fmt: skip
     cell = Cell("guarantee", policy, rows, MODEL, DATA, {"delta": 1e-5})
     return Record(cell, "done", result=result, provenance=provenance(0.1))

@@ -113,13 +113,6 @@ def test_leakage_chart_lists_all_or_says_how_many_are_left_out(table):
     assert crowd.left_out > 0
 
 
-def test_a_measurement_above_its_bound_is_seen(table):
-    row = table.row("dp-sgd noise=0.3")
-    assert not any(bar.broken for bar in leakage_content(table).bars)
-    low = replace(row, bound=row.exact.low - 0.01)
-    assert leakage_content(replace(table, rows=(low,))).bars[0].broken
-
-
 def test_drawing_works_on_given_axes_and_without_points(table):
     figure = Figure()
     ax = figure.subplots()

@@ -168,6 +168,12 @@ def test_every_policy_has_its_table_statement_and_attacks(page):
     assert "Covered: one training example" in page.text
 
 
+def test_what_was_measured_on_the_message_is_beside_the_claim(page):
+    assert "one example moved all" in page.text
+    assert "noise std of block 0" in page.text
+    assert "0.0601" in page.text
+
+
 def test_synthetic_texts_are_shown_and_marked(page):
     assert "synthetic text" in page.text
     assert sentence(0) in page.text
@@ -236,7 +242,7 @@ def test_nothing_concluded_is_said_in_place_of_a_decision(tmp_path):
 def test_a_broken_bound_is_a_red_banner(tmp_path):
     study = sample(20)
     records = [
-        replace(r, result={**r.result, "bound": {"kappa": 0.001, "success": 0.05}})
+        replace(r, result={**r.result, "bound": {"kappa": 0.001, "success": 0.02}})
         if r.cell.leg == "guarantee" and r.cell.policy == "dp-sgd noise=0.3"
         else r
         for r in study.records
