@@ -25,14 +25,12 @@ def collator(items):
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
-def private(rows, *, family="bert", batch_size=6, seed=0, **more):
+def private(rows, *, family="bert", batch_size=6, seed=0, optimizer=torch.optim.SGD, rate=0.1, **more):
     model = tiny.module(family).train()
     loader = DataLoader(EXAMPLES, batch_size=batch_size, collate_fn=collator)
     engine = PrivacyEngine()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    out = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader, policy=Policy(rows), seed=seed, **more
-    )
+    inner = optimizer(model.parameters(), lr=rate)
+    out = engine.make_private(module=model, optimizer=inner, data_loader=loader, policy=Policy(rows), seed=seed, **more)
     return engine, *out
 
 

@@ -1,0 +1,37 @@
+# make demo: install and run the main job on the bundled model and texts.  make test: everything that CI checks.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check clean
+
+help:
+	@echo "make demo       install into .venv, run studies/demo.yaml, print the decision (about 3 minutes)"
+	@echo "make test       install into .venv, then ruff, mypy, import-linter and pytest"
+	@echo "make test-slow  the same with the long tests"
+	@echo "make clean      remove .venv, caches and the demo's records"
+
+# torch first and alone: asked for with its version, pip takes the CPU build where one is offered
+.venv/.installed-%: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing (the first time takes a minute or two) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt -e '.$(if $(filter test,$*),[test])'
+	@touch $@
+
+demo: .venv/.installed-core
+	@$(BIN)/dpguard run studies/demo.yaml
+
+test: .venv/.installed-test check
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/.installed-test check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build reports/demo
