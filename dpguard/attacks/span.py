@@ -1,0 +1,251 @@
+"""The span attack: one shared linear weight of any inner block says which hidden vectors were the client's.
+
+The gradient of a linear layer has the span of the layer's inputs as its row space (arXiv 2405.15586 uses
+that for the first two layers). Here it is used at any depth, for one text, without its label or length:
+the rank gives the length; a linear picture of the layer's inputs (`span_picture`) guesses token and position
+without a search; a discrete search (`span_search`) ends where every state lies in the span to the precision
+of the message, which no other text does, so that the attack knows when it is right; a continuous search
+(`span_relax`) gives new starts when it is stuck. The first block's attention inputs and decoders need no
+search (`span_exact`).
+
+What it cannot use: the final block under a classification head (rank of the batch), pruned or rounded
+weights (full rank), and noise above the signal's singular values (it says so and proposes nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.base import Budget
+from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.presets import choose
+from dpguard.attacks.span_evidence import Evidence, gather, usable
+from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
+from dpguard.attacks.span_guess import Guess, guess, seat_of
+from dpguard.attacks.span_picture import Album, fit
+from dpguard.attacks.span_relax import relax
+from dpguard.attacks.span_search import Search, Trail
+from dpguard.attacks.span_sites import Probe, Sites, left_as_found, sites_of
+from dpguard.attacks.vocabulary import Frame, TokenTable, allowed_tokens, frame_of
+from dpguard.inputs.family import slots
+
+WITNESSES = 3
+"""Weights whose spectrum is computed: one to search with, the others to try next and to confirm."""
+SUBSTITUTES = 80
+ROUNDS = 4
+NEARBY = 160
+"""Texts near the best one that a picture is refined on."""
+JITTER = 0.5
+"""Noise on the starts of the continuous search, relative to an embedding's norm."""
+PUBLIC = 400
+
+
+@dataclass
+class _Case:
+    """Everything about one reconstruction that its steps share."""
+
+    probe: Probe
+    sites: Sites
+    album: Album
+    tokens: Tensor
+    table: TokenTable
+    frame: Frame
+    rng: torch.Generator
+    budget: Budget
+    limit: int
+    steps: int = 0
+
+    def fixed(self, length: int) -> tuple[Tensor, Tensor]:
+        """(L,) bool of the special positions, and (L,) ids with -1 elsewhere."""
+        ids = torch.tensor(self.frame.wrap([-1] * (length - self.frame.size)), device=self.probe.device)
+        return ids >= 0, ids
+
+    def framed(self, texts: Tensor) -> Tensor:
+        """(B, L) texts with the special tokens in their places."""
+        held, ids = self.fixed(texts.shape[1])
+        return torch.where(held, ids, texts)
+
+
+class Span:
+    """See the module's text."""
+
+    name = "span"
+    cite = "any depth and certificate: this project; the span test of the first two layers: DAGER, arXiv 2405.15586"
+    presets = {"default": Budget(steps=600, candidates=20000, restarts=8), "quick": Budget(60, 2500, 4)}  # noqa: RUF012
+
+    def applicable(self, seen: Observation) -> str:
+        """Empty when one text's gradient of an inner block's linear weight is on the wire, else the reason."""
+        told = seen.disclosed
+        if told.sequences != 1:
+            return f"needs a message of one text, this one has {told.sequences or 'an unknown number'}"
+        if told.kind != "gradient":
+            return f"needs a gradient, the message is {told.kind!r}"
+        return usable(seen, sites_of(seen.model))[1]
+
+    def reconstruct(
+        self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
+    ) -> Reconstruction:
+        """Propose the text behind a message of one text; see `base.Attack`."""
+        budget = choose(self.name, self.presets, preset, budget)[1]
+        with left_as_found(seen.model):
+            case = _case(seen, rng, budget)
+            evidence = gather(seen, usable(seen, case.sites)[0], causal=case.probe.family.causal, most=WITNESSES)
+            return _judge(case, seen, evidence)
+
+
+PLUGIN = Span()
+
+
+def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> _Case:
+    probe = Probe(seen.model)
+    tokenizer = seen.disclosed.tokenizer
+    allowed = allowed_tokens(tokenizer, len(probe.embedding))
+    tokens, frame = allowed.nonzero().flatten().to(probe.device), frame_of(tokenizer)
+    public = [tokenizer(text)["input_ids"] for text in seen.disclosed.public_texts[:PUBLIC]]
+    album = Album(probe, tokens, frame, public, _positions(probe))
+    return _Case(
+        probe, sites_of(seen.model), album, tokens, TokenTable(probe.embedding, tokenizer), frame, rng, budget,
+        budget.candidates,
+    )  # fmt: skip
+
+
+def _positions(probe: Probe) -> Tensor:
+    """(P, p) position embeddings; p = 0 for a model that has none."""
+    for slot in slots(probe.model):
+        if slot.role == "position_embedding":
+            return probe.model.get_parameter(slot.name).detach()
+    return torch.zeros((int(probe.config.max_position_embeddings), 0), device=probe.device)
+
+
+def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstruction:
+    """Read the weights one after the other until one is certain; let the others confirm."""
+    if not evidence:
+        reason = "no shared weight has a spectrum that rises above its noise or rounding with room to test in"
+        return Reconstruction([], [], notes={"reason": reason})
+    best: tuple[Trail, Evidence] | None = None
+    for index, witness in enumerate(evidence[:2]):
+        case.limit = case.budget.candidates if index or len(evidence) == 1 else case.budget.candidates // 2
+        trail = _read(case, seen, witness)
+        if trail is not None and (best is None or trail.certain or trail.energy < best[0].energy):
+            best = trail, witness
+        if best is not None and best[0].certain:
+            break
+    if best is None:
+        reason = "the rank fits no text of this model: more tokens than inputs, or fewer than the special tokens"
+        return Reconstruction([], [], candidates=case.probe.scored, notes={"reason": reason})
+    trail, witness = best
+    scored = case.probe.scored
+    confirmed = [e.certifies(case.probe, trail.ids)[0] for e in evidence if e is not witness]
+    notes: dict[str, Any] = {
+        "weight": witness.site.name,
+        "rank": witness.span.rank,
+        "residual": float(trail.rows.max().clamp_min(0)) if trail.worst == 1.0 else trail.worst,
+        "witnesses": 1 + sum(confirmed),
+    }
+    certain = trail.certain and all(confirmed)
+    return Reconstruction([trail.ids.tolist()], [certain], case.steps, scored, notes)
+
+
+def _read(case: _Case, seen: Observation, evidence: Evidence) -> Trail | None:
+    """The best text for one weight over the lengths that its rank allows."""
+    told = seen.disclosed.lengths
+    lengths = list(told) if told else evidence.lengths
+    most = case.probe.family.max_tokens(case.probe.config)
+    best: Trail | None = None
+    for length in lengths:
+        if not case.frame.size < length <= most:
+            continue
+        trail = _solve(case, evidence, length)
+        if best is None or trail.certain or trail.energy < best.energy:
+            best = trail
+        if best.certain:
+            break
+    return best
+
+
+def _solve(case: _Case, evidence: Evidence, length: int) -> Trail:
+    """One weight, one length: exact tests where they exist, else guess, search, refine, relax."""
+    held = case.fixed(length)[0]
+    search = Search(case.probe, evidence, held, case.limit)
+    if is_context_free(evidence, case.frame):
+        ids = first_block(case.probe, evidence, length, case.tokens, case.frame)
+        return search.start(case.framed(ids[None]))
+    first = guess(evidence, case.sites, case.album, length, case.tokens)
+    if evidence.causal and evidence.first == 0:
+        ids = left_to_right(case.probe, evidence, length, case.tokens, case.frame, first, case.limit)
+        trail = search.start(ids[None])
+        if trail.certain:
+            return trail
+    return _hunt(case, evidence, search, length, first)
+
+
+def _hunt(case: _Case, evidence: Evidence, search: Search, length: int, table: Guess | None) -> Trail:
+    """Guess and search, then refine the picture around the best text, then relax, until certain or spent."""
+    held = case.fixed(length)[0]
+    if table is not None:
+        likely, bag = table.best(SUBSTITUTES), table.bag(2 * length)
+        trail = search.start(case.framed(torch.stack([table.text(), likely[:, 0]])))
+    else:
+        likely = case.tokens[torch.randint(len(case.tokens), (length, 1), generator=case.rng)]
+        bag = likely[:, 0]
+        trail = search.start(case.framed(likely[:, 0][None]))
+        likely, bag = _relaxed(case, evidence, search, trail, likely, held)
+    trail = search.run(trail, likely, bag)
+    for _ in range(ROUNDS):
+        if trail.certain or case.probe.scored >= case.limit:
+            break
+        refined = _refined(case, evidence, trail, likely, length)
+        if refined is not None:
+            likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
+            trail = search.run(trail, likely, bag)
+        if trail.certain or case.probe.scored >= case.limit:
+            break
+        if case.steps < case.budget.steps:
+            likely, bag = _relaxed(case, evidence, search, trail, likely, held)
+            trail = search.run(trail, likely, bag)
+    return trail
+
+
+def _refined(case: _Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int) -> Guess | None:
+    """A guess from a picture of texts near the best one: same length, mostly the same words."""
+    seat = seat_of(evidence, case.sites)
+    if seat is None:
+        return None
+    rows = likely[:, : min(24, likely.shape[1])]
+    pick = torch.randint(rows.shape[1], (NEARBY, length), generator=case.rng)
+    other = rows[torch.arange(length), pick]
+    stay = torch.rand((NEARBY, length), generator=case.rng) < 0.6
+    texts = case.framed(torch.where(stay, trail.ids, other))
+    scored = case.probe.scored
+    prior = case.album.picture(seat.name, seat.layer, length)
+    picture = fit(case.probe, seat.layer, texts.tolist(), case.album.table, prior)
+    case.probe.scored = scored + NEARBY
+    return guess(evidence, case.sites, case.album, length, case.tokens, picture)
+
+
+def _relaxed(
+    case: _Case, evidence: Evidence, search: Search, trail: Trail, likely: Tensor, held: Tensor
+) -> tuple[Tensor, Tensor]:
+    """New substitutes and bag from a continuous search around the best text; the trail takes a better start."""
+    embedding = case.probe.embedding
+    size = case.budget.restarts
+    unit = case.table.mean_norm / embedding.shape[1] ** 0.5
+    shaky = (trail.rows / trail.rows.max().clamp_min(1e-9)).clamp(0.1, 1)[None, :, None]
+    noise = torch.randn((size, len(trail.ids), embedding.shape[1]), generator=case.rng)
+    start = embedding[trail.ids] * (1 - shaky * JITTER) + noise * unit * shaky * 2 * JITTER
+    start = torch.where(held[None, :, None], embedding[trail.ids], start)
+    steps = min(200, case.budget.steps - case.steps)
+    found, taken = relax(case.probe, evidence, start, held, steps=steps)
+    case.steps += taken
+    near = case.table.nearest(found, 8)
+    texts = case.framed(near[:, :, 0])
+    again = search.start(texts)
+    if again.energy < trail.energy:
+        again.tried |= trail.tried
+        trail.__dict__.update(again.__dict__)
+    mixed = torch.cat([near.permute(1, 2, 0).flatten(1), likely], dim=1)
+    return mixed[:, : SUBSTITUTES + 24], torch.unique(near[:, :, 0])

@@ -1,0 +1,121 @@
+"""One weight's testimony: which combinations of a text's states must lie in the span of its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.observation import Observation
+from dpguard.attacks.span_rank import Span, span_of
+from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites
+
+COVERAGE = 0.02
+"""Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A weight, the span of its gradient, and how states become vectors of that span.
+
+    Attributes:
+        site: the layer.
+        span: of its inputs.
+        causal: a position sees only what is left of it.
+    """
+
+    site: Site
+    span: Span
+    causal: bool
+
+    @property
+    def differences(self) -> bool:
+        """Keys: softmax ignores a shift, so only differences from the first token's state are in the span."""
+        return self.site.role == "key"
+
+    @property
+    def first(self) -> int:
+        """First position that the weight testifies about; a decoder's first query has one key and no gradient."""
+        return 1 if self.differences or (self.causal and self.site.role == "query") else 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths in tokens that the rank allows, likeliest first; under noise a rank may be too low."""
+        exact = self.span.rank + self.first
+        return [exact, exact + 1, exact + 2] if self.span.blurred else [exact]
+
+    def vectors(self, states: Tensor) -> Tensor:
+        """(..., L - first, inputs) what must lie in the span, from (..., L, inputs) states."""
+        if self.differences:
+            return states[..., 1:, :] - states[..., :1, :]
+        return states[..., self.first :, :]
+
+    def residuals(self, states: Tensor) -> Tensor:
+        """(B, L) squared length outside the span relative to the vector's own, float32, 0 where nothing is said."""
+        rows = torch.nn.functional.normalize(self.vectors(states).float(), dim=-1)
+        out = 1 - (rows @ self.basis.T).pow(2).sum(-1)
+        return torch.nn.functional.pad(out, (self.first, 0))
+
+    def energy(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) mean residual plus coverage term, and the (B, L) residuals; differentiable."""
+        rows = torch.nn.functional.normalize(self.vectors(states).float(), dim=-1)
+        inside = rows @ self.basis.T
+        out = 1 - inside.pow(2).sum(-1)
+        count = rows.shape[-2]
+        gram = inside @ inside.transpose(-1, -2) + 1e-3 * torch.eye(count, device=rows.device)
+        volume = torch.linalg.cholesky_ex(gram).L.diagonal(dim1=-2, dim2=-1).log().sum(-1) * 2 / count
+        return out.mean(-1) - COVERAGE * volume, torch.nn.functional.pad(out, (self.first, 0))
+
+    def certifies(self, probe: Probe, ids: Tensor) -> tuple[bool, float]:
+        """Whether a text of (L,) token ids explains the span to the message's precision; its worst residual."""
+        if len(ids) not in self.lengths:
+            return False, 1.0
+        rows = self.vectors(probe.states(self.site.layer, ids[None])[0])
+        worst = float(self.span.outside(rows)[0].max())
+        return self.span.holds(rows), worst
+
+    @property
+    def basis(self) -> Tensor:
+        """The span's basis in the model's precision."""
+        return self.span.basis.float()
+
+
+def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
+    """Sites whose weight on the wire can be read, best first, or the reason why there is none."""
+    plan = seen.disclosed.plan
+    shared = [s for s in sites.all if s.name in seen.message]
+    if not shared:
+        return [], "no attention or MLP weight of a block is shared"
+    inner = [s for s in shared if s.block < sites.last_block]
+    if not inner:
+        return [], (
+            "only the final block's weights are shared; under a classification head their gradients have the rank "
+            "of the batch, not of its tokens"
+        )
+    rules = {s.name: plan[s.name] for s in inner if s.name in plan}
+    whole = [s for s in inner if s.name in rules and rules[s.name].keep >= 1 and rules[s.name].bits is None]
+    whole = [s for s in whole if not rules[s.name].release]
+    if not whole:
+        return [], "every shared weight is pruned or rounded, which leaves no low-rank gradient to read"
+    return sorted(whole, key=lambda s: (s.block, LINEAR.index(s.role))), ""
+
+
+def noise_on(seen: Observation, site: Site) -> float:
+    """Standard deviation of the noise on one entry of a weight as it was sent."""
+    size = seen.disclosed.batch_size
+    return seen.disclosed.plan[site.name].std(size) / size
+
+
+def gather(seen: Observation, sites: list[Site], *, causal: bool, most: int) -> list[Evidence]:
+    """Evidence of the first ``most`` sites whose gradient has a span that leaves room for a test."""
+    found: list[Evidence] = []
+    message: Mapping[str, Tensor] = seen.message
+    for site in sites:
+        span = span_of(site.oriented(message[site.name]), noise_on(seen, site))
+        if span is not None:
+            found.append(Evidence(site, span, causal))
+        if len(found) == most:
+            break
+    return found

@@ -1,0 +1,159 @@
+"""Guesses without a search: every (token, position) of the vocabulary held against one weight's span."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from dpguard.attacks.span_evidence import Evidence
+from dpguard.attacks.span_picture import Album, Picture, View
+from dpguard.attacks.span_sites import Probe, Site, Sites
+
+DECISIVE = 2.0
+"""How much a token loses at a position for looking better at another one (in log units of the table)."""
+SHORTLIST = 2000
+"""Tokens that the slower test of MLP activations looks at closely."""
+PIECE = 8192
+COLUMNS = 20
+"""Tokens a position that take part in an assignment."""
+COPIES, SECOND = 3, 0.4
+"""How often a token may be used, and what each further copy costs (log units)."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A table of how badly each token fits at each position.
+
+    Attributes:
+        misfit: (tokens, L) log share of the state that the span does not explain; small = likely.
+        tokens: (tokens,) the token ids.
+    """
+
+    misfit: Tensor
+    tokens: Tensor
+
+    def best(self, count: int) -> Tensor:
+        """(L, count) token ids by misfit, those first that fit nowhere better."""
+        elsewhere = self.misfit - self.misfit.min(dim=1, keepdim=True).values
+        order = (self.misfit + DECISIVE * elsewhere).topk(min(count, len(self.tokens)), dim=0, largest=False).indices
+        return self.tokens[order].T
+
+    def text(self) -> Tensor:
+        """(L,) the assignment of tokens to positions with the least misfit; a second copy of a token costs."""
+        length = self.misfit.shape[1]
+        near = self.misfit.min(dim=1).values.topk(min(COLUMNS * length, len(self.tokens)), largest=False).indices
+        once = self.misfit[near] + DECISIVE * (self.misfit[near] - self.misfit[near].min(dim=1, keepdim=True).values)
+        cost = torch.cat([once, *(once + SECOND * copy for copy in range(1, COPIES))]).T
+        chosen = torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=near.device)
+        return self.tokens[near[chosen % len(near)]]
+
+    def bag(self, count: int) -> Tensor:
+        """(count,) token ids that fit best anywhere."""
+        order = self.misfit.min(dim=1).values.topk(min(count, len(self.tokens)), largest=False).indices
+        return self.tokens[order]
+
+
+def guess(
+    evidence: Evidence, sites: Sites, album: Album, length: int, tokens: Tensor, picture: Picture | None = None
+) -> Guess | None:
+    """Hold every token at every position against the evidence; None when the weight allows no such test.
+
+    Args:
+        evidence: one weight's.
+        sites: the model's layers.
+        album: pictures.
+        length: tokens of the text.
+        tokens: (n,) tokens that a text can contain.
+        picture: use this one instead of the album's.
+    """
+    probe = album.probe
+    seat = seat_of(evidence, sites)
+    if seat is None:
+        return None
+    seen = picture or album.picture(seat.name, seat.layer, length)
+    rows = probe.positions(length)
+    if evidence.site.role == "mlp_out":
+        return _activations(evidence, seen, seat, probe, rows, tokens)
+    view = view_of(evidence, seat, seen, probe)
+    if view is None:
+        return None
+    share = seen.table(view, probe.embedding[tokens], rows)
+    return Guess(share.clamp_min(1e-9).log(), tokens)
+
+
+def seat_of(evidence: Evidence, sites: Sites) -> Site | None:
+    """The layer whose linear picture tells about the evidence's inputs."""
+    role, block = evidence.site.role, evidence.site.block
+    if role == "attention_output":
+        return sites.find(block, "value", "qkv")
+    if role == "mlp_out":
+        return sites.find(block, "mlp_in")
+    return evidence.site
+
+
+def view_of(evidence: Evidence, seat: Site, picture: Picture, probe: Probe) -> View | None:
+    """The linear conditions on a state that the evidence sets."""
+    outside = evidence.span.complement()
+    identity = torch.eye(evidence.span.inputs, dtype=torch.float64, device=outside.device)
+    nothing = torch.zeros(len(identity), dtype=torch.float64, device=outside.device)
+    if evidence.site.role == "attention_output":
+        return _heads(evidence, seat, probe)
+    if evidence.differences:
+        return View(outside, -outside @ picture.opening, identity, -picture.opening)
+    return View(outside, torch.zeros(len(outside), dtype=torch.float64, device=outside.device), identity, nothing)
+
+
+def _heads(evidence: Evidence, seat: Site, probe: Probe) -> View | None:
+    """Each head's context is a mixture of the texts' values, so the values of the head lie in its span too."""
+    heads = int(probe.config.num_attention_heads)
+    weight = seat.oriented(seat.layer.get_parameter("weight"))
+    bias = seat.layer.get_parameter("bias").detach().double()
+    width = evidence.span.inputs // heads
+    weight, bias = weight[-evidence.span.inputs :], bias[-evidence.span.inputs :]  # the last third of a fused one
+    matrices, offsets = [], []
+    scaled = evidence.span.basis * evidence.span.values[:, None]
+    floor = evidence.span.tail**0.5 * 2
+    for head in range(heads):
+        cut = slice(head * width, (head + 1) * width)
+        values, directions = torch.linalg.svd(scaled[:, cut], full_matrices=True)[1:]
+        rank = int((values > max(floor, float(values[0]) * 1e-6)).sum())
+        matrices.append(directions[rank:] @ weight[cut])
+        offsets.append(directions[rank:] @ bias[cut])
+    matrix = torch.cat(matrices)
+    return View(matrix, torch.cat(offsets), weight, bias) if len(matrix) else None
+
+
+def _activations(evidence: Evidence, picture: Picture, seat: Site, probe: Probe, rows: Tensor, tokens: Tensor) -> Guess:
+    """Push the pictured state through the MLP's first layer and hold the activations against the span."""
+    act = activation(probe.config)
+    width = probe.embedding.shape[1]
+    base = probe.embedding[tokens] @ picture.weights[:width].float()
+    there = picture.constant(rows).float()
+    basis = evidence.basis
+
+    def share(some: Tensor, where: Tensor) -> Tensor:
+        out = []
+        for part in some.split(PIECE):  # type: ignore[no-untyped-call]
+            unit = torch.nn.functional.normalize(act(seat.layer(part + where)), dim=1)
+            out.append(1 - (unit @ basis.T).pow(2).sum(1))
+        return torch.cat(out)
+
+    with torch.no_grad():
+        if len(tokens) > 2 * SHORTLIST:
+            middle = there[[len(there) // 4, len(there) // 2, (3 * len(there)) // 4]]
+            rough = torch.stack([share(base, where) for where in middle]).min(0).values
+            keep = rough.topk(SHORTLIST, largest=False).indices
+            base, tokens = base[keep], tokens[keep]
+        table = torch.stack([share(base, where) for where in there], dim=1)
+    return Guess(table.clamp_min(1e-9).log(), tokens)
+
+
+def activation(config: Any) -> Any:
+    """The MLP's activation function, whatever the family calls it."""
+    names = ("hidden_act", "activation_function", "activation")
+    return ACT2FN[next(getattr(config, name) for name in names if hasattr(config, name))]

@@ -1,0 +1,122 @@
+"""The span of a layer's inputs, read off its gradient, with the precision that the message allows.
+
+For Y = X Wᵀ the gradient of W is dYᵀ X: its rows are combinations of the inputs X, so while there are fewer
+tokens than inputs the gradient's row space is the span of the client's input vectors (arXiv 2405.15586,
+section 4). What a perturbation E of the gradient (rounding, or noise) does to that space is known too: to
+first order it moves the input x out of the span by E restricted to the rest, applied to c = S⁻¹ V x, so its
+squared residual is |c|² times the energy of the gradient's tail per output. A candidate is held against
+that figure and no hand-set tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GAP = 3.0
+"""Least ratio of two neighbouring singular values that separates inputs from rounding (noise has 1.0)."""
+EDGE = 12.0
+"""Rounding errors are uneven; their largest singular value stays below this many times an even noise's edge."""
+SLACK = 30.0
+"""Residuals of true inputs lie within this factor of the first-order figure (measured: at most 13)."""
+FORWARD = 1e-10
+"""Squared relative error of a float32 forward pass through a dozen blocks."""
+RESOLUTION = 1e-3
+"""A figure above this cannot tell a true input from that of a text with one other word."""
+SPARE = 4
+"""Directions outside the span that a certificate needs: fewer, and a random vector might lie in it."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Row space of a gradient.
+
+    Attributes:
+        basis: (r, inputs) orthonormal rows, float64, by falling singular value.
+        values: (r,) singular values.
+        tail: squared perturbation per output (see the module's text), in squared units of the gradient.
+        inputs: width of the layer's inputs.
+        blurred: noise was claimed for the message; the rank is then a lower bound.
+    """
+
+    basis: Tensor
+    values: Tensor
+    tail: float
+    inputs: int
+    blurred: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of the span."""
+        return len(self.values)
+
+    def complement(self) -> Tensor:
+        """(inputs - r, inputs) orthonormal rows: what true inputs have nothing of."""
+        full: Tensor = torch.linalg.qr(self.basis.T, mode="complete").Q
+        return full.T[self.rank :]
+
+    def outside(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared length outside the span, relative to the vector's own, and what precision allows.
+
+        Args:
+            vectors: (..., inputs).
+
+        Returns:
+            Two (...) float64 tensors; a true input has the first below the second.
+        """
+        wide = vectors.double()
+        inside = wide @ self.basis.T
+        size = wide.pow(2).sum(-1).clamp_min(1e-300)
+        residual = (wide - inside @ self.basis).pow(2).sum(-1) / size
+        drift = (inside / self.values).pow(2).sum(-1) * self.tail / size
+        return residual, SLACK * drift + FORWARD
+
+    def holds(self, vectors: Tensor) -> bool:
+        """Whether every vector lies in the span as far as this message can tell, and it can tell well."""
+        if self.inputs - self.rank < SPARE or not len(vectors):
+            return False
+        residual, allowed = self.outside(vectors)
+        return bool((residual <= allowed).all() and (allowed <= RESOLUTION).all())
+
+
+def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
+    """The span behind a gradient, or None when nothing low-dimensional rises above rounding or noise.
+
+    Args:
+        gradient: (outputs, inputs) float64.
+        noise: standard deviation that the policy claims for each entry on the wire.
+    """
+    if not gradient.isfinite().all() or not gradient.any():
+        return None
+    values, directions = torch.linalg.svd(gradient, full_matrices=False)[1:]
+    outputs, inputs = gradient.shape
+    rank = _above_noise(values, outputs, inputs, noise) if noise else _above_rounding(values, outputs, inputs)
+    if rank == 0:
+        return None
+    left = values[rank:].pow(2).sum() / max(1, outputs - rank)
+    tail = max(float(left), noise**2 * (inputs - rank))
+    return Span(directions[:rank], values[:rank], tail, inputs, blurred=noise > 0)
+
+
+def _above_noise(values: Tensor, outputs: int, inputs: int, noise: float) -> int:
+    """Singular values above the largest that noise alone reaches (Davidson and Szarek 2001, theorem II.13:
+    beyond σ(√m + √n + t) with probability below exp(-t²/2); t = 4)."""
+    return int((values > noise * (math.sqrt(outputs) + math.sqrt(inputs) + 4.0)).sum())
+
+
+def _above_rounding(values: Tensor, outputs: int, inputs: int) -> int:
+    """The widest gap of the spectrum whose far side looks like rounding; 0 when there is none."""
+    most = len(values) - SPARE
+    if most < 1:
+        return 0
+    near, far = values[:most], values[1 : most + 1].clamp_min(float(values[0]) * 1e-16)
+    ranks = torch.arange(1, most + 1, device=values.device)
+    energy = values.pow(2).flip(0).cumsum(0).flip(0)[1 : most + 1]
+    deviation = (energy / ((outputs - ranks) * (inputs - ranks)).clamp_min(1)).sqrt()
+    edge = deviation * ((outputs - ranks).sqrt() + (inputs - ranks).sqrt())
+    gap = (near / far).masked_fill(values[1 : most + 1] > EDGE * edge.clamp_min(float(values[0]) * 1e-16), 0.0)
+    best = int(gap.argmax())
+    return best + 1 if float(gap[best]) >= GAP else 0

@@ -1,0 +1,161 @@
+"""Discrete search: edit a text until every state lies in the span, where the residual drops to numerical zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.span_evidence import Evidence
+from dpguard.attacks.span_sites import Probe
+
+WIDTHS = (6, 24, 80)
+"""Substitutes tried a position, wider when nothing improves."""
+DOUBTFUL, INSERTS = (2, 5, 20), (2, 5, 12)
+"""Tokens that are taken out while another one is put in elsewhere: how many, and how many put in a place."""
+LEAST = 1e-5
+"""Smallest gain in energy that counts as one."""
+HINT = 1e-4
+"""Largest mean residual at which it is worth asking for the certificate."""
+
+Edit = tuple[tuple[int, int], ...]
+"""(position, token) pairs that differ from the current text."""
+
+
+@dataclass
+class Trail:
+    """Where a search stands.
+
+    Attributes:
+        ids: (L,) the best text.
+        energy: its energy.
+        rows: (L,) its residuals.
+        certain: the certificate holds.
+        worst: worst residual of the last certificate asked for.
+        tried: texts already scored.
+    """
+
+    ids: Tensor
+    energy: float
+    rows: Tensor
+    certain: bool = False
+    worst: float = 1.0
+    tried: set[tuple[int, ...]] = field(default_factory=set)
+
+
+class Search:
+    """Local search on the energy of one weight's evidence.
+
+    Args:
+        probe: the model; counts candidates.
+        evidence: what has to be explained.
+        fixed: (L,) bool, positions held by special tokens.
+        limit: value of ``probe.scored`` at which to stop.
+    """
+
+    def __init__(self, probe: Probe, evidence: Evidence, fixed: Tensor, limit: int) -> None:
+        self.probe, self.evidence, self.limit = probe, evidence, limit
+        self.free = (~fixed).nonzero().flatten().tolist()
+
+    def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) energies and (B, L) residuals of (B, L) texts."""
+        return self.evidence.energy(self.probe.states(self.evidence.site.layer, ids))
+
+    def start(self, ids: Tensor) -> Trail:
+        """The best of (B, L) texts."""
+        ids = ids[: max(1, self.limit - self.probe.scored)]
+        energy, rows = self.score(ids)
+        best = int(energy.argmin())
+        trail = Trail(ids[best].clone(), float(energy[best]), rows[best])
+        self._check(trail)
+        return trail
+
+    def run(self, trail: Trail, substitutes: Tensor, bag: Tensor) -> Trail:
+        """Edit until certain, stuck or out of budget.
+
+        Args:
+            trail: where to start.
+            substitutes: (L, k) tokens for each position, likeliest first.
+            bag: (b,) tokens that may belong anywhere.
+        """
+        level = 0
+        while not trail.certain and level < len(WIDTHS) and self.probe.scored < self.limit:
+            edits = self._new(trail, list(self._edits(trail, substitutes, bag, level)))
+            if edits and self._improve(trail, edits):
+                self._check(trail)
+                level = 0
+            else:
+                level += 1
+        return trail
+
+    def _edits(self, trail: Trail, substitutes: Tensor, bag: Tensor, level: int) -> Iterator[Edit]:
+        order = sorted(self.free, key=lambda p: -float(trail.rows[p]))
+        worst = order[: max(4, len(order) // 3)] if level == 0 else order
+        words = trail.ids.tolist()
+        anywhere = bag.tolist() if level else []
+        for p in worst:
+            for token in dict.fromkeys(substitutes[p, : WIDTHS[level]].tolist() + anywhere):
+                yield ((p, token),)
+        if level == 2:
+            worst = []  # orders were tried in full one level below
+        for p in worst:
+            for q in self.free:
+                if q == p or (q < p and q in worst):
+                    continue
+                yield ((p, words[q]), (q, words[p]))
+                yield from (_move(words, p, q), _move(words, q, p)) if abs(p - q) > 1 else ()
+        for p in order[: DOUBTFUL[level]]:
+            for q in self.free:
+                for token in substitutes[q, : INSERTS[level]].tolist():
+                    yield _move([*words[:p], token, *words[p + 1 :]], p, q)
+
+    def _new(self, trail: Trail, edits: list[Edit]) -> list[tuple[Edit, Tensor]]:
+        out = []
+        for edit in edits:
+            changed = trail.ids.clone()
+            for position, token in edit:
+                changed[position] = token
+            key = tuple(changed.tolist())
+            if key not in trail.tried:
+                trail.tried.add(key)
+                out.append((edit, changed))
+        return out[: self.limit - self.probe.scored]
+
+    def _improve(self, trail: Trail, edits: list[tuple[Edit, Tensor]]) -> bool:
+        """Take the best edit, together with as many other good ones as help."""
+        energy, rows = self.score(torch.stack([ids for _, ids in edits]))
+        order = energy.argsort().tolist()
+        good = [k for k in order if float(energy[k]) < trail.energy - LEAST]
+        if not good:
+            return False
+        texts: list[Tensor] = []
+        merged, taken = edits[good[0]][1].clone(), {p for p, _ in edits[good[0]][0]}
+        for k in good[1:]:
+            places = {p for p, _ in edits[k][0]}
+            if len(texts) < 8 and not places & taken:
+                for position, token in edits[k][0]:
+                    merged[position] = token
+                taken |= places
+                texts.append(merged.clone())
+        best = good[0]
+        trail.ids, trail.energy, trail.rows = edits[best][1], float(energy[best]), rows[best]
+        if texts and self.probe.scored < self.limit:
+            energy, rows = self.score(torch.stack(texts[: self.limit - self.probe.scored]))
+            k = int(energy.argmin())
+            if float(energy[k]) < trail.energy:
+                trail.ids, trail.energy, trail.rows = texts[k], float(energy[k]), rows[k]
+        return True
+
+    def _check(self, trail: Trail) -> None:
+        if float(trail.rows.mean()) < HINT or self.evidence.span.blurred:
+            trail.certain, trail.worst = self.evidence.certifies(self.probe, trail.ids)
+
+
+def _move(words: list[int], source: int, target: int) -> Edit:
+    """Take one token out and put it back elsewhere, everything between shifting by one."""
+    moved = list(words)
+    moved.insert(target, moved.pop(source))
+    low, high = min(source, target), max(source, target)
+    return tuple((p, moved[p]) for p in range(low, high + 1))
