@@ -27,8 +27,8 @@ PACKAGE = "dpguard.attacks"
 FLOOR = "prior"
 
 PANELS: dict[str, tuple[str, ...]] = {
-    "panel-0": ("prior", "span", "match:demo"),
-    "demo": ("prior", "span", "match:demo"),
+    "panel-0": ("prior", "rows", "span", "match:demo"),
+    "demo": ("prior", "rows", "span", "match:demo"),
 }
 """Panel -> attacks, cheapest first, each a name or ``name:preset``. ``demo`` is what the bundled study runs."""
 

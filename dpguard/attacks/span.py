@@ -25,9 +25,10 @@ from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
-from dpguard.attacks.span_guess import Guess, guess, seat_of
+from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
+from dpguard.attacks.span_rows import RowSolver
 from dpguard.attacks.span_search import Search, Trail
 from dpguard.attacks.span_sites import Probe, Sites, left_as_found, sites_of
 from dpguard.attacks.vocabulary import Frame, TokenTable, allowed_tokens, frame_of
@@ -75,7 +76,7 @@ class Span:
 
     name = "span"
     cite = "any depth and certificate: this project; the span test of the first two layers: DAGER, arXiv 2405.15586"
-    presets = {"default": Budget(steps=600, candidates=20000, restarts=8), "quick": Budget(60, 2500, 4)}  # noqa: RUF012
+    presets = {"default": Budget(steps=2000, candidates=20000, restarts=8), "quick": Budget(700, 2500, 4)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:
         """Empty when one text's gradient of an inner block's linear weight is on the wire, else the reason."""
@@ -174,16 +175,31 @@ def _solve(case: _Case, evidence: Evidence, length: int) -> Trail:
     if is_context_free(evidence, case.frame):
         ids = first_block(case.probe, evidence, length, case.tokens, case.frame)
         return search.start(case.framed(ids[None]))
-    first = guess(evidence, case.sites, case.album, length, case.tokens)
+    states = _states(case, evidence, length)
+    first = guess(evidence, case.sites, case.album, length, case.tokens, states=states)
     if evidence.causal and evidence.first == 0:
         ids = left_to_right(case.probe, evidence, length, case.tokens, case.frame, first, case.limit)
         trail = search.start(ids[None])
         if trail.certain:
             return trail
-    return _hunt(case, evidence, search, length, first)
+    return _hunt(case, evidence, search, length, first, states)
 
 
-def _hunt(case: _Case, evidence: Evidence, search: Search, length: int, table: Guess | None) -> Trail:
+def _states(case: _Case, evidence: Evidence, length: int) -> Tensor | None:
+    """The text's hidden states, where the weight gives them one by one."""
+    seat = seat_of(evidence, case.sites)
+    if evidence.site.role != "mlp_out" or seat is None:
+        return None
+    solver = RowSolver(case.probe, evidence, seat, activation(case.probe.config), case.frame, case.rng)
+    picture = case.album.picture(seat.name, seat.layer, length)
+    found = solver.solve(picture, case.tokens, length, case.budget.steps - case.steps)
+    case.steps += solver.steps
+    return found
+
+
+def _hunt(
+    case: _Case, evidence: Evidence, search: Search, length: int, table: Guess | None, states: Tensor | None
+) -> Trail:
     """Guess and search, then refine the picture around the best text, then relax, until certain or spent."""
     held = case.fixed(length)[0]
     if table is not None:
@@ -198,7 +214,7 @@ def _hunt(case: _Case, evidence: Evidence, search: Search, length: int, table: G
     for _ in range(ROUNDS):
         if trail.certain or case.probe.scored >= case.limit:
             break
-        refined = _refined(case, evidence, trail, likely, length)
+        refined = _refined(case, evidence, trail, likely, length, states)
         if refined is not None:
             likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
             trail = search.run(trail, likely, bag)
@@ -210,7 +226,9 @@ def _hunt(case: _Case, evidence: Evidence, search: Search, length: int, table: G
     return trail
 
 
-def _refined(case: _Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int) -> Guess | None:
+def _refined(
+    case: _Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int, states: Tensor | None
+) -> Guess | None:
     """A guess from a picture of texts near the best one: same length, mostly the same words."""
     seat = seat_of(evidence, case.sites)
     if seat is None:
@@ -224,7 +242,7 @@ def _refined(case: _Case, evidence: Evidence, trail: Trail, likely: Tensor, leng
     prior = case.album.picture(seat.name, seat.layer, length)
     picture = fit(case.probe, seat.layer, texts.tolist(), case.album.table, prior)
     case.probe.scored = scored + NEARBY
-    return guess(evidence, case.sites, case.album, length, case.tokens, picture)
+    return guess(evidence, case.sites, case.album, length, case.tokens, picture=picture, states=states)
 
 
 def _relaxed(

@@ -12,13 +12,11 @@ from transformers.activations import ACT2FN
 
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_picture import Album, Picture, View
+from dpguard.attacks.span_rows import ruler
 from dpguard.attacks.span_sites import Probe, Site, Sites
 
 DECISIVE = 2.0
 """How much a token loses at a position for looking better at another one (in log units of the table)."""
-SHORTLIST = 2000
-"""Tokens that the slower test of MLP activations looks at closely."""
-PIECE = 8192
 COLUMNS = 20
 """Tokens a position that take part in an assignment."""
 COPIES, SECOND = 3, 0.4
@@ -59,7 +57,14 @@ class Guess:
 
 
 def guess(
-    evidence: Evidence, sites: Sites, album: Album, length: int, tokens: Tensor, picture: Picture | None = None
+    evidence: Evidence,
+    sites: Sites,
+    album: Album,
+    length: int,
+    tokens: Tensor,
+    *,
+    picture: Picture | None = None,
+    states: Tensor | None = None,
 ) -> Guess | None:
     """Hold every token at every position against the evidence; None when the weight allows no such test.
 
@@ -70,6 +75,7 @@ def guess(
         length: tokens of the text.
         tokens: (n,) tokens that a text can contain.
         picture: use this one instead of the album's.
+        states: (k, d) states found by `span_rows`, for the weight that gives them.
     """
     probe = album.probe
     seat = seat_of(evidence, sites)
@@ -78,7 +84,7 @@ def guess(
     seen = picture or album.picture(seat.name, seat.layer, length)
     rows = probe.positions(length)
     if evidence.site.role == "mlp_out":
-        return _activations(evidence, seen, seat, probe, rows, tokens)
+        return None if states is None else _named(probe, seen, states, length, tokens)
     view = view_of(evidence, seat, seen, probe)
     if view is None:
         return None
@@ -128,29 +134,15 @@ def _heads(evidence: Evidence, seat: Site, probe: Probe) -> View | None:
     return View(matrix, torch.cat(offsets), weight, bias) if len(matrix) else None
 
 
-def _activations(evidence: Evidence, picture: Picture, seat: Site, probe: Probe, rows: Tensor, tokens: Tensor) -> Guess:
-    """Push the pictured state through the MLP's first layer and hold the activations against the span."""
-    act = activation(probe.config)
-    width = probe.embedding.shape[1]
-    base = probe.embedding[tokens] @ picture.weights[:width].float()
-    there = picture.constant(rows).float()
-    basis = evidence.basis
-
-    def share(some: Tensor, where: Tensor) -> Tensor:
-        out = []
-        for part in some.split(PIECE):  # type: ignore[no-untyped-call]
-            unit = torch.nn.functional.normalize(act(seat.layer(part + where)), dim=1)
-            out.append(1 - (unit @ basis.T).pow(2).sum(1))
-        return torch.cat(out)
-
-    with torch.no_grad():
-        if len(tokens) > 2 * SHORTLIST:
-            middle = there[[len(there) // 4, len(there) // 2, (3 * len(there)) // 4]]
-            rough = torch.stack([share(base, where) for where in middle]).min(0).values
-            keep = rough.topk(SHORTLIST, largest=False).indices
-            base, tokens = base[keep], tokens[keep]
-        table = torch.stack([share(base, where) for where in there], dim=1)
-    return Guess(table.clamp_min(1e-9).log(), tokens)
+def _named(probe: Probe, picture: Picture, states: Tensor, length: int, tokens: Tensor) -> Guess | None:
+    """Tokens and positions by their distance from the nearest of some known states."""
+    if not len(states):
+        return None
+    scale = ruler(probe, picture, tokens, length)
+    nearest = torch.full((len(tokens), length), torch.inf, device=probe.device)
+    for state in states:
+        nearest = torch.minimum(nearest, scale.distances(state[None])[0])
+    return Guess(nearest.clamp_min(1e-9).log(), tokens)
 
 
 def activation(config: Any) -> Any:

@@ -21,7 +21,15 @@ from dpguard.study.spec import Study
 from dpguard.study.store import Store
 
 EXECUTE = "dpguard.study.legs:execute"
-PRELOAD = ("dpguard.study.legs",)
+# transformers loads its model code on first use: a second or two that every worker would pay
+PRELOAD = (
+    "dpguard.study.legs",
+    "rouge_score.rouge_scorer",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+)
 
 
 @dataclass(frozen=True)

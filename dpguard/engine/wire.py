@@ -91,10 +91,13 @@ def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
     )
     norms = {key: group_norms(squared, group) for key, group in plan.groups.items()}
     factors = {key: clip_factors(norms[key].nan_to_num(posinf=0.0), plan.groups[key].clip) * finite for key in norms}
+    clean = bool(finite.all())
     sums = {}
     for name, g in flat.items():
         weight = factors.get(plan[name].group, finite.to(g.dtype)).to(g.dtype)
-        sums[name] = (weight @ g.masked_fill(~finite[:, None], 0.0)).reshape(plan[name].slot.shape)
+        # a weight of 0 does not silence NaN
+        kept = g if clean else g.masked_fill(~finite[:, None], 0.0)
+        sums[name] = (weight @ kept).reshape(plan[name].slot.shape)
     return ClippedSum(sums, norms, int((~finite).sum()))
 
 

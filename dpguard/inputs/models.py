@@ -21,6 +21,15 @@ from dpguard.inputs.demo import bundle
 from dpguard.inputs.family import Family, family_of, slots
 
 HUB_SECONDS = 2.0
+# without any of these transformers makes an empty tokenizer that turns every word into [UNK]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ def _folder(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} is no model: expected a config.json in Hugging Face format")
+        if not any((path / file).is_file() for file in TOKENIZER_FILES):
+            raise UserError(f"model {name!r} has no tokenizer; expected tokenizer.json or vocab.txt beside config.json")
         return str(path)
     if path.exists():
         raise UserError(f"model {name!r} is a file; expected a folder in Hugging Face format")

@@ -21,8 +21,8 @@ from dpguard.inputs.texts import Example
 from dpguard.policy.table import Plan
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
-PHYSICAL = 32
-"""Examples whose per-example gradients are held at once (an embedding matrix of MiniLM is 47 MB an example)."""
+MEMORY = 1e9
+"""Bytes of per-example gradients held at once (an embedding matrix of MiniLM alone is 47 MB an example)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def train(
     learning_rate: float,
     optimizer: str = "adam",
     seed: int = 0,
-    physical: int = PHYSICAL,
+    physical: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:
     """Train ``model`` in place with Poisson batches under a plan; dropout is on, as it would be.
@@ -70,7 +70,7 @@ def train(
         learning_rate: of the optimizer.
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         seed: of sampling, dropout and noise (a study's; a deployment has none).
-        physical: examples in one backward pass.
+        physical: examples in one backward pass; None = as many as fit into `MEMORY`.
         on_step: called with (steps done, steps in all).
 
     Raises:
@@ -78,6 +78,7 @@ def train(
     """
     check_central(plan)
     started = time.perf_counter()
+    physical = physical or _fitting(plan)
     flags = {p: p.requires_grad for p in model.parameters()}
     model.train()
     inner = _optimizer(optimizer, model, plan, learning_rate)
@@ -101,6 +102,12 @@ def train(
                 parameter.grad = None
     seconds = time.perf_counter() - started
     return Trained(engine.steps, engine.sampling_rate, engine.clipped_fraction, engine.dropped, seconds)
+
+
+def _fitting(plan: Plan) -> int:
+    """How many examples' gradients fit into `MEMORY`, as float32; plans without a clip hold none."""
+    size = 4 * sum(plan[name].slot.size for name in plan.trained) if plan.groups else 4
+    return int(min(256, max(1, MEMORY // size)))
 
 
 def check_central(plan: Plan) -> None:

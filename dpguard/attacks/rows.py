@@ -1,0 +1,211 @@
+"""Embedding rows: the tokens that got a gradient, put in order by the position rows that got the same one.
+
+A text's gradient on the token table is zero but in the rows of its own tokens, and row v is the sum, over
+the positions that hold v, of the very vectors that the position table receives (their lookups are added,
+so they share a gradient). So one text with both tables shared is read off exactly, and under noise each row
+is a matched filter. Bag of words from embedding rows: Melis et al. (S&P 2019, section 4); FILM (Gupta et
+al., NeurIPS 2022) starts from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from dpguard.attacks.base import Budget
+from dpguard.attacks.language import Corpus, bigram
+from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
+from dpguard.inputs.family import family_of, slots
+
+FALSE_ALARMS = 0.01
+"""Expected number of rows that pure noise lets through, over a whole table."""
+EXACT = 1e-4
+"""Largest relative residual of a reading that float32 rounding explains."""
+
+
+class Rows:
+    """See the module's docstring."""
+
+    name = "rows"
+    cite = "Melis et al., IEEE S&P 2019 (arXiv 1805.04049); Gupta et al., NeurIPS 2022 (arXiv 2205.08514)"
+    presets = {"default": Budget(steps=0, candidates=20_000)}  # noqa: RUF012
+
+    def applicable(self, seen: Observation) -> str:
+        """Empty when the token table is shared and its rows are not those of a tied head, else the reason."""
+        token = _table(seen, "token_embedding")
+        if token is None:
+            return "the token embedding is not shared"
+        if any(slot.tied_to == token for slot in slots(seen.model)):
+            return "the token embedding is tied to the head, which gives every row a gradient"
+        return ""
+
+    def reconstruct(
+        self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
+    ) -> Reconstruction:
+        """Read off the text; with position rows in order, else as a bag put in the likeliest order.
+
+        Certain when, without noise, every position's vector is accounted for by its token's row. Several
+        texts in one message give one bag. ``notes``: ``tokens``, ``positions`` seen, ``residual``.
+        """
+        limit = (budget or self.presets["default"]).candidates
+        token = _read(seen, "token_embedding")
+        position = _read(seen, "position_embedding")
+        if token is None or not len(token.rows):
+            return Reconstruction([], [], notes={"tokens": 0})
+        frame = frame_of(seen.disclosed.tokenizer)
+        allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
+        allowed[[*frame.prefix, *frame.suffix]] = True
+        token = token.only(allowed[token.rows])
+        if position is None or not len(position.rows) or seen.disclosed.sequences != 1:
+            bag = _chain(token, seen, frame)
+            return Reconstruction([bag], [False], notes={"tokens": len(token.rows), "positions": 0})
+        places = _places(position, seen)
+        text, residual, tried = _assign(token, places, frame, limit)
+        clean = not token.std and not position.std and bool(_whole(seen, token) and _whole(seen, position))
+        certain = clean and residual < EXACT and len(places.rows) > frame.size
+        notes = {"tokens": len(token.rows), "positions": len(places.rows), "residual": residual}
+        return Reconstruction([text], [certain], candidates=tried, notes=notes)
+
+
+@dataclass(frozen=True)
+class Read:
+    """The rows of one table that hold more than noise.
+
+    Attributes:
+        name: the parameter.
+        rows: (n,) row indices.
+        vectors: (n, d) their gradients.
+        std: noise on one entry, in wire units; 0 = none.
+    """
+
+    name: str
+    rows: Tensor
+    vectors: Tensor
+    std: float
+
+    def only(self, keep: Tensor) -> Read:
+        """The rows at ``keep`` (a mask or indices)."""
+        return Read(self.name, self.rows[keep], self.vectors[keep], self.std)
+
+
+def _table(seen: Observation, role: str) -> str | None:
+    for slot in slots(seen.model):
+        if slot.role == role and not slot.tied_to and slot.name in seen.message:
+            return slot.name
+    return None
+
+
+def _read(seen: Observation, role: str) -> Read | None:
+    """Rows whose energy noise alone would exceed in `FALSE_ALARMS` rows of the whole table."""
+    name = _table(seen, role)
+    if name is None:
+        return None
+    table = seen.message[name].double()
+    std = seen.disclosed.plan[name].std(seen.disclosed.batch_size) / seen.disclosed.batch_size
+    energy: Tensor = table.pow(2).sum(1)
+    if std == 0:
+        found = (energy > 0).nonzero()[:, 0]
+    else:
+        freedom = table.shape[1] * seen.disclosed.plan[name].keep
+        found = (energy / std**2 > chi2.isf(FALSE_ALARMS / len(table), max(1.0, freedom))).nonzero()[:, 0]
+    return Read(name, found, table[found], std)
+
+
+def _whole(seen: Observation, read: Read) -> bool:
+    rule = seen.disclosed.plan[read.name]
+    return rule.keep == 1 and rule.bits is None and not rule.release
+
+
+def _places(position: Read, seen: Observation) -> Read:
+    """Position rows from the first on, gaps filled with zero vectors (their token is still to be guessed)."""
+    offset = int(family_of(seen.model).positions(torch.ones(1, 1), seen.model.config)[0, 0])
+    last = int(position.rows.max())
+    if seen.disclosed.lengths:
+        last = offset + seen.disclosed.lengths[0] - 1
+    rows = torch.arange(offset, last + 1)
+    vectors = torch.zeros((len(rows), position.vectors.shape[1]), dtype=torch.float64)
+    for row, vector in zip(position.rows.tolist(), position.vectors, strict=True):
+        if offset <= row <= last:
+            vectors[row - offset] = vector
+    return Read(position.name, rows, vectors, position.std)
+
+
+def _assign(token: Read, places: Read, frame: Frame, limit: int) -> tuple[list[int], float, int]:
+    """A token for every position so that the position vectors add up to the token rows.
+
+    Starts from the most similar row, then moves single positions while the squared residual falls. The
+    special tokens stand where the tokenizer puts them.
+
+    Returns:
+        (token ids, relative residual, candidates tried).
+    """
+    seats = _seats(token, places, frame)
+    similarity = (_unit(places.vectors) @ _unit(token.vectors).T).masked_fill(~seats, -2.0)
+    chosen = similarity.argmax(1)
+    tried = similarity.numel()
+    left = token.vectors - _sums(chosen, places, len(token.rows))
+    for _ in range(2 * len(places.rows)):
+        # moving position p from a to b changes |left_a + P|^2 - |left_a|^2 + |left_b - P|^2 - |left_b|^2
+        inner = places.vectors @ left.T
+        size = places.vectors.pow(2).sum(1)
+        away = 2 * inner.gather(1, chosen[:, None])[:, 0] + size
+        gain = away[:, None] - 2 * inner + size[:, None]
+        gain[torch.arange(len(chosen)), chosen] = 0.0
+        gain[~seats] = torch.inf
+        tried += gain.numel()
+        best = int(gain.argmin())
+        p, b = divmod(best, gain.shape[1])
+        if gain[p, b] >= -1e-12 * float(size.sum()) or tried > limit * 50:
+            break
+        left[chosen[p]] += places.vectors[p]
+        left[b] -= places.vectors[p]
+        chosen[p] = b
+    residual = float(left.norm() / token.vectors.norm())
+    words = token.rows[chosen].tolist()
+    middle = words[len(frame.prefix) : len(words) - len(frame.suffix)]
+    return frame.wrap(middle), residual, tried
+
+
+def _seats(token: Read, places: Read, frame: Frame) -> Tensor:
+    """(positions, tokens) bool: special tokens at the ends, words between; all seats where that leaves none."""
+    count = len(places.rows)
+    special = torch.isin(token.rows, torch.tensor([*frame.prefix, *frame.suffix], dtype=token.rows.dtype))
+    out = ~special.repeat(count, 1)
+    ends = list(zip(range(len(frame.prefix)), frame.prefix, strict=True))
+    ends += [(count - len(frame.suffix) + i, t) for i, t in enumerate(frame.suffix)]
+    for place, wanted in ends:
+        if 0 <= place < count:
+            out[place] = token.rows == wanted
+    out[~out.any(1)] = True
+    return out
+
+
+def _sums(chosen: Tensor, places: Read, tokens: int) -> Tensor:
+    out = torch.zeros((tokens, places.vectors.shape[1]), dtype=torch.float64)
+    return out.index_add_(0, chosen, places.vectors)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    norms: Tensor = vectors.norm(dim=1, keepdim=True)
+    return vectors / norms.clamp(min=1e-30)
+
+
+def _chain(token: Read, seen: Observation, frame: Frame) -> list[int]:
+    """The bag in the order that a bigram model of the public texts finds likeliest, word by word."""
+    special = {*frame.prefix, *frame.suffix}
+    bag = [t for t in token.rows.tolist() if t not in special]
+    model = bigram(Corpus.of(seen.disclosed), seen.message[token.name].shape[0])
+    if model is None:
+        return frame.wrap(bag)
+    out = list(frame.prefix)
+    while bag:
+        pairs = torch.tensor([[out[-1] if out else word, word] for word in bag])
+        out.append(bag.pop(int(model.loss(pairs, torch.ones_like(pairs)).argmin())))
+    return [*out, *frame.suffix]
+
+
+PLUGIN = Rows()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from dpguard.errors import UserError
+from dpguard.inputs import texts
+from tests import tiny
+
+ROWS = [{"text": f"sentence number {i}", "label": i % 3, "entities": [str(i)]} for i in range(40)]
+
+
+def write(path, rows=ROWS):
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    elif path.suffix == ".csv":
+        frame.drop(columns="entities", errors="ignore").to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_formats_give_the_same_texts(tmp_path, kind):
+    found = texts.load(write(tmp_path / f"a{kind}"))
+    reference = texts.load(write(tmp_path / "b.jsonl"))
+    assert [(e.text, e.label) for e in found.train] == [(e.text, e.label) for e in reference.train]
+    assert found.classes == 3
+    assert found.held_out == ("test", "public")
+
+
+def test_splits_are_disjoint_and_the_same_every_time(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    one, two = texts.load(path), texts.load(path)
+    assert one == two
+    parts = [{e.text for e in one.train}, {e.text for e in one.test}, set(one.public)]
+    assert sum(map(len, parts)) == 40 == len(set().union(*parts))
+    assert [e.text for e in one.train] != sorted(e.text for e in one.train), "shuffled"
+
+
+def test_named_columns_and_files(tmp_path):
+    renamed = [{"sentence": r["text"], "y": r["label"]} for r in ROWS]
+    main, test = write(tmp_path / "a.jsonl", renamed), write(tmp_path / "t.jsonl", renamed[:5])
+    public = write(tmp_path / "p.jsonl", [{"sentence": "public one"}, {"sentence": "sentence number 3"}])
+    found = texts.load(main, text="sentence", label="y", test=test, public=public)
+    assert len(found.train) == 40
+    assert len(found.test) == 5
+    assert found.public == ("public one",), "a private text is not public"
+
+
+def test_entities_are_kept_where_known(tmp_path):
+    found = texts.load(write(tmp_path / "a.jsonl"))
+    assert all(e.entities == (e.text.split()[-1],) for e in found.train)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "a", "label": "good"}], "a.jsonl:1: label is 'good'; expected a class index"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 1.5}], "a.jsonl:2: label is 1.5"),
+        ([{"text": "a", "label": True}], "label is True"),
+        ([{"text": "a", "label": -1}], "label is -1"),
+        ([{"text": "a", "lable": 1}], "no column 'label'; did you mean 'lable'?"),
+        ([{"txt": "a", "label": 1}], "no column 'text'; did you mean 'txt'?"),
+        ([{"text": "  ", "label": 1}], "text is '  '; expected a text"),
+        ([{"text": "a", "label": 1, "entities": 5}], "entities is 5; expected a list of texts"),
+        ([], "has no rows; expected at least one text"),
+    ],
+)
+def test_bad_rows_are_one_sentence_with_their_line(tmp_path, rows, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError) as error:
+        texts.load(str(path))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"no data file '.*trian\.jsonl'.*did you mean 'train\.jsonl'"):
+        texts.load(str(tmp_path / "trian.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: is no JSON"):
+        texts.load(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"is a \.txt file; expected \.jsonl, \.csv or \.parquet"):
+        texts.load(str(tmp_path / "a.txt"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff", "label": 1}')
+    with pytest.raises(UserError, match="is not UTF-8"):
+        texts.load(str(tmp_path / "b.jsonl"))
+    (tmp_path / "c.parquet").write_text("not one")
+    with pytest.raises(UserError, match="is no parquet file"):
+        texts.load(str(tmp_path / "c.parquet"))
+
+
+def test_a_text_longer_than_the_models_positions_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS[:10], {"text": "help " * 60, "label": 0}])
+    with pytest.raises(UserError, match=r"a\.jsonl:11: a text of 62 tokens does not fit the model's 48 positions"):
+        texts.check_lengths(texts.examples(tmp_path / "a.jsonl"), tiny.tokenizer(), 48)
+    assert path
+
+
+def test_cut_takes_the_first_of_a_fixed_order(tmp_path):
+    found = texts.load(write(tmp_path / "a.jsonl"))
+    assert found.cut(5).train == found.train[:5]
+    assert found.cut(None) is found
+    assert found.cut(5).fingerprint != found.fingerprint

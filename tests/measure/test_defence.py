@@ -1,0 +1,79 @@
+"""The defence-effect check catches a defence that is not applied; planted bugs, not readings of the code."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpguard.engine import wire
+from dpguard.engine.client import Client
+from dpguard.inputs.batch import collate
+from dpguard.inputs.family import slots
+from dpguard.measure import defence
+from dpguard.policy.table import Policy
+from tests import tiny
+
+MODEL = tiny.module("bert")
+BATCH = collate(tiny.SENTENCES, [0, 1, 0], tiny.tokenizer())
+POLICIES = {
+    "none": [],
+    "dp-sgd": [{"layers": "all", "clip": 0.05, "noise": 1.0}],
+    "per block": [{"layers": "all", "clip": 0.05, "noise": 1.0, "per": "block"}, {"layers": "head", "noise": 2.0}],
+    "uncalibrated": [{"layers": "all", "noise_std": 0.01}],
+    "pruned": [{"layers": "all", "clip": 0.05, "noise": 1.0, "keep": 0.1, "bits": 4}],
+    "withheld": [{"layers": "all", "clip": 0.05, "noise": 1.0}, {"layers": "embeddings", "share": False}],
+}
+
+
+def client(rows):
+    return Client(MODEL, Policy(rows).plan(slots(MODEL)), seed=0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_real_defence_passes_and_is_measured(name):
+    found = defence.check(client(POLICIES[name]), BATCH)
+    for measured, bound in found.clip.values():
+        assert 0 < measured <= bound * 1.001
+    for measured, claimed in found.noise.values():
+        assert measured == pytest.approx(claimed, rel=0.15)
+    if name == "per block":
+        assert found.noise["head"][1] == pytest.approx(0.1)
+
+
+def test_no_clip_is_caught(monkeypatch):
+    monkeypatch.setattr(wire, "clip_factors", lambda norms, clip: norms * 0 + 1)
+    with pytest.raises(defence.DefenceError, match="above its bound"):
+        defence.check(client(POLICIES["per block"]), BATCH)
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.0, 1.1])
+def test_wrong_noise_is_caught(monkeypatch, factor):
+    true = wire.add_noise
+
+    def wrong(sums, plan, **more):
+        return {n: sums[n] + factor * (v - sums[n]) for n, v in true(sums, plan, **more).items()}
+
+    monkeypatch.setattr(wire, "add_noise", wrong)
+    with pytest.raises(defence.DefenceError, match="the table claims"):
+        defence.check(client(POLICIES["dp-sgd"]), BATCH)
+
+
+def test_one_layer_without_noise_is_caught(monkeypatch):
+    true = wire.add_noise
+
+    def wrong(sums, plan, **more):
+        return true(sums, plan, **more) | {"bert.pooler.dense.weight": sums["bert.pooler.dense.weight"]}
+
+    monkeypatch.setattr(wire, "add_noise", wrong)
+    with pytest.raises(defence.DefenceError, match=r"bert\.pooler\.dense\.weight"):
+        defence.check(client(POLICIES["dp-sgd"]), BATCH)
+
+
+def test_a_withheld_layer_on_the_wire_is_caught(monkeypatch):
+    true = wire.release
+
+    def leaky(noised, plan, **more):
+        return true(noised, plan, **more) | {"bert.embeddings.word_embeddings.weight": next(iter(noised.values()))}
+
+    monkeypatch.setattr(wire, "release", leaky)
+    with pytest.raises(defence.DefenceError, match="on the wire"):
+        defence.check(client(POLICIES["withheld"]), BATCH)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as oracle
+
+from dpguard.measure import metrics, utility
+
+
+def test_rouge_of_known_pairs():
+    same = metrics.rouge("the cat sat", "the cat sat")
+    assert set(same.values()) == {1.0}
+    swapped = metrics.rouge("sat cat the", "the cat sat")
+    assert swapped == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": pytest.approx(1 / 3)}
+    assert metrics.rouge("", "the cat")["rouge1"] == 0.0
+
+
+def test_token_recall_counts_multiplicity():
+    assert metrics.token_recall([5, 5, 5], [5, 6]) == 0.5
+    assert metrics.token_recall([], [1]) == 0.0
+
+
+def test_entity_recall_wants_whole_words_in_order():
+    assert metrics.entity_recall("call vera holt on 0171 22 33", ["Vera Holt", "0171-22-33"]) == 1.0
+    assert metrics.entity_recall("holt vera", ["Vera Holt"]) == 0.0
+    assert metrics.entity_recall("verandah", ["vera"]) == 0.0
+    assert metrics.entity_recall("anything", None) is None
+    assert metrics.entity_recall("anything", []) is None
+
+
+def test_one_guess_serves_one_text():
+    scores = np.array([[0.9, 0.2], [0.8, 0.1], [0.7, 0.0]])
+    assert metrics.assign(scores) == [-1, 1, 0] or sum(
+        scores[i, j] for i, j in enumerate(metrics.assign(scores)) if j >= 0
+    ) == pytest.approx(1.0)
+    assert metrics.assign(np.zeros((2, 0))) == [-1, -1]
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_utility_metrics_agree_with_an_independent_library(classes):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 300)
+    said = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
+    assert utility.accuracy(said, labels) == pytest.approx(oracle.accuracy_score(labels, said))
+    assert utility.mcc(said, labels) == pytest.approx(oracle.matthews_corrcoef(labels, said))
+    average = "binary" if classes == 2 else "macro"
+    assert utility.f1(said, labels) == pytest.approx(oracle.f1_score(labels, said, average=average))
+
+
+def test_a_constant_prediction_has_no_correlation():
+    assert utility.mcc([1, 1, 1], [0, 1, 0]) == 0.0
+    assert utility.f1([0, 0, 0], [0, 1, 0]) == 0.0
