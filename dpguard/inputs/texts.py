@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.demo import bundle
@@ -111,9 +111,12 @@ def load(
         )
     main = locate(path)
     if not main.is_file():
-        return _from_hub(path, text, label) if _is_hub_name(path, main) else _missing(path, main)
-    extra = [None if name is None else _existing(name, locate(name)) for name in (test, public)]
-    return _read_all(path, main, extra[0], extra[1], text, label, entities)
+        return _from_hub(path, text, label) if _is_hub_name(path, main) else _missing(path, main, "path")
+    extra = {
+        key: None if name is None else _existing(name, locate(name), key)
+        for key, name in (("test", test), ("public", public))
+    }
+    return _read_all(path, main, extra["test"], extra["public"], text, label, entities)
 
 
 def _read_all(
@@ -249,13 +252,13 @@ def _entities(value: Any, where: str) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def _existing(name: str, path: Path) -> Path:
+def _existing(name: str, path: Path, key: str) -> Path:
     if not path.is_file():
-        _missing(name, path)
+        _missing(name, path, key)
     return path
 
 
-def _missing(name: str, path: Path) -> Corpus:
+def _missing(name: str, path: Path, key: str) -> NoReturn:
     folder = path.parent if path.parent.is_dir() else Path()
     near = did_you_mean(path.name, [p.name for p in folder.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
     raise UserError(f"no data file {name!r}; expected 'demo', a .jsonl, .csv or .parquet file, or a hub name"

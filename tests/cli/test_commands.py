@@ -1,0 +1,133 @@
+"""The commands on a small real model: what they print, and that running again does only what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import write_study as study
+
+COLUMNS = (
+    "policy,leakage,leakage_low,leakage_high,leakage_metric,attack,utility,utility_low,utility_high,"
+    "epsilon,shared_fraction,on_front"
+)
+
+
+def test_help_and_lists_do_not_import_torch():
+    code = (
+        "import sys; sys.argv = ['dpguard', *%r]\n"
+        "from dpguard.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'opacus', 'transformers', 'seaborn', 'rouge_score'} & set(sys.modules), sys.modules"
+    )
+    for words in (["--help"], ["list", "policies"], ["list", "attacks"], ["list", "metrics"], ["list", "columns"]):
+        done = subprocess.run([sys.executable, "-c", code % words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "dp-sgd" in done.stdout or words != ["list", "policies"]
+
+
+def test_a_study_from_file_to_decision(home, told, tmp_path):
+    out = tmp_path / "out"
+    path = study(
+        home, tmp_path,
+        ("privacy:", "recommend: {max_epsilon: 1000}\nprivacy:"),
+        ("rows]", "rows, span]"),
+        ("targets: 2", "targets: 6, at: [start, end]"),
+    )  # fmt: skip
+    status, said, _err = told("run", path, "--out", out, "--workers", "2")
+    assert status == 0, said
+    assert "report:" in said
+    with (out / "frontier.csv").open() as file:
+        assert file.readline().strip() == COLUMNS
+        file.seek(0)
+        rows = {row["policy"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"none", "dp-sgd noise=0.5"}
+    assert float(rows["none"]["leakage"]) > 0.95
+    assert float(rows["dp-sgd noise=0.5"]["leakage"]) < 0.6
+    assert rows["none"]["epsilon"] == "inf"
+    assert 0 < float(rows["dp-sgd noise=0.5"]["epsilon"]) < 1000
+    assert (out / "report.html").read_text().startswith("<!doctype html>") or "<html" in (
+        out / "report.html"
+    ).read_text()
+    page = (out / "report.html").read_bytes()
+
+    status, again, _err = told("run", path, "--out", out, "--workers", "2")
+    assert status == 0
+    assert "from an earlier run" in again
+    assert (out / "report.html").read_bytes() == page, "rebuilt byte for byte"
+    assert told("report", out)[0] == 0
+    assert (out / "report.html").read_bytes() == page
+    status, said, _err = told("recommend", out, "--max-leakage", "0.9", "--json")
+    assert status == 0
+    assert json.loads(said)["verdict"]
+
+
+def test_private_text_is_not_in_the_report_unless_asked_for(home, told, tmp_path):
+    path = study(home, tmp_path, ("utility: {epochs: 1, batch_size: 8}\n", ""))
+    first = json.loads((home / "texts.jsonl").read_text().splitlines()[0])["text"]
+    texts = [json.loads(line)["text"] for line in (home / "texts.jsonl").read_text().splitlines()]
+    assert told("run", path, "--out", tmp_path / "a", "--workers", "1")[0] == 0
+    assert told("run", path, "--out", tmp_path / "b", "--workers", "1", "--show-text")[0] == 0
+    hidden, shown = ((tmp_path / x / "report.html").read_text() for x in "ab")
+    assert not any(text in hidden for text in texts), first
+    assert any(text in shown for text in texts)
+
+
+def test_a_failed_cell_is_a_record_and_the_study_goes_on(home, told, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpguard.cli.studies.EXECUTE", f"{__file__.replace('test_commands', 'failing_legs')}:execute")
+    path = study(home, tmp_path)
+    status, said, _err = told("run", path, "--out", tmp_path / "out", "--workers", "1")
+    assert status == 1
+    assert "failed: utility, none, seed 0" in said
+    assert "the moon was in the way" in said
+    assert "the moon was in the way" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.undo()
+    # the fault is gone: only what failed runs again
+    status, said, _err = told("run", path, "--out", tmp_path / "out", "--workers", "1")
+    assert status == 0, said
+
+
+def test_dry_run_shows_the_grid_and_runs_nothing(home, told, tmp_path):
+    status, said, _err = told("run", study(home, tmp_path), "--out", tmp_path / "out", "--dry-run")
+    assert status == 0
+    assert "dp-sgd noise=0.5" in said
+    assert "inf" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_attack_json(home, told):
+    where = ("--model", home / "model", "--data", home / "texts.jsonl")
+    status, said, _err = told("attack", *where, "--policy", "none", "--targets", "2", "--json")
+    found = json.loads(said)
+    assert status == 0
+    assert set(found["metrics"]) == {"exact_match", "rouge1", "rouge2", "rougeL", "token_recall"}
+    assert found["metrics"]["exact_match"] == 1.0
+    assert len(found["targets"]) == 2
+    assert all({"exact_match", "seconds", "certain"} <= set(t) and t["certain"] for t in found["targets"])
+    status, said, _err = told("attack", *where, "--policy", "none", "--targets", "1")
+    assert "true" in said
+    assert "recovered" in said
+    assert "certain" in said
+
+
+def test_guarantee_json(home, told):
+    common = ("--model", home / "model", "--sampling-rate", "0.01", "--steps", "1000", "--json")
+    found = json.loads(told("guarantee", "dp-sgd", *common)[1])
+    assert found["epsilon"] == pytest.approx(3.15, abs=0.02)
+    assert found["sigma_eff"] == pytest.approx(0.8)
+    assert "one example" in found["statement"]
+    bare = json.loads(told("guarantee", "none", *common)[1])
+    assert bare["epsilon"] == "inf"
+    assert bare["bound"]["success"] is None
+
+
+def test_layers_and_doctor(home, told):
+    status, said, _err = told("layers", home / "model")
+    assert status == 0
+    assert "block[2].mlp.out" in said
+    rows = json.loads(told("layers", home / "model", "--json")[1])
+    assert sum(row["fraction"] for row in rows) == pytest.approx(1.0)
