@@ -173,8 +173,7 @@ def _solve(case: _Case, evidence: Evidence, length: int) -> Trail:
     held = case.fixed(length)[0]
     search = Search(case.probe, evidence, held, case.limit)
     if is_context_free(evidence, case.frame):
-        ids = first_block(case.probe, evidence, length, case.tokens, case.frame)
-        return search.start(case.framed(ids[None]))
+        return _embeddings(case, evidence, search, length)
     states = _states(case, evidence, length)
     first = guess(evidence, case.sites, case.album, length, case.tokens, states=states)
     if evidence.causal and evidence.first == 0:
@@ -183,6 +182,26 @@ def _solve(case: _Case, evidence: Evidence, length: int) -> Trail:
         if trail.certain:
             return trail
     return _hunt(case, evidence, search, length, first, states)
+
+
+def _embeddings(case: _Case, evidence: Evidence, search: Search, length: int) -> Trail:
+    """The first block: tokens that the picture finds likely, then, when they do not fit, all of them."""
+    likely = guess(evidence, case.sites, case.album, length, case.tokens)
+    trail: Trail | None = None
+    if likely is not None:
+        few = first_block(case.probe, evidence, likely.best(SUBSTITUTES).T, case.frame)
+        trail = search.start(case.framed(few[None]))
+    if trail is None or not trail.certain:
+        everything = case.tokens[:, None].expand(-1, length)
+        trail = search.start(case.framed(first_block(case.probe, evidence, everything, case.frame)[None]))
+    return trail
+
+
+def _offer(search: Search, trail: Trail, texts: Tensor) -> None:
+    """Go on from the best of (B, L) texts where it beats the trail."""
+    other = search.start(texts)
+    if other.certain or other.energy < trail.energy:
+        trail.move(other)
 
 
 def _states(case: _Case, evidence: Evidence, length: int) -> Tensor | None:
@@ -217,6 +236,7 @@ def _hunt(
         refined = _refined(case, evidence, trail, likely, length, states)
         if refined is not None:
             likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
+            _offer(search, trail, case.framed(refined.text()[None]))
             trail = search.run(trail, likely, bag)
         if trail.certain or case.probe.scored >= case.limit:
             break
@@ -261,9 +281,6 @@ def _relaxed(
     case.steps += taken
     near = case.table.nearest(found, 8)
     texts = case.framed(near[:, :, 0])
-    again = search.start(texts)
-    if again.energy < trail.energy:
-        again.tried |= trail.tried
-        trail.__dict__.update(again.__dict__)
+    _offer(search, trail, texts)
     mixed = torch.cat([near.permute(1, 2, 0).flatten(1), likely], dim=1)
     return mixed[:, : SUBSTITUTES + 24], torch.unique(near[:, :, 0])

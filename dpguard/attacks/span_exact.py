@@ -22,25 +22,23 @@ def is_context_free(evidence: Evidence, frame: Frame) -> bool:
     return site.block == 0 and site.role in CONTEXT_FREE and (evidence.first == 0 or bool(frame.prefix))
 
 
-def first_block(probe: Probe, evidence: Evidence, length: int, tokens: Tensor, frame: Frame) -> Tensor:
-    """(L,) the token at each position whose embedding lies in the span.
+def first_block(probe: Probe, evidence: Evidence, texts: Tensor, frame: Frame) -> Tensor:
+    """(L,) at each position the token of (k, L) texts whose embedding lies in the span.
 
-    A text of one repeated token shows that token at every position at once; the test is one product with
-    the span's basis, so it is not counted as a candidate text.
+    A text shows a candidate at every position at once, because embeddings know no context; the test is one
+    product with the span's basis, so it is not counted as a candidate text.
     """
-    opening = torch.tensor(frame.prefix[:1] or [int(tokens[0])], device=probe.device)
+    opening = frame.prefix[0] if evidence.first else -1
     scored = probe.scored
     best: list[tuple[Tensor, Tensor]] = []
-    for part in tokens.split(max(1, CHUNK_TOKENS // length)):  # type: ignore[no-untyped-call]
-        texts = part[:, None].repeat(1, length)
-        texts[:, 0] = opening if evidence.first else part
-        residual = evidence.residuals(probe.states(evidence.site.layer, texts))
+    for part in texts.split(max(1, CHUNK_TOKENS // texts.shape[1])):  # type: ignore[no-untyped-call]
+        if evidence.first:
+            part = torch.cat([torch.full_like(part[:, :1], opening), part[:, 1:]], dim=1)
+        residual = evidence.residuals(probe.states(evidence.site.layer, part))
         low = residual.topk(min(FINALISTS, len(part)), dim=0, largest=False)
-        best.append((low.values, part[low.indices]))
+        best.append((low.values, part.gather(0, low.indices)))
     values, names = torch.cat([v for v, _ in best]), torch.cat([n for _, n in best])
     finalists = names.gather(0, values.topk(min(FINALISTS, len(values)), dim=0, largest=False).indices)
-    if evidence.first:
-        finalists[:, 0] = opening
     exact = evidence.span.outside(evidence.vectors(probe.states(evidence.site.layer, finalists)))[0]
     chosen = torch.nn.functional.pad(exact, (evidence.first, 0)).argmin(dim=0)
     probe.scored = scored

@@ -14,6 +14,7 @@ from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_picture import Album, Picture, View
 from dpguard.attacks.span_rows import ruler
 from dpguard.attacks.span_sites import Probe, Site, Sites
+from dpguard.attacks.vocabulary import Frame
 
 DECISIVE = 2.0
 """How much a token loses at a position for looking better at another one (in log units of the table)."""
@@ -30,10 +31,12 @@ class Guess:
     Attributes:
         misfit: (tokens, L) log share of the state that the span does not explain; small = likely.
         tokens: (tokens,) the token ids.
+        known: (L,) a text that is better than what the table alone says, or None.
     """
 
     misfit: Tensor
     tokens: Tensor
+    known: Tensor | None = None
 
     def best(self, count: int) -> Tensor:
         """(L, count) token ids by misfit, those first that fit nowhere better."""
@@ -43,6 +46,8 @@ class Guess:
 
     def text(self) -> Tensor:
         """(L,) the assignment of tokens to positions with the least misfit; a second copy of a token costs."""
+        if self.known is not None:
+            return self.known
         length = self.misfit.shape[1]
         near = self.misfit.min(dim=1).values.topk(min(COLUMNS * length, len(self.tokens)), largest=False).indices
         once = self.misfit[near] + DECISIVE * (self.misfit[near] - self.misfit[near].min(dim=1, keepdim=True).values)
@@ -84,7 +89,7 @@ def guess(
     seen = picture or album.picture(seat.name, seat.layer, length)
     rows = probe.positions(length)
     if evidence.site.role == "mlp_out":
-        return None if states is None else _named(probe, seen, states, length, tokens)
+        return None if states is None else _named(probe, seen, states, length, tokens, album.frame)
     view = view_of(evidence, seat, seen, probe)
     if view is None:
         return None
@@ -134,15 +139,27 @@ def _heads(evidence: Evidence, seat: Site, probe: Probe) -> View | None:
     return View(matrix, torch.cat(offsets), weight, bias) if len(matrix) else None
 
 
-def _named(probe: Probe, picture: Picture, states: Tensor, length: int, tokens: Tensor) -> Guess | None:
-    """Tokens and positions by their distance from the nearest of some known states."""
+def _named(probe: Probe, picture: Picture, states: Tensor, length: int, tokens: Tensor, frame: Frame) -> Guess | None:
+    """Tokens and positions by their distance from known states; each state is given one position."""
     if not len(states):
         return None
     scale = ruler(probe, picture, tokens, length)
     nearest = torch.full((len(tokens), length), torch.inf, device=probe.device)
+    costs, names = [], []
     for state in states:
-        nearest = torch.minimum(nearest, scale.distances(state[None])[0])
-    return Guess(nearest.clamp_min(1e-9).log(), tokens)
+        near = scale.distances(state[None])[0]
+        nearest = torch.minimum(nearest, near)
+        cost, name = near.min(dim=0)
+        costs.append(cost)
+        names.append(name)
+    misfit = nearest.clamp_min(1e-9).log()
+    text = tokens[misfit.argmin(dim=0)]
+    inner = slice(len(frame.prefix), length - len(frame.suffix))
+    rows, places = linear_sum_assignment(torch.stack(costs)[:, inner].clamp_min(1e-9).log().cpu().numpy())
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        position = place + len(frame.prefix)
+        text[position] = tokens[names[row][position]]
+    return Guess(misfit, tokens, known=text)
 
 
 def activation(config: Any) -> Any:

@@ -44,6 +44,11 @@ class Trail:
     worst: float = 1.0
     tried: set[tuple[int, ...]] = field(default_factory=set)
 
+    def move(self, other: Trail) -> None:
+        """Stand where another trail stands; what was tried stays tried."""
+        self.ids, self.energy, self.rows = other.ids, other.energy, other.rows
+        self.certain, self.worst = other.certain, other.worst
+
 
 class Search:
     """Local search on the energy of one weight's evidence.

@@ -82,7 +82,7 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
             tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"model {name!r} has no usable tokenizer ({_line(error)}); expected tokenizer.json or vocab.txt beside config.json"
+                f"model {name!r} has no usable tokenizer ({_line(error)}); expected tokenizer.json beside config.json"
             ) from None
         try:
             module = AutoModelForSequenceClassification.from_pretrained(

@@ -261,8 +261,8 @@ def _existing(name: str, path: Path, key: str) -> Path:
 def _missing(name: str, path: Path, key: str) -> NoReturn:
     folder = path.parent if path.parent.is_dir() else Path()
     near = did_you_mean(path.name, [p.name for p in folder.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
-    raise UserError(f"no data file {name!r}; expected 'demo', a .jsonl, .csv or .parquet file, or a hub name"
-                    + (near if near.startswith("; did") else ""))  # fmt: skip
+    sentence = f"no data file {name!r}; expected 'demo', a .jsonl, .csv or .parquet file, or a hub name"
+    raise UserError(sentence + (near if near.startswith("; did") else ""), loc=(key,))
 
 
 def _is_hub_name(name: str, path: Path) -> bool:

@@ -89,7 +89,7 @@ def _mode(value: Any) -> str:
 def _unit(value: Any) -> str:
     if _word(UNITS)(value) == "update":
         raise UserError(
-            "is 'update' (one clip for the client's whole update), which this version cannot run yet; expected 'example'"
+            "is 'update' (one clip for the client's whole update), which this version cannot run yet; expected example"
         )
     return "example"
 

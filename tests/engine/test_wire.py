@@ -90,8 +90,10 @@ def test_noise_has_the_std_of_its_rule_on_every_tensor_zeros_included():
     zero = {n: torch.zeros((1, *q.shape)) for n, q in MODEL.named_parameters()}
     draws = [message(p, zero, seed).noised for seed in range(60)]
     for name, claimed in (
-        ("classifier.weight", 1.0), ("bert.encoder.layer.1.output.dense.weight", 0.25), ("bert.pooler.dense.weight", 6.0),
-    ):  # fmt: skip
+        ("classifier.weight", 1.0),
+        ("bert.encoder.layer.1.output.dense.weight", 0.25),
+        ("bert.pooler.dense.weight", 6.0),
+    ):
         values = torch.stack([d[name] for d in draws]).double()
         assert values.std().item() == pytest.approx(claimed, rel=0.1 if values.numel() < 20_000 else 0.02)
         assert values.std(0).min() > claimed / 3, "every coordinate is noised"

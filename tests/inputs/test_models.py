@@ -55,15 +55,15 @@ def test_padding_changes_no_loss(family):
 
 def test_bad_models_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no model: expected a config.json"):
+    with pytest.raises(UserError, match=r"is no model: expected a config\.json"):
         models.load(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="no model folder './nowhere'"):
+    with pytest.raises(UserError, match=r"no model folder '\./nowhere'"):
         models.load("./nowhere")
     (tmp_path / "file.bin").write_text("x")
     with pytest.raises(UserError, match="is a file; expected a folder"):
         models.load(str(tmp_path / "file.bin"))
     tiny.module("bert").save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="has no tokenizer; expected tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer; expected tokenizer\.json"):
         models.load(str(tmp_path / "bare"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="no model hub can be reached"):

@@ -42,7 +42,16 @@ def test_extremes():
 
 @pytest.mark.parametrize(
     ("kappa", "mu", "bound"),
-    [(0.05, 0.5, 0.126), (0.05, 1, 0.26), (0.05, 2, 0.64), (0.05, 4, 0.99), (1e-6, 10, 1.0), (1e-6, 5, 0.60), (1e-6, 2, 0.0029), (1e-6, 1, 8.7e-5)],
-)  # fmt: skip
+    [
+        (0.05, 0.5, 0.126),
+        (0.05, 1, 0.26),
+        (0.05, 2, 0.64),
+        (0.05, 4, 0.99),
+        (1e-6, 10, 1.0),
+        (1e-6, 5, 0.60),
+        (1e-6, 2, 0.0029),
+        (1e-6, 1, 8.7e-5),
+    ],
+)
 def test_reconstruction_bound(kappa, mu, bound):
     assert gaussian.success_bound(kappa, mu) == pytest.approx(bound, rel=0.04)
