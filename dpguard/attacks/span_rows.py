@@ -1,0 +1,227 @@
+"""Row by row: the MLP's output weight gives the hidden states themselves, not only their span.
+
+The inputs of that layer are act(W h + b), far more numbers than the state h has, and nonlinear in it, so
+almost no state other than the client's own lands in their span. Each state is found alone, by descent from
+a random one: no text is needed for it, wrong starts drift to true states, and states already found are
+taken out of the objective. A known state names its token and position through the linear picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.span_evidence import Evidence
+from dpguard.attacks.span_picture import Picture
+from dpguard.attacks.span_sites import Probe, Site
+from dpguard.attacks.vocabulary import Frame
+
+STARTS = 192
+FIRST, SECOND = 50, 100
+"""Adam steps from all starts, and then from the best of them."""
+LAST = 200
+"""Steps that all states found take together in the end."""
+FINALISTS = 3
+"""Starts that go on, as a multiple of the text's length (at least `FEWEST`)."""
+FEWEST = 40
+SOLVED = 2e-3
+"""Residual below which a descent has arrived (wrong ones stay above .005, true ones go on to zero)."""
+ZERO = 1e-6
+"""Residual at which a descent in single precision has nothing left to gain."""
+DISTINCT = 0.25
+"""Relative distance between two states that are not the same."""
+MOST_ROUNDS = 8
+SPREAD = 0.5
+"""Random displacement of a start, in standard deviations of what context adds."""
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """A picture in units in which context has unit covariance.
+
+    Attributes:
+        out: (d, d) maps a state to those units.
+        back: (d, d) maps them back.
+        tokens: (n, d) contribution of each token, in states.
+        places: (L, d) contribution of each position and the constant, in states.
+        fine_tokens: ``tokens`` in those units.
+        fine_places: ``places`` in those units.
+    """
+
+    out: Tensor
+    back: Tensor
+    tokens: Tensor
+    places: Tensor
+    fine_tokens: Tensor
+    fine_places: Tensor
+
+    def distances(self, states: Tensor) -> Tensor:
+        """(k, n, L) mean squared distance of each state from each token at each position."""
+        gap = (states @ self.out)[:, None] - self.fine_places[None]
+        cross = self.fine_tokens @ gap.flatten(0, 1).T
+        square = self.fine_tokens.pow(2).sum(1)[:, None] - 2 * cross + gap.pow(2).sum(2).flatten()
+        table: Tensor = square.reshape(len(square), len(states), -1).transpose(0, 1) / states.shape[1]
+        return table
+
+
+def ruler(probe: Probe, picture: Picture, tokens: Tensor, length: int) -> Ruler:
+    """The ruler of a picture for texts of ``length`` tokens."""
+    size, axes = torch.linalg.eigh(picture.scatter)
+    deviation = size.clamp_min(float(size.max()) * 1e-7 + 1e-12).sqrt()
+    width = probe.embedding.shape[1]
+    out = (axes / deviation).float()
+    words = probe.embedding[tokens] @ picture.weights[:width].float()
+    places = picture.constant(probe.positions(length)).float()
+    return Ruler(out, (axes * deviation).T.float(), words, places, words @ out, places @ out)
+
+
+class RowSolver:
+    """Descends on states until their activations lie in the span.
+
+    Args:
+        probe: the model.
+        evidence: of an MLP's output weight.
+        seat: the MLP's first layer.
+        act: its activation function.
+        frame: special tokens, whose states are found first.
+        rng: source of the starts.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        evidence: Evidence,
+        seat: Site,
+        act: Callable[[Tensor], Tensor],
+        frame: Frame,
+        rng: torch.Generator,
+    ) -> None:
+        self.probe, self.evidence, self.seat, self.act, self.frame, self.rng = probe, evidence, seat, act, frame, rng
+        self.steps = 0
+
+    def solve(self, picture: Picture, tokens: Tensor, length: int, budget: int) -> Tensor:
+        """(k, d) states of the text's content tokens, in no order; k is at most their number.
+
+        Args:
+            picture: of the seat.
+            tokens: (n,) tokens that a text can contain, frequent ones first.
+            length: tokens of the text.
+            budget: most Adam steps.
+        """
+        scale = ruler(self.probe, picture, tokens, length)
+        special = self._special(picture, scale, length).repeat(4, 1)
+        found = self._round(special, scale, length, self._noise(len(special)), special[:0], budget)
+        known = len(found)
+        for _ in range(MOST_ROUNDS):
+            if len(found) >= self.evidence.span.rank or self.steps >= budget:
+                break
+            states = self._starts(scale, found[known:], length)
+            found = self._round(states, scale, length, self._noise(len(states)), found, budget)
+        return self._polished(found[known:], scale, budget)
+
+    def _polished(self, found: Tensor, scale: Ruler, budget: int) -> Tensor:
+        """The same states, closer: flat directions of the activation need longer."""
+        if not len(found):
+            return found
+        shift = torch.zeros_like(found)
+        shift = self._descend(found, scale, shift, None, min(LAST, budget - self.steps), 0.05, 0.0)[1]
+        return found + shift @ scale.back
+
+    def _noise(self, count: int) -> Tensor:
+        width = self.evidence_width
+        return SPREAD * torch.randn((count, width), generator=self.rng).to(self.probe.device)
+
+    @property
+    def evidence_width(self) -> int:
+        """Numbers in a state."""
+        weight = self.seat.layer.get_parameter("weight")
+        return int(weight.shape[0] if self.seat.transposed else weight.shape[1])
+
+    def _special(self, picture: Picture, scale: Ruler, length: int) -> Tensor:
+        """States to expect of the special tokens around the text."""
+        ids = self.frame.wrap([-1] * (length - self.frame.size))
+        width = self.probe.embedding.shape[1]
+        out = [picture.opening.float()] if self.frame.prefix else []
+        for position, token in enumerate(ids):
+            if token >= 0 and position > 0:
+                out.append(self.probe.embedding[token] @ picture.weights[:width].float() + scale.places[position])
+        return torch.stack(out) if out else scale.places[:0]
+
+    def _starts(self, scale: Ruler, found: Tensor, length: int) -> Tensor:
+        """Random tokens, frequent ones more often, at the positions that no state found so far claims."""
+        first = len(self.frame.prefix)
+        free = set(range(first, length - len(self.frame.suffix)))
+        for state in found:
+            free.discard(int(scale.distances(state[None])[0].argmin()) % length)
+        places = sorted(free) or list(range(length))
+        count = len(scale.tokens)
+        rank = torch.rand(STARTS, generator=self.rng).mul(math.log(count)).exp().long().clamp(1, count) - 1
+        where = torch.tensor(places)[torch.randint(len(places), (STARTS,), generator=self.rng)]
+        return scale.tokens[rank.to(self.probe.device)] + scale.places[where.to(self.probe.device)]
+
+    def _round(self, states: Tensor, scale: Ruler, length: int, noise: Tensor, found: Tensor, budget: int) -> Tensor:
+        """The states found before and the new ones that a batch of starts leads to."""
+        if not len(states):
+            return found
+        taken = self._directions(found)
+        residual, shift = self._descend(states, scale, noise, taken, min(FIRST, budget - self.steps), 0.3, 0.01)
+        keep = residual.argsort()[: max(FEWEST, FINALISTS * length)]
+        states, shift = states[keep], shift[keep]
+        residual, shift = self._descend(states, scale, shift, None, min(SECOND, budget - self.steps), 0.1, 0.0)
+        ends = states + shift @ scale.back
+        for index in residual.argsort().tolist():
+            if float(residual[index]) > SOLVED or len(found) >= self.evidence.span.rank:
+                break
+            if not len(found) or float(torch.cdist(ends[index][None], found).min() / ends[index].norm()) > DISTINCT:
+                found = torch.cat([found, ends[index][None]])
+        return found
+
+    def _unit(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(self.act(self.seat.layer(states)), dim=1)
+
+    def _directions(self, found: Tensor) -> Tensor | None:
+        """Orthonormal rows: what the states found so far take up of the span."""
+        if not len(found):
+            return None
+        with torch.no_grad():
+            inside = self._unit(found) @ self.evidence.basis.T
+            values, rows = torch.linalg.svd(inside, full_matrices=False)[1:]
+        taken: Tensor = rows[values > 0.05 * values[0]] @ self.evidence.basis
+        return taken
+
+    def _descend(
+        self, states: Tensor, scale: Ruler, start: Tensor, taken: Tensor | None, steps: int, rate: float, hold: float
+    ) -> tuple[Tensor, Tensor]:
+        """Residuals and displacements after Adam from (k, d) states, all side by side.
+
+        Args:
+            states: what the picture predicts.
+            scale: units of the displacement.
+            start: (k, d) displacement at the start.
+            taken: directions of the span that are explained already.
+            steps: Adam steps.
+            rate: their size at the beginning; falls to a twentieth.
+            hold: weight that holds a state to what the picture predicts; falls to 0.
+        """
+        shift = start.clone().requires_grad_(True)
+        optimiser = torch.optim.Adam([shift], lr=rate, betas=(0.9, 0.99))
+        residual = torch.ones(len(states), device=states.device)
+        for step in range(steps):
+            left = 1 - step / steps
+            optimiser.param_groups[0]["lr"] = rate * (0.05 + 0.95 * left)
+            unit = self._unit(states + shift @ scale.back)
+            residual = 1 - (unit @ self.evidence.basis.T).pow(2).sum(1)
+            goal = residual
+            if taken is not None:
+                goal = residual / (1.02 - (unit @ taken.T).pow(2).sum(1))
+            goal = goal + hold * left * shift.pow(2).mean(1)
+            shift.grad = torch.autograd.grad(goal.sum(), shift)[0]
+            optimiser.step()
+            self.steps += 1
+            if float(residual.detach().max()) < ZERO:
+                break
+        return residual.detach(), shift.detach()
