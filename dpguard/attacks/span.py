@@ -43,6 +43,9 @@ NEARBY = 160
 JITTER = 0.5
 """Noise on the starts of the continuous search, relative to an embedding's norm."""
 PUBLIC = 400
+"""Public texts that a picture may be fitted on."""
+FEW_TOKENS = 5000
+"""A vocabulary so small that a decoder's next token is found by trying all of it."""
 
 
 @dataclass
@@ -105,6 +108,8 @@ def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> _Case:
     probe = Probe(seen.model)
     tokenizer = seen.disclosed.tokenizer
     allowed = allowed_tokens(tokenizer, len(probe.embedding))
+    if tokenizer.unk_token_id is not None:
+        allowed[tokenizer.unk_token_id] = True  # what the tokenizer makes of a word it cannot spell
     tokens, frame = allowed.nonzero().flatten().to(probe.device), frame_of(tokenizer)
     public = [tokenizer(text)["input_ids"] for text in seen.disclosed.public_texts[:PUBLIC]]
     album = Album(probe, tokens, frame, public, _positions(probe))
@@ -140,14 +145,14 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
         return Reconstruction([], [], candidates=case.probe.scored, notes={"reason": reason})
     trail, witness = best
     scored = case.probe.scored
-    confirmed = [e.certifies(case.probe, trail.ids)[0] for e in evidence if e is not witness]
+    others = [e for e in evidence if e is not witness]
     notes: dict[str, Any] = {
         "weight": witness.site.name,
         "rank": witness.span.rank,
         "residual": float(trail.rows.max().clamp_min(0)) if trail.worst == 1.0 else trail.worst,
-        "witnesses": 1 + sum(confirmed),
+        "witnesses": len(evidence),
     }
-    certain = trail.certain and all(confirmed)
+    certain = trail.certain and not any(e.contradicts(case.probe, trail.ids) for e in others)
     return Reconstruction([trail.ids.tolist()], [certain], case.steps, scored, notes)
 
 
@@ -161,9 +166,9 @@ def _read(case: _Case, seen: Observation, evidence: Evidence) -> Trail | None:
         if not case.frame.size < length <= most:
             continue
         trail = _solve(case, evidence, length)
-        if best is None or trail.certain or trail.energy < best.energy:
+        if best is None or trail.done or trail.energy < best.energy:
             best = trail
-        if best.certain:
+        if best.done:
             break
     return best
 
@@ -179,7 +184,7 @@ def _solve(case: _Case, evidence: Evidence, length: int) -> Trail:
     if evidence.causal and evidence.first == 0:
         ids = left_to_right(case.probe, evidence, length, case.tokens, case.frame, first, case.limit)
         trail = search.start(ids[None])
-        if trail.certain:
+        if trail.done:
             return trail
     return _hunt(case, evidence, search, length, first, states)
 
@@ -191,7 +196,7 @@ def _embeddings(case: _Case, evidence: Evidence, search: Search, length: int) ->
     if likely is not None:
         few = first_block(case.probe, evidence, likely.best(SUBSTITUTES).T, case.frame)
         trail = search.start(case.framed(few[None]))
-    if trail is None or not trail.certain:
+    if trail is None or not trail.done:
         everything = case.tokens[:, None].expand(-1, length)
         trail = search.start(case.framed(first_block(case.probe, evidence, everything, case.frame)[None]))
     return trail
@@ -200,14 +205,14 @@ def _embeddings(case: _Case, evidence: Evidence, search: Search, length: int) ->
 def _offer(search: Search, trail: Trail, texts: Tensor) -> None:
     """Go on from the best of (B, L) texts where it beats the trail."""
     other = search.start(texts)
-    if other.certain or other.energy < trail.energy:
+    if other.done or other.energy < trail.energy:
         trail.move(other)
 
 
 def _states(case: _Case, evidence: Evidence, length: int) -> Tensor | None:
-    """The text's hidden states, where the weight gives them one by one."""
+    """The text's hidden states, where the weight gives them one by one and a decoder is not quicker without."""
     seat = seat_of(evidence, case.sites)
-    if evidence.site.role != "mlp_out" or seat is None:
+    if evidence.site.role != "mlp_out" or seat is None or (evidence.causal and len(case.tokens) < FEW_TOKENS):
         return None
     solver = RowSolver(case.probe, evidence, seat, activation(case.probe.config), case.frame, case.rng)
     picture = case.album.picture(seat.name, seat.layer, length)
@@ -231,14 +236,14 @@ def _hunt(
         likely, bag = _relaxed(case, evidence, search, trail, likely, held)
     trail = search.run(trail, likely, bag)
     for _ in range(ROUNDS):
-        if trail.certain or case.probe.scored >= case.limit:
+        if trail.done or case.probe.scored >= case.limit:
             break
         refined = _refined(case, evidence, trail, likely, length, states)
         if refined is not None:
             likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
             _offer(search, trail, case.framed(refined.text()[None]))
             trail = search.run(trail, likely, bag)
-        if trail.certain or case.probe.scored >= case.limit:
+        if trail.done or case.probe.scored >= case.limit:
             break
         if case.steps < case.budget.steps:
             likely, bag = _relaxed(case, evidence, search, trail, likely, held)

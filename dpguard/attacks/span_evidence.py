@@ -76,6 +76,11 @@ class Evidence:
         worst = float(self.span.outside(rows)[0].max())
         return self.span.holds(rows), worst
 
+    def contradicts(self, probe: Probe, ids: Tensor) -> bool:
+        """Whether a text of (L,) token ids has a state that cannot be in the span, however imprecise it is."""
+        residual, allowed = self.span.outside(self.vectors(probe.states(self.site.layer, ids[None])[0]))
+        return bool((residual > allowed).any())
+
     @property
     def basis(self) -> Tensor:
         """The span's basis in the model's precision."""

@@ -32,7 +32,8 @@ class Trail:
         ids: (L,) the best text.
         energy: its energy.
         rows: (L,) its residuals.
-        certain: the certificate holds.
+        done: every state is explained as well as the message can tell; no reason to search on.
+        certain: the certificate holds, which asks besides that the message can tell well.
         worst: worst residual of the last certificate asked for.
         tried: texts already scored.
     """
@@ -40,6 +41,7 @@ class Trail:
     ids: Tensor
     energy: float
     rows: Tensor
+    done: bool = False
     certain: bool = False
     worst: float = 1.0
     tried: set[tuple[int, ...]] = field(default_factory=set)
@@ -47,7 +49,7 @@ class Trail:
     def move(self, other: Trail) -> None:
         """Stand where another trail stands; what was tried stays tried."""
         self.ids, self.energy, self.rows = other.ids, other.energy, other.rows
-        self.certain, self.worst = other.certain, other.worst
+        self.done, self.certain, self.worst = other.done, other.certain, other.worst
 
 
 class Search:
@@ -86,7 +88,7 @@ class Search:
             bag: (b,) tokens that may belong anywhere.
         """
         level = 0
-        while not trail.certain and level < len(WIDTHS) and self.probe.scored < self.limit:
+        while not trail.done and level < len(WIDTHS) and self.probe.scored < self.limit:
             edits = self._new(trail, list(self._edits(trail, substitutes, bag, level)))
             if edits and self._improve(trail, edits):
                 self._check(trail)
@@ -156,6 +158,7 @@ class Search:
     def _check(self, trail: Trail) -> None:
         if float(trail.rows.mean()) < HINT or self.evidence.span.blurred:
             trail.certain, trail.worst = self.evidence.certifies(self.probe, trail.ids)
+            trail.done = trail.certain or not self.evidence.contradicts(self.probe, trail.ids)
 
 
 def _move(words: list[int], source: int, target: int) -> Edit:

@@ -19,7 +19,7 @@ METRICS = {
     "accuracy": "utility: share of right predictions (the default)",
     "mcc": "utility: Matthews correlation",
     "f1": "utility: F1 of class 1, macro for more classes",
-    "loss": "utility: cross-entropy, lower is better",
+    "loss": "utility: cross-entropy; recorded, but no study leads with it",
 }
 
 

@@ -19,6 +19,7 @@ from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.texts import Example
 from dpguard.policy.table import Plan
+from dpguard.stats import UTILITY_METRICS, from_confusion
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 MEMORY = 1e9
@@ -195,53 +196,19 @@ def predict(
     return predictions, float(np.mean(losses))
 
 
-def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of right predictions.
+def confusion(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(classes, classes) counts, true class by predicted class.
 
-    >>> accuracy([1, 0, 1], [1, 1, 1]).__round__(3)
-    0.667
+    >>> confusion([1, 0, 1], [1, 1, 1]).tolist()
+    [[0.0, 0.0], [1.0, 2.0]]
     """
-    return float(np.mean(np.asarray(predictions) == np.asarray(labels)))
-
-
-def confusion(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-    """(classes, classes) counts, true class by predicted class."""
     classes = 1 + max(*predictions, *labels)
     table = np.zeros((classes, classes))
     np.add.at(table, (np.asarray(labels), np.asarray(predictions)), 1)
     return table
 
 
-def mcc(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Matthews correlation for any number of classes (Gorodkin, 2004); 0 when one side is constant.
-
-    >>> mcc([1, 0, 1, 0], [1, 0, 0, 0]).__round__(3)
-    0.577
-    """
-    table = confusion(predictions, labels)
-    true, said, total = table.sum(1), table.sum(0), table.sum()
-    covariance = np.trace(table) * total - true @ said
-    spread = np.sqrt((total**2 - said @ said) * (total**2 - true @ true))
-    return float(covariance / spread) if spread else 0.0
-
-
-def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """F1 of class 1 for two classes, the mean over classes (macro) for more; an absent class counts 0.
-
-    >>> f1([1, 0, 1, 0], [1, 0, 0, 0]).__round__(3)
-    0.667
-    """
-    table = confusion(predictions, labels)
-    hits, either = np.diag(table), table.sum(0) + table.sum(1)
-    each = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
-    return float(each[1] if len(each) == 2 else each.mean())
-
-
 def scores(predictions: Sequence[int], labels: Sequence[int], loss: float) -> dict[str, float]:
-    """Every utility metric."""
-    return {
-        "accuracy": accuracy(predictions, labels),
-        "mcc": mcc(predictions, labels),
-        "f1": f1(predictions, labels),
-        "loss": loss,
-    }
+    """Every utility metric (`stats.from_confusion` defines them), and the held-out loss."""
+    table = confusion(predictions, labels)
+    return {**{name: float(from_confusion(table, name)) for name in UTILITY_METRICS}, "loss": loss}

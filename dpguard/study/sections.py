@@ -20,7 +20,7 @@ FLOOR = "prior"
 """The attack that never looks at the message: what public text alone gives away."""
 
 LeakageMetric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall"]
-UtilityMetric = Literal["accuracy", "mcc", "f1", "loss"]
+UtilityMetric = Literal["accuracy", "mcc", "f1"]
 Moment = Literal["start", "end"]
 
 T = TypeVar("T")

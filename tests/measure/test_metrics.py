@@ -41,12 +41,13 @@ def test_utility_metrics_agree_with_an_independent_library(classes):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, 300)
     said = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
-    assert utility.accuracy(said, labels) == pytest.approx(oracle.accuracy_score(labels, said))
-    assert utility.mcc(said, labels) == pytest.approx(oracle.matthews_corrcoef(labels, said))
+    found = utility.scores(said, labels, 0.5)
+    assert found["accuracy"] == pytest.approx(oracle.accuracy_score(labels, said))
+    assert found["mcc"] == pytest.approx(oracle.matthews_corrcoef(labels, said))
     average = "binary" if classes == 2 else "macro"
-    assert utility.f1(said, labels) == pytest.approx(oracle.f1_score(labels, said, average=average))
+    assert found["f1"] == pytest.approx(oracle.f1_score(labels, said, average=average))
 
 
 def test_a_constant_prediction_has_no_correlation():
-    assert utility.mcc([1, 1, 1], [0, 1, 0]) == 0.0
-    assert utility.f1([0, 0, 0], [0, 1, 0]) == 0.0
+    assert utility.scores([1, 1, 1], [0, 1, 0], 0.5)["mcc"] == 0.0
+    assert utility.scores([0, 0, 0], [0, 1, 0], 0.5)["f1"] == 0.0
