@@ -283,7 +283,7 @@ class _Resolver:
             raise self._error(
                 slot,
                 "noise",
-                f"noise {noise:g} on {slot.name!r} without a clip; expected a clip (noise is in its units) or noise_std",
+                f"noise {noise:g} on {slot.name!r} without a clip; expected a clip (its unit) or noise_std",
             )
         if noise and noise_std:
             raise self._error(
