@@ -37,7 +37,11 @@ from dpguard.inputs.family import slots
 WITNESSES = 3
 """Weights whose spectrum is computed: one to search with, the others to try next and to confirm."""
 SUBSTITUTES = 80
-ROUNDS = 4
+ROUNDS = 8
+PATIENCE = 3
+"""Rounds before the continuous search is asked for new starts."""
+SHORT = 8
+"""Tokens up to which a search is quicker than a refined picture."""
 NEARBY = 160
 """Texts near the best one that a picture is refined on."""
 JITTER = 0.5
@@ -234,20 +238,18 @@ def _hunt(
         bag = likely[:, 0]
         trail = search.start(case.framed(likely[:, 0][None]))
         likely, bag = _relaxed(case, evidence, search, trail, likely, held)
-    trail = search.run(trail, likely, bag)
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
+        if turn or length > SHORT:
+            refined = None if trail.done else _refined(case, evidence, trail, likely, length, states)
+            if refined is not None:
+                likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
+                _offer(search, trail, case.framed(refined.text()[None]))
+        trail = search.run(trail, likely, bag, levels=1 + turn)
         if trail.done or case.probe.scored >= case.limit:
             break
-        refined = _refined(case, evidence, trail, likely, length, states)
-        if refined is not None:
-            likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
-            _offer(search, trail, case.framed(refined.text()[None]))
-            trail = search.run(trail, likely, bag)
-        if trail.done or case.probe.scored >= case.limit:
-            break
-        if case.steps < case.budget.steps:
+        if turn >= PATIENCE and case.steps < case.budget.steps:
             likely, bag = _relaxed(case, evidence, search, trail, likely, held)
-            trail = search.run(trail, likely, bag)
+            trail = search.run(trail, likely, bag, levels=2)
     return trail
 
 

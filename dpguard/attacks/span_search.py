@@ -79,16 +79,17 @@ class Search:
         self._check(trail)
         return trail
 
-    def run(self, trail: Trail, substitutes: Tensor, bag: Tensor) -> Trail:
+    def run(self, trail: Trail, substitutes: Tensor, bag: Tensor, levels: int = len(WIDTHS)) -> Trail:
         """Edit until certain, stuck or out of budget.
 
         Args:
             trail: where to start.
             substitutes: (L, k) tokens for each position, likeliest first.
             bag: (b,) tokens that may belong anywhere.
+            levels: how far to widen, see `WIDTHS`.
         """
         level = 0
-        while not trail.done and level < len(WIDTHS) and self.probe.scored < self.limit:
+        while not trail.done and level < min(levels, len(WIDTHS)) and self.probe.scored < self.limit:
             edits = self._new(trail, list(self._edits(trail, substitutes, bag, level)))
             if edits and self._improve(trail, edits):
                 self._check(trail)
