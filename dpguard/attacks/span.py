@@ -208,7 +208,10 @@ def _embeddings(case: _Case, evidence: Evidence, search: Search, length: int) ->
 
 def _offer(search: Search, trail: Trail, texts: Tensor) -> None:
     """Go on from the best of (B, L) texts where it beats the trail."""
-    other = search.start(texts)
+    _take(trail, search.start(texts))
+
+
+def _take(trail: Trail, other: Trail) -> None:
     if other.done or other.energy < trail.energy:
         trail.move(other)
 
@@ -243,7 +246,10 @@ def _hunt(
             refined = None if trail.done else _refined(case, evidence, trail, likely, length, states)
             if refined is not None:
                 likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
-                _offer(search, trail, case.framed(refined.text()[None]))
+                other = search.start(case.framed(torch.stack([refined.text(), likely[:, 0]])))
+                if turn:  # a search that is stuck needs another way in, even one that begins worse
+                    other = search.run(other, likely, bag, levels=1)
+                _take(trail, other)
         trail = search.run(trail, likely, bag, levels=1 + turn)
         if trail.done or case.probe.scored >= case.limit:
             break

@@ -12,7 +12,7 @@ from dpguard.attacks.observation import Observation
 from dpguard.attacks.span_rank import Span, span_of
 from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites
 
-COVERAGE = 0.02
+COVERAGE = 0.05
 """Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_sites import Probe
 
-WIDTHS = (6, 24, 80)
+WIDTHS = (16, 32, 80)
 """Substitutes tried a position, wider when nothing improves."""
 DOUBTFUL, INSERTS = (2, 5, 20), (2, 5, 12)
 """Tokens that are taken out while another one is put in elsewhere: how many, and how many put in a place."""
