@@ -78,7 +78,7 @@ SETTINGS = {
     "partial": Setting(
         aware=False, starts=500, permutations=500, proposals=200, order_prior=0.2, norm=1.4, check=0, substitutes=0
     ),
-    "demo": Setting(learning_rate=0.15, decay=0.7, decay_every=3, starts=16, permutations=8, every=6, proposals=8),
+    "demo": Setting(learning_rate=0.15, decay=0.8, decay_every=6, starts=16, permutations=8, every=10, proposals=8),
 }
 
 
@@ -92,7 +92,7 @@ class Match:
         self.presets = {
             "default": Budget(steps=600, candidates=6_000, restarts=4),
             "partial": Budget(steps=2_000, candidates=6_000, restarts=1),
-            "demo": Budget(steps=12, candidates=120, restarts=1),
+            "demo": Budget(steps=30, candidates=200, restarts=1),
         }
 
     def applicable(self, seen: Observation) -> str:

@@ -34,9 +34,13 @@ def test_a_sentence_is_recovered_from_a_clean_message(family) -> None:
     assert found.notes["loss"] < 1e-5
 
 
-def test_the_demo_budget_is_enough_for_a_small_encoder() -> None:
-    seen, batch = messages.observe(tiny.loaded("bert"), [], [ONE], [1], public=PUBLIC)
-    assert _run(seen).sequences == [batch.input_ids[0].tolist()]
+def test_the_demo_budget_puts_most_tokens_of_a_small_encoders_text_in_place() -> None:
+    right = []
+    for index, text in enumerate(tiny.SENTENCES):
+        seen, batch = messages.observe(tiny.loaded("bert"), [], [text], [index % 2], public=PUBLIC)
+        wanted = batch.input_ids[0].tolist()
+        right += [a == b for a, b in zip(_run(seen).sequences[0], wanted, strict=True)]
+    assert sum(right) / len(right) > 0.7
 
 
 def test_a_batch_of_two_is_recovered_through_its_clip() -> None:
