@@ -156,7 +156,7 @@ class Album:
     def __init__(self, probe: Probe, tokens: Tensor, frame: Frame, public: Sequence[Sequence[int]], table: Tensor):
         self.probe, self.tokens, self.frame, self.public, self.table = probe, tokens, frame, public, table
         with torch.no_grad():
-            marks = [float(p.double().pow(2).sum()) for p in probe.model.parameters()]
+            marks = [float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in probe.model.parameters()]
         self.state = (tuple(marks), hash(tuple(map(tuple, public))))
 
     def picture(self, name: str, layer: nn.Module, length: int) -> Picture:

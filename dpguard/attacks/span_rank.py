@@ -94,10 +94,12 @@ def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
     """
     if not gradient.isfinite().all() or not gradient.any():
         return None
-    values, directions = torch.linalg.svd(gradient, full_matrices=False)[1:]
     outputs, inputs = gradient.shape
+    if noise and _largest(gradient) <= _edge(outputs, inputs, noise):
+        return None
+    values, directions = torch.linalg.svd(gradient, full_matrices=False)[1:]
     coarse = _digits(gradient) < _DIGITS[torch.float32]
-    rank = _above_noise(values, outputs, inputs, noise) if noise else _above_rounding(gradient, values)
+    rank = int((values > _edge(outputs, inputs, noise)).sum()) if noise else _above_rounding(gradient, values)
     if rank == 0 or rank > len(values) - SPARE:
         return None
     left = values[rank:].pow(2).sum() / max(1, outputs - rank)
@@ -105,10 +107,16 @@ def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
     return Span(directions[:rank], values[:rank], tail, inputs, blurred=noise > 0 or coarse)
 
 
-def _above_noise(values: Tensor, outputs: int, inputs: int, noise: float) -> int:
-    """Singular values above the largest that noise alone reaches (Davidson and Szarek 2001, theorem II.13:
-    beyond σ(√m + √n + t) with probability below exp(-t²/2); t = 4)."""
-    return int((values > noise * (math.sqrt(outputs) + math.sqrt(inputs) + 4.0)).sum())
+def _largest(gradient: Tensor) -> float:
+    """The largest singular value, cheaper than all of them with their directions."""
+    side = gradient @ gradient.T if gradient.shape[0] <= gradient.shape[1] else gradient.T @ gradient
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(side)[-1])))
+
+
+def _edge(outputs: int, inputs: int, noise: float) -> float:
+    """What noise alone reaches: beyond σ(√m + √n + t) with probability below exp(-t²/2), here t = 4
+    (Davidson and Szarek 2001, theorem II.13)."""
+    return noise * (math.sqrt(outputs) + math.sqrt(inputs) + 4.0)
 
 
 def _above_rounding(gradient: Tensor, values: Tensor) -> int:
