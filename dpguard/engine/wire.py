@@ -85,20 +85,53 @@ def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
         else per_example[name].flatten(1)
         for name in plan.trained
     }
-    squared = {name: g.pow(2).sum(1) for name, g in flat.items()}
-    finite = (
-        torch.stack([s.isfinite() for s in squared.values()]).all(0) if squared else torch.ones(0, dtype=torch.bool)
-    )
-    norms = {key: group_norms(squared, group) for key, group in plan.groups.items()}
-    factors = {key: clip_factors(norms[key].nan_to_num(posinf=0.0), plan.groups[key].clip) * finite for key in norms}
-    clean = bool(finite.all())
+    factors = example_factors({name: g.pow(2).sum(1) for name, g in flat.items()}, plan)
     sums = {}
     for name, g in flat.items():
-        weight = factors.get(plan[name].group, finite.to(g.dtype)).to(g.dtype)
         # a weight of 0 does not silence NaN
-        kept = g if clean else g.masked_fill(~finite[:, None], 0.0)
-        sums[name] = (weight @ kept).reshape(plan[name].slot.shape)
-    return ClippedSum(sums, norms, int((~finite).sum()))
+        kept = g if factors.dropped == 0 else g.masked_fill(~factors.finite[:, None], 0.0)
+        sums[name] = (factors.of(name, plan).to(g.dtype) @ kept).reshape(plan[name].slot.shape)
+    return ClippedSum(sums, factors.norms, factors.dropped)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What every example's gradient is multiplied with before the sum.
+
+    Attributes:
+        by_group: clip group -> (B,) factors; 0 for an example that is left out.
+        norms: clip group -> (B,) L2 norms before clipping; private.
+        finite: (B,) False for an example with an entry that is not finite.
+    """
+
+    by_group: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    finite: Tensor
+
+    @property
+    def dropped(self) -> int:
+        """How many examples are left out; private."""
+        return int((~self.finite).sum())
+
+    def of(self, name: str, plan: Plan) -> Tensor:
+        """(B,) factors of one tensor: its group's, or 1 (0 when left out) without a clip."""
+        found = self.by_group.get(plan[name].group)
+        return self.finite.to(torch.float32) if found is None else found
+
+
+def example_factors(squared: Mapping[str, Tensor], plan: Plan) -> Factors:
+    """Every example's factor in every clip group, from squared norms alone: the one rule of all gradient modes.
+
+    Args:
+        squared: trained parameter name -> (B,) squared L2 norms of each example's gradient.
+        plan: the policy.
+    """
+    stacked = list(squared.values())
+    finite = torch.stack([s.isfinite() for s in stacked]).all(0) if stacked else torch.ones(0, dtype=torch.bool)
+    norms = {key: group_norms(squared, group) for key, group in plan.groups.items()}
+    groups = plan.groups
+    by_group = {key: clip_factors(n.nan_to_num(posinf=0.0), groups[key].clip) * finite for key, n in norms.items()}
+    return Factors(by_group, norms, finite)
 
 
 def group_norms(squared: Mapping[str, Tensor], group: Group) -> Tensor:
