@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import family_of
+from dpguard.inputs.family import bare, family_of
 
 
 def forward_arguments(model: nn.Module, batch: Batch, embeddings: Tensor | None = None) -> dict[str, Tensor]:
@@ -28,7 +29,7 @@ def forward_arguments(model: nn.Module, batch: Batch, embeddings: Tensor | None 
     """
     positions = family_of(model).positions(batch.attention_mask, model.config)
     arguments: dict[str, Tensor] = {"attention_mask": batch.attention_mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if "position_ids" in inspect.signature(bare(model).forward).parameters:
         arguments["position_ids"] = positions
     if embeddings is None:
         return arguments | {"input_ids": batch.input_ids}
@@ -54,11 +55,17 @@ def per_example_losses(
         label_weights: (B, classes) probabilities instead of ``batch.labels`` (attacks that guess labels).
 
     Returns:
-        (B,) float32.
+        (B,) float32, or float64 where the model is.
+
+    Raises:
+        UserError: a decoder's classifier without ``config.pad_token_id``.
     """
     arguments: dict[str, Any] = forward_arguments(model, batch, embeddings)
-    if embeddings is not None and getattr(model.config, "model_type", "") == "gpt2":
-        logits = _last_token_logits(model, arguments)
+    by_last_token = hasattr(bare(model), "score")
+    if by_last_token and getattr(model.config, "pad_token_id", None) is None:
+        raise UserError("config.pad_token_id is not set; a decoder's classifier finds the last token of a text by it")
+    if by_last_token and embeddings is not None:
+        logits = _last_token_logits(bare(model), arguments)
     else:
         logits = model(**arguments).logits
     return losses_of_logits(logits, batch.labels if label_weights is None else label_weights, batch.attention_mask)
@@ -66,7 +73,8 @@ def per_example_losses(
 
 def losses_of_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """(B,) losses from (B, classes) or (B, L, vocabulary) logits; see `per_example_losses`."""
-    logits = logits.float()
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
     if logits.dim() == 2:
         return F.cross_entropy(logits, labels, reduction="none")
     targets = labels.masked_fill(mask == 0, -100)[:, 1:]
@@ -75,11 +83,12 @@ def losses_of_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _last_token_logits(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """GPT-2's classifier finds the last token by its ids; with embeddings it is found by the mask."""
-    if not hasattr(model, "score"):
-        return model(**arguments).logits  # type: ignore[no-any-return]
-    hidden = model.transformer(**arguments).last_hidden_state  # type: ignore[operator]
-    logits = model.score(hidden)  # type: ignore[operator]
+    """A decoder's classifier finds the last token by its ids; with embeddings it is found by the mask.
+
+    Every decoder of transformers calls its classifier ``score`` and its blocks `base_model_prefix`.
+    """
+    backbone = getattr(model, str(model.base_model_prefix))
+    logits = model.score(backbone(**arguments).last_hidden_state)  # type: ignore[operator]
     last = arguments["attention_mask"].sum(1) - 1
     return logits[torch.arange(len(last), device=last.device), last]  # type: ignore[no-any-return]
 
@@ -112,15 +121,21 @@ def running_as(model: nn.Module, mode: str) -> Iterator[None]:
     dropout the two are the same function for every supported family.
     """
     before = {module: module.training for module in model.modules()}
-    rates = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    rates = [(module, name, getattr(module, name)) for module in model.modules() for name in _rates(module)]
     model.train()
     if mode == "eval":
-        for dropout in rates:
-            dropout.p = 0.0
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, training in before.items():
             module.training = training
-        for dropout, rate in rates.items():
-            dropout.p = rate
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def _rates(module: nn.Module) -> list[str]:
+    """Names of a module's dropout rates: Llama's attention keeps one as a number, without an `nn.Dropout`."""
+    names = ["p"] if isinstance(module, nn.Dropout) else []
+    return names + [name for name in ("attention_dropout",) if isinstance(getattr(module, name, None), float)]

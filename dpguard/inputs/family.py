@@ -1,7 +1,7 @@
 """What a model family is to dpguard: role rules for parameter names and the conventions of its forward pass.
 
-A new family is one file in `inputs/families/` that assigns `PLUGIN = Family(...)`, and a row in the
-contract suite (tests/contracts/test_families.py).
+A new family is one file in `inputs/families/` that assigns `PLUGIN = Family(...)`, and a row in the table
+of the contract suite (tests/tiny.py); docs/families.md tells how.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from dpguard.errors import UserError
 from dpguard.policy.layers import ROLES, Slot
 
 PACKAGE = "dpguard.inputs.families"
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
-_ADAPTER = re.compile(r"\.lora_(?P<side>[AB])\.|\.lora_embedding_(?P<embedding>[AB])\.")
+# what PEFT puts into a name; the last component of an adapter's name is absent for embeddings
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)"
+)
+_ADAPTER = re.compile(r"\.lora_(?:embedding_)?(?P<side>[AB])\.[^.]+(?:\.(?P<kind>weight|bias))?$")
+_PEFT = re.compile(r"\.(lora|ia3|hada|lokr|oft|boft|vera|vblora|randlora)_|^prompt_encoder\.")
+_OWN = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,24 @@ class Family:
     position_offset: int = 0
 
     def role(self, parameter: str) -> tuple[str, int | None] | None:
-        """Role and block index of a parameter name, or None when no rule knows it."""
+        """Role and block index of a parameter name, or None when no rule knows it.
+
+        LoRA matrices belong to the block of the layer that they adapt. A rule knows a layer's own weight
+        and bias and nothing else below it, except that a head may have layers of its own: other kinds of
+        adapters (DoRA's magnitudes, IA3 ...) must not pass for the layer that they sit on.
+        """
         plain = _WRAPPERS.sub("", parameter)
         adapter = _ADAPTER.search(plain)
         if adapter:
-            side = adapter["side"] or adapter["embedding"]
-            block = re.search(r"\.(\d+)\.", plain)
-            return f"adapter_{side.lower()}", int(block[1]) if block else None
+            plain = f"{plain[: adapter.start()]}.{adapter['kind'] or 'weight'}"
         for pattern, role in self.rules:
             found = re.search(pattern, plain)
             if found:
-                block_text = found.groupdict().get("block")
-                return role, int(block_text) if block_text is not None else None
+                rest = plain[found.end() :].split(".")
+                if rest[-1] not in _OWN or (len(rest) > 1 and role != "head") or ".lora_" in plain:
+                    return None
+                block = found.groupdict().get("block")
+                return f"adapter_{adapter['side'].lower()}" if adapter else role, None if block is None else int(block)
         return None
 
     def positions(self, mask: Tensor, config: Any) -> Tensor:
@@ -116,10 +127,7 @@ def slots(model: nn.Module) -> list[Slot]:
     for name, parameter in _named(model):
         known = family.role(name)
         if known is None or known[0] not in ROLES:
-            raise UserError(
-                f"parameter {name!r} has no known role in family {family.name!r}; "
-                f"select it as 'name:{name}' after adding a rule to inputs/families/{family.name}.py"
-            )
+            raise _unknown(name, family)
         tied = first.setdefault(id(parameter), name)
         out.append(
             Slot(
@@ -132,6 +140,24 @@ def slots(model: nn.Module) -> list[Slot]:
             )
         )
     return out
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT wrapper (whose adapters sit in its layers), or the model itself."""
+    inside = getattr(model, "get_base_model", None)
+    return inside() if callable(inside) else model
+
+
+def _unknown(name: str, family: Family) -> UserError:
+    if _PEFT.search(name):
+        return UserError(
+            f"parameter {name!r} belongs to a kind of adapter that no rule knows; "
+            "expected plain LoRA (lora_A and lora_B: use_dora=False) or modules_to_save"
+        )
+    return UserError(
+        f"parameter {name!r} has no known role in family {family.name!r}; "
+        f"select it as 'name:{name}' after adding a rule to inputs/families/{family.name}.py"
+    )
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
