@@ -25,7 +25,7 @@ _WRAPPERS = re.compile(
     r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)"
 )
 _ADAPTER = re.compile(r"\.lora_(?:embedding_)?(?P<side>[AB])\.[^.]+(?:\.(?P<kind>weight|bias))?$")
-_PEFT = re.compile(r"\.(lora|ia3|hada|lokr|oft|boft|vera|vblora|randlora)_|^prompt_encoder\.")
+_PEFT = re.compile(r"\.(lora|ia3|hada|lokr|oft|boft|vera|vblora|randlora)_|^prompt_encoder\.|^base_model\.(?!model\.)")
 _OWN = ("weight", "bias")
 
 

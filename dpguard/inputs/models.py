@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import socket
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -65,35 +70,26 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
     """Load a sequence classifier and its tokenizer.
 
     Args:
-        name: ``demo`` (bundled), ``minilm`` (from the [minilm] extra), a local folder, or a hub name.
+        name: ``demo`` (bundled), ``minilm`` (from the [minilm] extra), a local folder, or a hub name. A
+            folder with an adapter_config.json is a PEFT adapter: its base model is loaded with it, and
+            only the adapter (and what it saved beside it, such as a head) is trainable.
         labels: number of classes; a fresh head is drawn when the checkpoint has none of that size.
         seed: seed of that fresh head.
 
     Raises:
         UserError: no such folder, a folder that is no model, no tokenizer, an unreachable hub, a model of
-            no known family, or a parameter of no known role.
+            no known family, a parameter of no known role, an adapter of a missing base model or of
+            another kind or size, or PEFT not installed.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = _folder(name)
+    adapter = _adapter(name)
+    folder = _base_folder(name, adapter) if adapter else _folder(name)
+    own = adapter is not None and _has_tokenizer(adapter.folder)
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"model {name!r} has no usable tokenizer ({_line(error)}); expected tokenizer.json beside config.json"
-            ) from None
-        try:
-            module = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=labels,
-                attn_implementation="eager",
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from None
+        tokenizer = _tokenizer(name, str(adapter.folder) if adapter and own else folder)
+        module = _classifier(name, folder, labels)
+        if adapter:
+            module = _adapted(name, module, adapter.folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -102,6 +98,86 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
     family = family_of(module)
     slots(module)  # a parameter of no known role is an error before anything is computed
     return LoadedModel(module.eval(), tokenizer, family, name, family.max_tokens(module.config))
+
+
+def _tokenizer(name: str, folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model {name!r} has no usable tokenizer ({_line(error)}); expected tokenizer.json beside config.json"
+        ) from None
+
+
+def _classifier(name: str, folder: str, labels: int) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=labels,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A PEFT adapter on disk: its folder and, as its configuration names it, its base model."""
+
+    folder: Path
+    base: str
+
+
+def _adapter(name: str) -> _Adapter | None:
+    """What adapter_config.json says, or None for a folder without one, a hub name, or a ready-made model."""
+    folder = Path(name).expanduser()
+    file = folder / ADAPTER_FILE
+    if name in READY or not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"adapter {name!r}: {ADAPTER_FILE} is no JSON ({_line(error)})") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"adapter {name!r} names no base model; expected base_model_name_or_path in {ADAPTER_FILE}")
+    task = config.get("task_type")
+    if task not in (None, "SEQ_CLS"):
+        raise UserError(f"adapter {name!r} has task_type {task!r}; expected 'SEQ_CLS', a sequence classifier's adapter")
+    if not any((folder / weights).is_file() for weights in ADAPTER_WEIGHTS):
+        raise UserError(f"adapter {name!r} has no weights; expected {ADAPTER_WEIGHTS[0]} beside {ADAPTER_FILE}")
+    return _Adapter(folder, base)
+
+
+def _base_folder(name: str, adapter: _Adapter) -> str:
+    """Where the base model is: a path seen from the adapter's folder or from here, or a name like any other."""
+    inside = adapter.folder / adapter.base
+    try:
+        return _folder(str(inside) if inside.is_dir() else adapter.base)
+    except UserError as error:
+        raise UserError(f"the base model of adapter {name!r} is missing: {error.sentence}") from None
+
+
+def _adapted(name: str, module: nn.Module, folder: Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError(
+            f"model {name!r} is an adapter and needs PEFT; install it with: pip install 'dpguard[lora]'"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            # adapters that the file does not have would stay as they were drawn
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(module, str(folder), is_trainable=True)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
+        raise UserError(f"adapter {name!r} does not fit its base model: {_why(error)}") from None
 
 
 def minilm_folder() -> Path:
@@ -116,25 +192,36 @@ def minilm_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+READY = {"demo": bundle.folder, "minilm": minilm_folder}
+"""Models that are installed with dpguard: name -> where their folder is."""
+
+
 def _folder(name: str) -> str:
-    if name == "demo":
-        return str(bundle.folder())
-    if name == "minilm":
-        return str(minilm_folder())
+    if name in READY:
+        return str(READY[name]())
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} is no model: expected a config.json in Hugging Face format")
-        if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        if not _has_tokenizer(path):
             raise UserError(f"model {name!r} has no tokenizer; expected tokenizer.json or vocab.txt beside config.json")
         return str(path)
     if path.exists():
         raise UserError(f"model {name!r} is a file; expected a folder in Hugging Face format")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _is_path(name):
         raise UserError(
             f"no model folder {name!r}; expected 'demo', 'minilm', a folder in Hugging Face format, or a hub name"
         )
     return _hub(name)
+
+
+def _is_path(name: str) -> bool:
+    """True for what cannot be a hub name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def _hub(name: str) -> str:
@@ -175,7 +262,10 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 for a property that was renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
     finally:
         logging.set_verbosity(before)
         if bars:
@@ -184,3 +274,9 @@ def _quiet() -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def _why(error: Exception) -> str:
+    """The line that says something: PyTorch names the tensor that does not fit on the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:240]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpguard.engine import gradients
 from dpguard.errors import UserError
@@ -10,17 +14,34 @@ from dpguard.inputs.batch import collate
 from dpguard.inputs.family import family_of, slots
 from tests import tiny
 
+every_type = pytest.mark.parametrize("family", tiny.ROWS)
+
 
 def save(folder, family="bert"):
     tiny.module(family).save_pretrained(folder)
-    tiny.tokenizer(family == "gpt2").save_pretrained(folder)
+    tiny.tokenizer(tiny.families_by_type()[family].causal).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+def save_adapter(tmp_path, family="bert", *, base=None, **options):
+    """A base model's folder and an adapter's beside it, as PEFT saves them after training."""
+    save(tmp_path / "base", family)
+    adapter = tiny.lora(models.load(str(tmp_path / "base")).module, **options)
+    adapter.save_pretrained(tmp_path / "adapter")
+    if base is not None:
+        configure(tmp_path, base_model_name_or_path=base)
+    return tmp_path / "adapter"
+
+
+def configure(tmp_path, **changes):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@every_type
 def test_a_local_folder_of_every_family(tmp_path, family):
     found = models.load(str(save(tmp_path, family)))
-    assert found.family.name == family
+    assert family in found.family.model_types
     assert found.max_tokens in (47, 48)
     assert found.tokenizer.pad_token_id is not None
     assert not found.module.training
@@ -35,7 +56,7 @@ def test_the_fingerprint_and_the_fresh_head_follow_weights_and_seed(tmp_path):
     assert models.load(folder, labels=3, seed=0).fingerprint != models.load(folder, labels=3, seed=1).fingerprint
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@every_type
 def test_embeddings_in_place_of_ids_give_the_same_losses(family):
     model = tiny.loaded(family)
     batch = collate(tiny.SENTENCES, [0, 1, 0], model.tokenizer)
@@ -45,7 +66,7 @@ def test_embeddings_in_place_of_ids_give_the_same_losses(family):
     assert torch.allclose(direct, through, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@every_type
 def test_padding_changes_no_loss(family):
     model = tiny.loaded(family)
     together = collate(tiny.SENTENCES, [0, 1, 0], model.tokenizer)
@@ -91,6 +112,93 @@ def test_a_parameter_of_no_known_role_is_named():
 def test_a_family_that_nobody_knows():
     with pytest.raises(UserError, match="model type 'Linear' belongs to no known family"):
         family_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_an_adapter_folder_brings_its_base_model(tmp_path, family):
+    folder = save_adapter(tmp_path, family)
+    found = models.load(str(folder))
+    trainable = {slot.role for slot in slots(found.module) if slot.trainable}
+    assert trainable == {"adapter_a", "adapter_b", "head"}
+    assert (found.family.name, found.max_tokens) == (family, 48)
+    assert not found.module.training
+    saved = load_file(folder / "adapter_model.safetensors")
+    state = found.module.state_dict()
+    for name, value in saved.items():
+        inside = name if name in state else name.replace(".weight", ".default.weight")
+        inside = inside if inside in state else name.replace("classifier.", "classifier.modules_to_save.default.")
+        inside = inside if inside in state else name.replace("score.", "score.modules_to_save.default.")
+        assert torch.equal(state[inside], value), name
+    plain = models.load(str(tmp_path / "base"))
+    batch = collate(tiny.SENTENCES, [0, 1, 0], plain.tokenizer)
+    losses = [gradients.per_example_losses(model.module, batch) for model in (plain, found)]
+    assert not torch.allclose(*losses, atol=1e-3)
+    assert models.load(str(folder)).fingerprint == found.fingerprint != plain.fingerprint
+
+
+def test_an_adapters_base_may_be_named_relatively_or_be_bundled(tmp_path):
+    folder = save_adapter(tmp_path, base="../base")
+    assert models.load(str(folder)).family.name == "bert"
+    adapter = tiny.lora(models.load("demo").module)
+    adapter.save_pretrained(tmp_path / "on-demo")
+    file = tmp_path / "on-demo" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "demo"}))
+    assert models.load(str(tmp_path / "on-demo")).tokenizer.get_vocab() == models.load("demo").tokenizer.get_vocab()
+
+
+def test_bad_adapters_are_one_sentence(tmp_path):
+    folder = save_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit its base model: size mismatch for .*classifier"):
+        models.load(str(folder), labels=3)
+    configure(tmp_path, base_model_name_or_path="../gone")
+    with pytest.raises(UserError, match=r"base model of adapter '.*adapter' is missing: no model folder '\.\./gone'"):
+        models.load(str(folder))
+    configure(tmp_path, base_model_name_or_path=None)
+    with pytest.raises(UserError, match="names no base model; expected base_model_name_or_path"):
+        models.load(str(folder))
+    configure(tmp_path, base_model_name_or_path=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="task_type 'CAUSAL_LM'; expected 'SEQ_CLS'"):
+        models.load(str(folder))
+    configure(tmp_path, task_type="SEQ_CLS", target_modules=["q_proj"])
+    with pytest.raises(UserError, match="does not fit its base model: No modules were targeted"):
+        models.load(str(folder))
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is no JSON"):
+        models.load(str(folder))
+
+
+def test_an_adapter_with_missing_matrices_is_refused(tmp_path):
+    folder = save_adapter(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "layer.0." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not fit its base model: Found missing adapter keys"):
+        models.load(str(folder))
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no weights; expected adapter_model\.safetensors"):
+        models.load(str(folder))
+
+
+def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
+    folder = save_adapter(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs PEFT; install it with: pip install 'dpguard\[lora\]'"):
+        models.load(str(folder))
+
+
+def test_a_kind_of_adapter_that_no_rule_knows_is_named():
+    dora = tiny.lora(tiny.module("bert"), use_dora=True)
+    with pytest.raises(UserError, match=r"lora_magnitude_vector.*kind of adapter that no rule knows.*use_dora=False"):
+        slots(dora)
+    import peft
+
+    for config in (
+        peft.IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]),
+        peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]),
+        peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
+    ):
+        with pytest.raises(UserError, match="kind of adapter that no rule knows"):
+            slots(peft.get_peft_model(tiny.module("bert"), config))
 
 
 def test_minilm_is_the_pretrained_one(minilm):
