@@ -115,6 +115,24 @@ def guarantee(
 
 
 @app.command()
+def audit(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A policy file, a ready-made name, or a selector.")],
+    model: Annotated[
+        Optional[str], typer.Option("--model", help="Send real texts through this model as well [no].")  # noqa: UP045
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Public batch size, the divisor.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Add the slow two-world test.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check that what a policy sends obeys its claims: sensitivity, noise, release, sampling, epsilon."""
+    from dpguard.cli.audit import print_audit
+
+    status = print_audit(policy, model, batch_size=batch_size, seed=seed, thorough=thorough, as_json=as_json)
+    raise typer.Exit(status)
+
+
+@app.command()
 def layers(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, minilm, a local folder, or a hub name.")],
     as_json: Json = False,

@@ -1,0 +1,133 @@
+"""Checks S, E, N on the real thing: texts through a `Client`, whatever way it gets its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dpguard.engine.audit.noise import Draws, spread
+from dpguard.engine.audit.report import Row, counted, judged
+from dpguard.engine.audit.sensitivity import Worst, neighbour
+from dpguard.engine.audit.subject import noise_classes, sensitivity
+from dpguard.engine.client import Client, new_generator
+from dpguard.inputs import texts
+from dpguard.inputs.batch import Batch, collate
+from dpguard.inputs.models import LoadedModel
+from dpguard.policy.table import Group, Plan
+
+TOLERANCE = 1e-5
+BATCHES, ROWS = 2, 3
+ROUNDS = 3
+EPS = 2.0**-23
+"""Spacing of float32, in which a client computes."""
+
+
+def check(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> list[Row]:
+    """Rows about real batches of the bundled corpus.
+
+    Args:
+        loaded: the model and its tokenizer.
+        plan: resolved against it.
+        batch_size: the public batch size.
+        seed: of the noise.
+    """
+    if not plan.trained:
+        return []
+    client = Client(loaded.module, plan, seed=seed, batch_size=batch_size)
+    found = real_batches(loaded)
+    out = _removal(client, found, batch_size, seed) if plan.groups else []
+    empty = client.message(found[0].rows(slice(0, 0)), new_generator(seed)).noised
+    return [*out, _empty(plan, empty, batch_size), *_rounds(client, found[0], batch_size, seed)]
+
+
+def real_batches(loaded: LoadedModel) -> list[Batch]:
+    """A few batches of the bundled corpus, cut to what the model can read."""
+    labels = getattr(loaded.module.config, "num_labels", 2)
+    examples = texts.load("demo").train[: BATCHES * ROWS]
+    out = []
+    for start in range(0, len(examples), ROWS):
+        part = examples[start : start + ROWS]
+        batch = collate([e.text for e in part], [e.label % labels for e in part], loaded.tokenizer)
+        longest = min(loaded.max_tokens, batch.input_ids.shape[1])
+        out.append(Batch(batch.input_ids[:, :longest], batch.attention_mask[:, :longest], batch.labels))
+    return out
+
+
+def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], group: Group) -> float:
+    """L2 distance of a group's tensors, less what rounding to float32 alone can make of equal ones."""
+    total = rounding = 0.0
+    for name in group.names:
+        total += float((first[name].double() - second[name].double()).square().sum())
+        rounding += 2 * EPS**2 * float(first[name].double().square().sum())
+    return math.sqrt(max(0.0, total - rounding))
+
+
+def _removal(client: Client, found: list[Batch], batch_size: int, seed: int) -> list[Row]:
+    worst = Worst()
+    groups = client.plan.groups
+    units = {group.unit for group in groups.values()}
+    for number, batch in enumerate(found):
+        here = client.message(batch, new_generator(seed + number)).noised
+        for index in range(len(batch)):
+            there = {}
+            if "update" in units:
+                there["empty"] = batch.rows(slice(0, 0))
+            if "example" in units:
+                there[f"without {index}"] = batch.rows(torch.tensor([i for i in range(len(batch)) if i != index]))
+            noised = {key: client.message(b, new_generator(seed + number)).noised for key, b in there.items()}
+            for key, group in groups.items():
+                moved = _distance(here, noised[neighbour(index, group)], group)
+                worst.see(moved, sensitivity(group, batch_size), key)
+    return [
+        worst.row(
+            f"{BATCHES * ROWS} real texts, each removed, {counted(len(groups), 'group')}",
+            "<= C (1 + 1e-5)",
+            "C",
+            TOLERANCE,
+        )
+    ]
+
+
+def _empty(plan: Plan, noised: Mapping[str, Tensor], batch_size: int) -> Row:
+    """A message of no text is noise alone, in the model's own shapes."""
+    what = "no text through the model"
+    wrong = [n for n in plan.trained if n not in noised or tuple(noised[n].shape) != plan[n].slot.shape]
+    silent = [n for n in plan.trained if plan[n].std(batch_size) == 0 and n in noised and bool(noised[n].any())]
+    if wrong or silent:
+        figure = f"{wrong[0]} has another shape" if wrong else f"{silent[0]} is not zero"
+        return judged("E", what, figure, "noise alone", False)
+    pooled = []
+    for found in noise_classes(plan, batch_size):
+        draws = Draws()
+        for name in found.names:
+            squares = float((noised[name].double() / found.std).square().sum())
+            draws = draws.plus(Draws(noised[name].numel(), squares))
+        pooled.append((found.label, draws))
+    return spread("E", what, pooled) if pooled else judged("E", what, "zeros", "zeros", True)
+
+
+def _rounds(client: Client, batch: Batch, batch_size: int, seed: int) -> list[Row]:
+    """Rounds of one client from one source of noise: fresh noise every time.
+
+    A client with local state (steps between messages) belongs here too: its three rounds must obey S as
+    `sensitivity._rounds` asks of a mechanism.
+    """
+    classes = noise_classes(client.plan, batch_size)
+    names = [name for found in classes for name in found.names]
+    if not names:
+        return []
+    std = {name: found.std for found in classes for name in found.names}
+    generator = new_generator(seed)
+    noised = [client.message(batch, generator).noised for _ in range(ROUNDS + 1)]
+    pooled = []
+    for found in classes:
+        draws = Draws()
+        for name in found.names:
+            rows = torch.stack([message[name].flatten() for message in noised]).double()
+            residuals = (rows - rows.mean(0)) / std[name]
+            draws = draws.plus(Draws(ROUNDS * rows.shape[1], float(residuals.square().sum())))
+        pooled.append((found.label, draws))
+    return [spread("N", f"{ROUNDS + 1} rounds of one client: noise std", pooled)]

@@ -1,0 +1,94 @@
+"""The audit of one policy: every check of the suite, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dpguard.engine.audit import claims, noise, on_model, release, sampling, sensitivity, two_worlds
+from dpguard.engine.audit.report import CHECKS, Report, Row, judged, not_applicable
+from dpguard.engine.audit.subject import Builder, MechanismError, Subject, of_the_engine
+from dpguard.errors import UserError
+from dpguard.inputs import models
+from dpguard.inputs.family import slots as slots_of
+from dpguard.inputs.models import LoadedModel
+from dpguard.policy.layers import Slot
+from dpguard.policy.table import Plan, Policy
+
+
+def audit(
+    policy_or_plan: Policy | Plan,
+    *,
+    model: LoadedModel | str | None = None,
+    slots: Sequence[Slot] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    thorough: bool = False,
+    mechanism: Builder | None = None,
+) -> Report:
+    """Check that a policy's mechanism does what its claims say.
+
+    Judged is the tensor just after the noise, as a function of per-example gradients and a seed, on the
+    plan's groups and rules over smaller tensors; then what leaves; then the claims. Twice the same arguments
+    give the same report.
+
+    Args:
+        policy_or_plan: what to audit.
+        model: a loaded model or its name: real texts go through it as well.
+        slots: resolve the policy against these instead; without ``model`` and ``slots`` the bundled demo
+            model's are taken.
+        batch_size: the public batch size, at least 1.
+        seed: first seed of everything random, at least 0.
+        thorough: add check D, some ten seconds more.
+        mechanism: (plan, batch size) -> the mechanism to judge; the engine's own when None.
+
+    Raises:
+        UserError: a batch size or a seed out of range, or a policy that does not fit the model.
+    """
+    if batch_size < 1 or seed < 0:
+        wrong, least = (f"batch size is {batch_size}", 1) if batch_size < 1 else (f"seed is {seed}", 0)
+        raise UserError(f"{wrong}; expected at least {least}")
+    loaded = models.load(model) if isinstance(model, str) else model
+    plan = policy_or_plan if isinstance(policy_or_plan, Plan) else policy_or_plan.plan(_slots(loaded, slots))
+    # far apart, so that two seeds share no draw
+    subject = Subject(plan, batch_size, seed * 1_000_003, mechanism or of_the_engine)
+    rows = mechanism_rows(subject, thorough=thorough)
+    if loaded is not None and mechanism is None:
+        rows += on_model.check(loaded, plan, batch_size=batch_size, seed=seed)
+    order = list(CHECKS)
+    rows.sort(key=lambda row: order.index(row.check))
+    named = loaded.name if loaded is not None else "" if slots is not None or plan is policy_or_plan else "demo"
+    return Report(plan.name, named, seed, tuple(rows))
+
+
+def _slots(loaded: LoadedModel | None, slots: Sequence[Slot] | None) -> Sequence[Slot]:
+    if slots is not None:
+        return slots
+    return slots_of((loaded or models.load("demo")).module)
+
+
+def mechanism_rows(subject: Subject, *, thorough: bool = False) -> list[Row]:
+    """Every check that needs no model."""
+    if not subject.plan.trained:
+        return [not_applicable(letter, what, "the policy trains nothing") for letter, what in CHECKS.items()]
+
+    def both() -> list[Row]:
+        measured = noise.measure(subject)
+        return noise.check(subject, measured) + claims.check(subject, measured)
+
+    rows = _guarded("S", lambda: sensitivity.check(subject))
+    rows += _guarded("N", both)
+    rows += _guarded("E", lambda: noise.check_other(subject))
+    rows += _guarded("W", lambda: release.check(subject))
+    rows += _guarded("P", lambda: release.check_count(subject))
+    rows += sampling.check(subject.seed)
+    if thorough:
+        rows += _guarded("D", lambda: two_worlds.check(subject))
+    return rows
+
+
+def _guarded(letter: str, check: Callable[[], list[Row]]) -> list[Row]:
+    """A mechanism that raises has failed the check; any other exception is a bug of the audit."""
+    try:
+        return check()
+    except MechanismError as error:
+        return [judged(letter, CHECKS[letter], f"raised {error}", "a message", False)]
