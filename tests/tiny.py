@@ -251,7 +251,8 @@ CASES = tuple(
 
 
 def loaded(family: str, **options: Any) -> LoadedModel:
-    """The same as `dpguard.inputs.models.load` would give."""
-    made = module(family, **options)
+    """The same as `dpguard.inputs.models.load` would give; "llama-lora" and the like are inside PEFT."""
+    made = module(family.removesuffix("-lora"), **options)
+    made = lora(made) if family.endswith("-lora") else made
     found = family_of(made)
     return LoadedModel(made, tokenizer(found.causal), found, family, found.max_tokens(made.config))
