@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from dpguard.policy.table import Group, Plan
 
+STABILISER = 0.01
+"""Added to a norm before it divides (automatic clipping): small gradients stay smaller than large ones."""
+CLIP_RANGE = (1e-6, 1e6)
+"""An adaptive clip never leaves this range, whatever the noise on its counts does."""
+
 
 @dataclass(frozen=True)
 class ClippedSum:
@@ -21,7 +27,7 @@ class ClippedSum:
 
     Attributes:
         sums: parameter name -> tensor of the parameter's shape, float32 or wider, for every trained tensor.
-        norms: clip group -> (B,) L2 norms before clipping; private, never sent.
+        norms: clip group of unit ``example`` -> (B,) L2 norms before clipping; private, never sent.
         dropped: examples left out because a gradient entry was not finite; private, never sent.
     """
 
@@ -52,20 +58,26 @@ class Message:
     wire: dict[str, Tensor]
 
 
-def clip_factors(norms: Tensor, clip: float) -> Tensor:
-    """(B,) factors that scale each example's norm down to at most ``clip``.
+def clip_factors(norms: Tensor, clip: float, mode: str = "clip") -> Tensor:
+    """(B,) factors that bring each norm down to at most ``clip``.
+
+    Mode ``clip`` scales down what is longer; ``normalise`` scales everything to about ``clip``: automatic
+    clipping, C / (norm + 0.01) (Bu et al., arXiv 2206.07136, AUTO-S), which never reaches C either.
 
     >>> clip_factors(torch.tensor([0.5, 4.0]), 1.0)
     tensor([1.0000, 0.2500])
+    >>> clip_factors(torch.tensor([0.5, 3.99]), 1.0, "normalise")
+    tensor([1.9608, 0.2500])
     """
-    return clip / norms.clamp(min=clip)
+    return clip / (norms + STABILISER) if mode == "normalise" else clip / norms.clamp(min=clip)
 
 
 def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
     """Clip every example to its groups' bounds and sum over the batch.
 
-    An example with any entry that is not finite is left out of every group (one bad text must not turn
-    the release into NaN). Zero examples give zero sums.
+    Groups of unit ``update`` are summed as they are; `make_message` clips their sum. An example with any
+    entry that is not finite is left out of every group (one bad text must not turn the release into NaN).
+    Zero examples give zero sums.
 
     Args:
         per_example: trained parameter name -> (B, *shape) gradients of each example's own loss.
@@ -99,8 +111,8 @@ class Factors:
     """What every example's gradient is multiplied with before the sum.
 
     Attributes:
-        by_group: clip group -> (B,) factors; 0 for an example that is left out.
-        norms: clip group -> (B,) L2 norms before clipping; private.
+        by_group: clip group of unit ``example`` -> (B,) factors; 0 for an example that is left out.
+        norms: clip group of unit ``example`` -> (B,) L2 norms before clipping; private.
         finite: (B,) False for an example with an entry that is not finite.
     """
 
@@ -128,15 +140,78 @@ def example_factors(squared: Mapping[str, Tensor], plan: Plan) -> Factors:
     """
     stacked = list(squared.values())
     finite = torch.stack([s.isfinite() for s in stacked]).all(0) if stacked else torch.ones(0, dtype=torch.bool)
-    norms = {key: group_norms(squared, group) for key, group in plan.groups.items()}
-    groups = plan.groups
-    by_group = {key: clip_factors(n.nan_to_num(posinf=0.0), groups[key].clip) * finite for key, n in norms.items()}
+    groups = {key: group for key, group in plan.groups.items() if group.unit == "example"}
+    norms = {key: group_norms(squared, group) for key, group in groups.items()}
+    by_group = {
+        key: clip_factors(n.nan_to_num(posinf=0.0), groups[key].clip, groups[key].mode) * finite
+        for key, n in norms.items()
+    }
     return Factors(by_group, norms, finite)
 
 
 def group_norms(squared: Mapping[str, Tensor], group: Group) -> Tensor:
     """(B,) L2 norms over a clip group from its tensors' squared norms."""
     return torch.stack([squared[name] for name in group.names]).sum(0).sqrt()
+
+
+def clip_update(sums: Mapping[str, Tensor], plan: Plan, batch_size: int) -> dict[str, Tensor]:
+    """Clip the client's whole update once in every group of unit ``update``; other tensors pass as they are.
+
+    Args:
+        sums: trained parameter name -> the update times the public batch size (the scale of a sum).
+        plan: the policy.
+        batch_size: the public batch size.
+
+    Returns:
+        The same scale; the joint norm over a group, divided by ``batch_size``, is at most its clip. A group
+        with an entry that is not finite becomes zero.
+    """
+    out = dict(sums)
+    for group in plan.groups.values():
+        if group.unit != "update":
+            continue
+        parts = [torch.linalg.vector_norm(sums[name], dtype=torch.float64).cpu() for name in group.names]
+        norm = torch.linalg.vector_norm(torch.stack(parts)) / batch_size
+        if not bool(norm.isfinite()):
+            out |= {name: torch.zeros_like(sums[name]) for name in group.names}
+            continue
+        factor = clip_factors(norm, group.clip, group.mode).item()
+        out |= {name: sums[name] * factor for name in group.names}
+    return out
+
+
+def next_clips(
+    norms: Mapping[str, Tensor], plan: Plan, generator: torch.Generator, *, batch_size: int
+) -> dict[str, float]:
+    """Bounds of the next step where a clip follows a quantile (Andrew et al., arXiv 1905.03871, Alg. 1).
+
+    The noised count of examples below the bound is one more coordinate of the step's Gaussian query: an
+    example moves it by 1/2 at most, and one that is absent or left out counts 0. What comes out depends on
+    private data through noised counts alone, so it is public; `policy.guarantee` charges for it.
+
+    Args:
+        norms: clip group -> (B,) norms of the logical batch (`ClippedSum.norms`); private.
+        plan: the policy with the bounds now in force.
+        generator: source of the noise; secret in a deployment.
+        batch_size: the PUBLIC batch size, never the actual Poisson count.
+
+    Returns:
+        Clip group -> bound, for the groups with a quantile alone; for `Plan.with_clips`.
+    """
+    kept = [values.isfinite() for values in norms.values()]
+    finite = torch.stack(kept).all(0) if kept else torch.ones(0, dtype=torch.bool)
+    out = {}
+    for key, group in plan.groups.items():
+        if group.quantile is None:
+            continue
+        below = (norms[key] <= group.clip).double() - 0.5
+        noise = torch.randn((), generator=generator, device=generator.device, dtype=torch.float64).item()
+        counted = float((below * finite).sum()) + group.quantile.count_noise * noise
+        moved = group.quantile.rate * (counted / batch_size + 0.5 - group.quantile.quantile)
+        # the exponent is cut first: exp overflows where a tiny batch meets a large noise
+        clip = group.clip * math.exp(min(max(-moved, -30.0), 30.0))
+        out[key] = min(max(clip, CLIP_RANGE[0]), CLIP_RANGE[1])
+    return out
 
 
 def add_noise(
@@ -173,14 +248,15 @@ def release(noised: Mapping[str, Tensor], plan: Plan, *, batch_size: int, mask_s
 def make_message(
     clipped: ClippedSum, plan: Plan, *, batch_size: int, generator: torch.Generator, mask_seed: int = 0
 ) -> Message:
-    """Noise, then release: the one function behind every message.
+    """Clip the update (unit ``update``), noise, then release: the one function behind every message.
 
     Args:
-        clipped: from any gradient mode.
+        clipped: from any gradient mode, or the update of several local steps times ``batch_size``.
         plan: the policy.
         batch_size: the PUBLIC batch size (the divisor), never the actual Poisson count.
         generator: source of the noise; secret in a deployment.
         mask_seed: public seed of random pruning masks.
     """
-    noised = add_noise(clipped.sums, plan, batch_size=batch_size, generator=generator)
+    sums = clip_update(clipped.sums, plan, batch_size)
+    noised = add_noise(sums, plan, batch_size=batch_size, generator=generator)
     return Message(noised, release(noised, plan, batch_size=batch_size, mask_seed=mask_seed))

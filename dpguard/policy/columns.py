@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dpguard.errors import UserError, did_you_mean
@@ -34,6 +34,23 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Quantile:
+    """An adaptive clip: follow a quantile of the norms by noised counts (Andrew et al., arXiv 1905.03871, Sec. 2).
+
+    Attributes:
+        quantile: fraction of the examples that should stay below the bound, in (0, 1).
+        start: the bound of the first step, public.
+        rate: learning rate of the geometric update C <- C exp(-rate (counted - quantile)).
+        count_noise: std of the noise on the count of examples below the bound, in examples; it has its price.
+    """
+
+    quantile: float
+    start: float = 1.0
+    rate: float = 0.2
+    count_noise: float = 10.0
+
+
+@dataclass(frozen=True)
 class Row:
     """One row as read: who, which columns, how its clip groups form."""
 
@@ -43,7 +60,14 @@ class Row:
     listed: bool = True
 
 
-def number(value: Any, *, above: float | None = None, least: float = 0.0, most: float = math.inf) -> float:
+def number(
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float = 0.0,
+    most: float = math.inf,
+    below: float | None = None,
+) -> float:
     """A finite number inside its range; text that YAML failed to read as a number (``1e-1``) is accepted.
 
     Raises:
@@ -53,14 +77,16 @@ def number(value: Any, *, above: float | None = None, least: float = 0.0, most: 
     0.1
     """
     low = f"above {above:g}" if above is not None else f"at least {least:g}"
-    wanted = f"a number {low}" + (f" and at most {most:g}" if most < math.inf else "")
+    high = f" and below {below:g}" if below is not None else f" and at most {most:g}" if most < math.inf else ""
+    wanted = f"a number {low}{high}"
     if isinstance(value, bool):
         raise UserError(f"is {value}; expected {wanted}")  # a document adds which word YAML read so
     try:
         found = float(value)
     except (TypeError, ValueError):
         raise UserError(f"is {value!r}; expected {wanted}") from None
-    if not math.isfinite(found) or found < least or found > most or (above is not None and found <= above):
+    outside = (above is not None and found <= above) or (below is not None and found >= below)
+    if not math.isfinite(found) or found < least or found > most or outside:
         raise UserError(f"is {value!r}; expected {wanted}")
     return found
 
@@ -80,24 +106,24 @@ def _word(known: tuple[str, ...]) -> Callable[[Any], str]:
     return read
 
 
-def _mode(value: Any) -> str:
-    if _word(MODES)(value) == "normalise":
-        raise UserError("is 'normalise' (automatic clipping), which this version cannot run yet; expected 'clip'")
-    return "clip"
+def _clip(value: Any) -> float | Quantile:
+    return _quantile(value) if isinstance(value, Mapping) else number(value, above=0)
 
 
-def _unit(value: Any) -> str:
-    if _word(UNITS)(value) == "update":
-        raise UserError(
-            "is 'update' (one clip for the client's whole update), which this version cannot run yet; expected example"
-        )
-    return "example"
-
-
-def _clip(value: Any) -> float:
-    if isinstance(value, Mapping):
-        raise UserError("is an adaptive clip, which this version cannot run yet; expected a number above 0")
-    return number(value, above=0)
+def _quantile(value: Mapping[Any, Any]) -> Quantile:
+    known = [setting.name for setting in fields(Quantile)]
+    for key in value:
+        if key not in known:
+            raise UserError(f"has the unknown setting {key!r}{did_you_mean(str(key), known)}", loc=(str(key),))
+    if "quantile" not in value:
+        raise UserError(f"is {dict(value)!r}; expected a number, or a mapping with 'quantile'")
+    found = {}
+    for key, given in value.items():
+        try:
+            found[key] = number(given, above=0, below=1 if key == "quantile" else None)
+        except UserError as error:
+            raise UserError(f"setting {key!r} {error.sentence}", loc=(key,)) from None
+    return Quantile(**found)
 
 
 def _bits(value: Any) -> int:
@@ -132,10 +158,15 @@ COLUMNS: dict[str, Column] = {
     for column in (
         Column("train", _flag, "any", "does the client update it (false = frozen)"),
         Column("share", _flag, "any", "does it leave the client (false = withheld)"),
-        Column("clip", _clip, "trained", "bound on the L2 norm of one example's gradient over the clip group"),
+        Column(
+            "clip",
+            _clip,
+            "trained",
+            "bound on the L2 norm of one example's gradient over the clip group, or {quantile: .5}",
+        ),
         Column("per", _word(PER), "trained", "how the row's parameters form clip groups"),
-        Column("mode", _mode, "trained", "clip = scale down to C, normalise = scale to C"),
-        Column("unit", _unit, "trained", "clip every example, or the client's whole update once"),
+        Column("mode", _word(MODES), "trained", "clip = scale down to C, normalise = scale to C"),
+        Column("unit", _word(UNITS), "trained", "clip every example, or the client's whole update once"),
         Column("noise", number, "trained", "noise multiplier: std of the sum's noise / clip"),
         Column("noise_std", number, "sent", "absolute std per entry on the wire; never a guarantee"),
         Column(
@@ -179,15 +210,33 @@ def read_row(row: Any, index: int) -> Row:
             raise UserError(f"{name} without {needed}; expected both in the same row", loc=("rows", index, name))
     if columns.get("noise") and columns.get("noise_std"):
         raise UserError("noise and noise_std in one row; expected one of them", loc=("rows", index, "noise_std"))
+    _check_quantile(columns, index)
     per = columns.pop("per", "row")
     return Row(layers, columns, per, listed)
+
+
+def _check_quantile(columns: Mapping[str, Any], index: int) -> None:
+    if not isinstance(columns.get("clip"), Quantile):
+        return
+    if columns.get("mode") == "normalise":
+        raise UserError(
+            "mode is 'normalise' and clip follows a quantile, but normalising scales every example to the bound, "
+            "whatever the norms are; expected a number as clip, or mode 'clip'",
+            loc=("rows", index, "mode"),
+        )
+    if columns.get("unit") == "update":
+        raise UserError(
+            "unit is 'update' and clip follows a quantile, but a client has one update a message and nothing to "
+            "count; expected a number as clip, or unit 'example'",
+            loc=("rows", index, "unit"),
+        )
 
 
 def _read(name: str, value: Any, index: int) -> Any:
     try:
         return COLUMNS[name].read(value)
     except UserError as error:
-        raise UserError(f"{name} {error.sentence}", loc=("rows", index, name)) from None
+        raise UserError(f"{name} {error.sentence}", loc=("rows", index, name, *error.loc)) from None
 
 
 def _layers(row: Mapping[str, Any], index: int) -> tuple[tuple[str, ...], bool]:

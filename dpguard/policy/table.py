@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpguard.errors import UserError
-from dpguard.policy.columns import COLUMNS, Row, read_row
+from dpguard.errors import UserError, did_you_mean
+from dpguard.policy.columns import COLUMNS, Quantile, Row, number, read_row
 from dpguard.policy.layers import Slot, select
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Rule:
         slot: the tensor (its first name when tied).
         train: the client updates it.
         share: it leaves the client.
-        clip: bound on the L2 norm of one example's gradient over ``group``; None = not clipped.
+        clip: bound on the L2 norm over ``group`` of one example's gradient, or of the client's whole update
+            (``unit``); None = not clipped; of an adaptive clip, the bound now in force.
         group: id of the clip group, "" without a clip.
         mode: ``clip`` or ``normalise``.
         unit: ``example`` or ``update``.
@@ -39,6 +40,7 @@ class Rule:
         prune: ``magnitude`` or ``random``.
         bits: bits per entry, None = full.
         release: further post-noise operations, (name, setting).
+        quantile: how an adaptive clip moves between steps, None for a fixed one.
     """
 
     slot: Slot
@@ -54,6 +56,7 @@ class Rule:
     prune: str = "magnitude"
     bits: int | None = None
     release: tuple[tuple[str, Any], ...] = ()
+    quantile: Quantile | None = None
 
     @property
     def sent(self) -> bool:
@@ -62,7 +65,10 @@ class Rule:
 
     def std(self, batch_size: float) -> float:
         """Standard deviation of the noise on one entry of the SUM over the batch (before the division)."""
-        return self.noise * self.clip if self.clip is not None and self.noise else self.noise_std * batch_size
+        if self.clip is None or not self.noise:
+            return self.noise_std * batch_size
+        # an update is clipped after the division by the batch size, so its noise is in wire units
+        return self.noise * self.clip * (batch_size if self.unit == "update" else 1)
 
     def describe(self) -> str:
         """What happens to the tensor after the noise, in words ("" when nothing does)."""
@@ -78,8 +84,11 @@ class Group:
 
     Attributes:
         id: its name, e.g. ``row 1`` or ``row 1 block[2]``.
-        clip: the bound C.
+        clip: the bound C now in force.
+        mode: ``clip`` or ``normalise``.
+        unit: ``example`` or ``update``.
         rules: its tensors.
+        quantile: how an adaptive bound moves, None for a fixed one.
     """
 
     id: str
@@ -87,6 +96,7 @@ class Group:
     mode: str
     unit: str
     rules: tuple[Rule, ...]
+    quantile: Quantile | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,9 +132,36 @@ class Plan(Mapping[str, Rule]):
             if rule.group and rule.train:
                 members.setdefault(rule.group, []).append(rule)
         return {
-            name: Group(name, rules[0].clip or 0.0, rules[0].mode, rules[0].unit, tuple(rules))
+            name: Group(name, rules[0].clip or 0.0, rules[0].mode, rules[0].unit, tuple(rules), rules[0].quantile)
             for name, rules in members.items()
         }
+
+    @property
+    def unit(self) -> str:
+        """``update`` when the client's whole update is what is clipped, else ``example``."""
+        return "update" if any(group.unit == "update" for group in self.groups.values()) else "example"
+
+    def with_clips(self, clips: Mapping[str, float]) -> Plan:
+        """The same groups with other bounds; the noise follows, because its std is noise * clip.
+
+        Args:
+            clips: clip group -> bound; groups not named keep theirs.
+
+        Raises:
+            UserError: an unknown group, or a bound that is no number above 0.
+        """
+        for group, clip in clips.items():
+            if group not in self.groups:
+                raise UserError(f"no clip group is called {group!r}{did_you_mean(group, self.groups)}")
+            try:
+                number(clip, above=0)
+            except UserError as error:
+                raise UserError(f"clip of group {group!r} {error.sentence}") from None
+        rules = {
+            name: replace(rule, clip=float(clips[rule.group])) if rule.group in clips else rule
+            for name, rule in self.rules.items()
+        }
+        return replace(self, rules=rules)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -152,6 +189,8 @@ class Plan(Mapping[str, Rule]):
         """16 hex digits that change when any rule, name or shape changes."""
         content = [
             [name, list(rule.slot.shape), *(getattr(rule, column) for column in COLUMNS if column != "per"), rule.group]
+            # records are found by this hash: rules of fixed clips keep the one they always had
+            + ([] if rule.quantile is None else [repr(rule.quantile)])
             for name, rule in self.rules.items()
         ]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
@@ -173,6 +212,7 @@ class Plan(Mapping[str, Rule]):
                 head
                 | {"fraction": rule.slot.size / total, "group": rule.group}
                 | {column: getattr(rule, column) for column in COLUMNS if column != "per"}
+                | {"quantile": None if rule.quantile is None else rule.quantile.quantile}
             )
         return pd.DataFrame(rows)
 
@@ -242,6 +282,7 @@ class _Resolver:
             self._apply(index, row)
         rules = {slot.name: self._rule(slot) for slot in self.first}
         self._check_dead_rows(rules)
+        self._check_units(rules)
         return Plan(rules, tuple(dict(row) for row in self.policy.rows), self.policy.name)
 
     def _apply(self, index: int, row: Row) -> None:
@@ -291,26 +332,31 @@ class _Resolver:
                 "noise_std",
                 f"{slot.name!r} has both noise {noise:g} and noise_std {noise_std:g}; expected one of them",
             )
+        quantile = clip if isinstance(clip, Quantile) else None
         return Rule(
             slot=slot,
             train=trained,
             share=get("share", True),
-            clip=clip,
+            clip=clip if quantile is None else quantile.start,
             group="" if clip is None else self._group(slot),
-            mode=get("mode", "clip"),
-            unit=get("unit", "example"),
+            # like `per`, mode and unit say how a clip works: they go with the row that set it
+            mode="clip" if clip is None else self._clip_row(slot).columns.get("mode", "clip"),
+            unit="example" if clip is None else self._clip_row(slot).columns.get("unit", "example"),
             noise=noise,
             noise_std=noise_std,
             keep=get("keep", 1.0),
             prune=get("prune", "magnitude"),
             bits=get("bits", None),
             release=get("release", ()),
+            quantile=quantile,
         )
+
+    def _clip_row(self, slot: Slot) -> Row:
+        return self.policy._read[self.last[(slot.name, "clip")][0]]
 
     def _group(self, slot: Slot) -> str:
         """Group id: the row that set the clip, split by that row's ``per``."""
-        index = self.last[(slot.name, "clip")][0]
-        per = self.policy._read[index].per
+        index, per = self.last[(slot.name, "clip")][0], self._clip_row(slot).per
         part = {"row": "", "block": slot.part, "role": slot.role, "tensor": slot.name}[per]
         return f"row {index + 1}" + (f" {part}" if part else "")
 
@@ -318,9 +364,22 @@ class _Resolver:
         index = self.last[(slot.name, column)][0]
         return UserError(sentence, loc=("rows", index, column))
 
+    def _check_units(self, rules: Mapping[str, Rule]) -> None:
+        found = {rule.unit: rule for rule in rules.values() if rule.train and rule.group}
+        if len(found) > 1:
+            update, example = found["update"], found["example"]
+            index = max(self.last[(rule.slot.name, "clip")][0] for rule in found.values())
+            raise UserError(
+                f"{update.slot.name!r} is clipped with unit 'update' and {example.slot.name!r} with unit 'example'; "
+                "expected one unit for every trained layer, in every row that sets a clip",
+                loc=("rows", index, "unit" if "unit" in self.policy._read[index].columns else "clip"),
+            )
+
     def _check_dead_rows(self, rules: Mapping[str, Rule]) -> None:
         alive = set()
-        for (tensor, column), (index, _value, _names) in self.last.items():
+        # mode and unit live and die with the clip of their row
+        last = {key: value for key, value in self.last.items() if key[1] not in ("mode", "unit")}
+        for (tensor, column), (index, _value, _names) in last.items():
             rule = rules[tensor]
             needs = COLUMNS[column].acts_on
             if needs == "any" or (needs == "trained" and rule.train) or (needs == "sent" and rule.sent):
@@ -328,7 +387,7 @@ class _Resolver:
         for index, row in enumerate(self.policy._read):
             if index in alive:
                 continue
-            counts = any(last[0] == index for last in self.last.values())
+            counts = any(value[0] == index for value in last.values())
             why = "what it selects is frozen or withheld" if counts else "later rows override all of it"
             raise UserError(
                 f"row {index + 1} ({', '.join(row.layers)}) changes nothing: {why}; expected every row to count",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -175,3 +177,152 @@ def test_the_same_seed_gives_the_same_message():
     one, two, other = message(p, grads, 3).wire, message(p, grads, 3).wire, message(p, grads, 4).wire
     assert all(torch.equal(one[n], two[n]) for n in one)
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+
+
+def test_normalising_brings_every_example_to_nearly_the_bound():
+    p = plan({"layers": "all", "clip": 0.7, "mode": "normalise"})
+    for scale, least in ((1e-6, 0.0), (1.0, 0.69), (1e4, 0.69999)):
+        sums = wire.clip_and_sum(per_example(1, scale), p).sums
+        assert least <= norm(sums, p.trained) <= 0.7
+    grads = per_example(3)
+    by_hand = torch.zeros_like(grads["classifier.weight"][0])
+    for i in range(3):
+        length = norm({n: g[i] for n, g in grads.items()}, p.trained)
+        by_hand += grads["classifier.weight"][i] * 0.7 / (length + 0.01)
+    assert torch.allclose(wire.clip_and_sum(grads, p).sums["classifier.weight"], by_hand, rtol=1e-5)
+
+
+def test_normalising_leaves_a_zero_gradient_at_zero_and_drops_what_is_not_finite():
+    p = plan({"layers": "all", "clip": 1.0, "mode": "normalise"})
+    grads = per_example(2)
+    grads["classifier.bias"][1] = float("inf")
+    one = {n: g[:1] * 0 for n, g in grads.items()}
+    assert all(not v.any() for v in wire.clip_and_sum(one, p).sums.values())
+    assert wire.clip_and_sum(grads, p).dropped == 1
+    assert norm(wire.clip_and_sum(grads, p).sums, p.trained) < 1
+
+
+UPDATE = {"layers": "all", "clip": 0.7, "per": "block", "unit": "update"}
+
+
+@pytest.mark.parametrize(("scale", "whole"), [(1e-6, False), (10.0, True), (1e15, True)])
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_a_whole_update_is_clipped_once_a_group_after_the_division(scale, whole, size):
+    p, grads = plan(UPDATE), per_example(4, scale)
+    clipped = wire.clip_and_sum(grads, p)
+    assert clipped.norms == {}, "no norm of an example is taken"
+    assert torch.allclose(clipped.sums["classifier.weight"], grads["classifier.weight"].sum(0), rtol=1e-4)
+    sent = wire.make_message(clipped, p, batch_size=size, generator=torch.Generator()).wire
+    for group in p.groups.values():
+        length = norm(sent, group.names)
+        assert length <= 0.7 * (1 + 1e-6)
+        mean = {n: grads[n].double().sum(0) / size for n in group.names}
+        assert length == pytest.approx(0.7 if whole else norm(mean, group.names), rel=1e-4)
+
+
+def test_a_whole_update_can_be_normalised():
+    p = plan({**UPDATE, "mode": "normalise"})
+    sums = wire.clip_and_sum(per_example(4), p).sums
+    for group in p.groups.values():
+        length = norm(sums, group.names) / 8
+        found = norm(wire.clip_update(sums, p, 8), group.names) / 8
+        assert found == pytest.approx(0.7 * length / (length + 0.01), rel=1e-5)
+
+
+def test_the_noise_of_a_whole_update_has_its_std_on_the_wire():
+    p = plan({"layers": "all", "clip": 0.5, "noise": 2.0, "unit": "update"})
+    zero = {n: torch.zeros((1, *q.shape)) for n, q in MODEL.named_parameters()}
+    sent = message(p, zero, batch_size=16).wire["bert.encoder.layer.0.output.dense.weight"]
+    assert sent.std().item() == pytest.approx(1.0, rel=0.03)
+
+
+def test_a_bad_example_or_a_bad_update_does_not_turn_the_message_into_nan():
+    p, grads = plan(UPDATE), per_example(4)
+    good = wire.clip_and_sum({n: g[[0, 1, 3]] for n, g in grads.items()}, p).sums
+    grads["classifier.bias"][2] = float("nan")
+    found = wire.clip_and_sum(grads, p)
+    assert found.dropped == 1
+    assert all(torch.allclose(v, good[n], atol=1e-5) for n, v in found.sums.items())
+    broken = {**found.sums, "classifier.bias": torch.full((2,), float("inf"))}
+    update = wire.clip_update(broken, p, 4)
+    assert not update["classifier.weight"].any()
+    assert not update["classifier.bias"].any()
+    assert update["bert.pooler.dense.weight"].any(), "other groups are not touched"
+
+
+def test_update_groups_leave_other_tensors_alone():
+    p = plan({**UPDATE, "layers": "head"})
+    sums = wire.clip_and_sum(per_example(4), p).sums
+    update = wire.clip_update(sums, p, 4)
+    assert all(torch.equal(update[n], sums[n]) for n in sums if not n.startswith("classifier"))
+    assert not torch.equal(update["classifier.weight"], sums["classifier.weight"])
+
+
+ADAPTIVE = {"layers": "all", "clip": {"quantile": 0.5, "rate": 0.2, "count_noise": 1e-9}, "noise": 1.0, "per": "block"}
+
+
+def after(norms, p, size, steps=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        p = p.with_clips(wire.next_clips(norms, p, generator, batch_size=size))
+    return p
+
+
+def test_one_step_of_an_adaptive_clip_by_hand():
+    p = plan({**ADAPTIVE, "clip": {"quantile": 0.25, "start": 2.0, "rate": 0.3, "count_noise": 1e-9}})
+    norms = {key: torch.tensor([1.0, 2.0, 3.0]) for key in p.groups}
+    # two of three below; four were expected, and the one that is absent counts as half below
+    fraction = (0.5 + 0.5 - 0.5) / 4 + 0.5
+    for group in after(norms, p, 4).groups.values():
+        assert group.clip == pytest.approx(2.0 * math.exp(-0.3 * (fraction - 0.25)))
+
+
+def test_an_adaptive_clip_settles_at_the_quantile_of_the_norms():
+    p = plan({**ADAPTIVE, "clip": {"quantile": 0.8, "start": 50.0, "count_noise": 5}})
+    drawn = torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    norms = {key: drawn * (k + 1) for k, key in enumerate(p.groups)}
+    for k, group in enumerate(after(norms, p, 2000, steps=200).groups.values()):
+        assert group.clip == pytest.approx(0.8 * (k + 1), rel=0.1)
+
+
+def test_the_noise_on_a_count_has_its_std():
+    p = plan({"layers": "all", "clip": {"quantile": 0.5, "rate": 0.01, "count_noise": 7}, "noise": 1.0})
+    norms = {"row 1": torch.zeros(0)}
+    generator = torch.Generator().manual_seed(0)
+    moved = [math.log(wire.next_clips(norms, p, generator, batch_size=10)["row 1"]) / -0.01 * 10 for _ in range(4000)]
+    assert torch.tensor(moved).std().item() == pytest.approx(7, rel=0.05)
+    assert abs(torch.tensor(moved).mean().item()) < 0.5
+
+
+def test_one_example_moves_a_count_by_a_half_and_a_dropped_one_by_nothing():
+    p = plan(ADAPTIVE)
+    base = {key: torch.tensor([0.1, 5.0, 3.0]) for key in p.groups}
+
+    def counts(norms):
+        found = after(norms, p, 3).groups.values()
+        return torch.tensor([(math.log(g.clip) / -0.2 + 0.5 - 0.5) * 3 for g in found])
+
+    for last in (0.0, 0.2, 1e30):
+        more = {key: torch.cat([n, torch.tensor([last])]) for key, n in base.items()}
+        assert (counts(more) - counts(base)).abs().max().item() == pytest.approx(0.5, abs=1e-6)
+    bad = {key: torch.cat([n, torch.tensor([0.2])]) for key, n in base.items()}
+    bad["row 1 head"][-1] = float("nan")
+    assert torch.allclose(counts(bad), counts(base), atol=1e-6), "left out of one group means left out of all"
+
+
+def test_an_adaptive_clip_stays_in_its_range_and_fixed_groups_are_not_named():
+    p = plan({"layers": "all", "clip": {"quantile": 0.5, "rate": 1e6, "count_noise": 1e6}, "noise": 1.0},
+             {"layers": "head", "clip": 1.0})  # fmt: skip
+    norms = {"row 1": torch.zeros(1), "row 2": torch.zeros(1)}
+    generator = torch.Generator().manual_seed(0)
+    found = [wire.next_clips(norms, p, generator, batch_size=1) for _ in range(20)]
+    assert {key for clips in found for key in clips} == {"row 1"}
+    assert {clips["row 1"] for clips in found} == set(wire.CLIP_RANGE)
+
+
+def test_a_clip_follows_the_norms_of_what_was_clipped():
+    p = plan(ADAPTIVE)
+    small = after(wire.clip_and_sum(per_example(8, 1e-6), p).norms, p, 8)
+    large = after(wire.clip_and_sum(per_example(8, 10.0), p).norms, p, 8)
+    for key in p.groups:
+        assert small.groups[key].clip < 1 < large.groups[key].clip

@@ -4,6 +4,7 @@ import pytest
 
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
+from dpguard.policy.columns import Quantile
 from dpguard.policy.table import Policy
 from tests import tiny
 
@@ -107,9 +108,36 @@ def test_a_tied_tensor_is_one_tensor():
         ([{"layers": "all", "keep": 1.5}], ("rows", 0, "keep"), "above 0 and at most 1"),
         ([{"layers": "all", "clip": False}], ("rows", 0, "clip"), "is False; expected a number above 0"),
         ([{"layers": "all", "clip": -1}], ("rows", 0, "clip"), "a number above 0"),
-        ([{"layers": "all", "clip": 1.0, "mode": "normalise"}], ("rows", 0, "mode"), "cannot run yet"),
-        ([{"layers": "all", "clip": {"quantile": 0.5}}], ("rows", 0, "clip"), "cannot run yet"),
-        ([{"layers": "all", "clip": 1.0, "unit": "update"}], ("rows", 0, "unit"), "cannot run yet"),
+        ([{"layers": "all", "clip": {"quantil": 0.5}}], ("rows", 0, "clip", "quantil"), "did you mean 'quantile'?"),
+        ([{"layers": "all", "clip": {"start": 1}}], ("rows", 0, "clip"), "a mapping with 'quantile'"),
+        ([{"layers": "all", "clip": {"quantile": 1}}], ("rows", 0, "clip", "quantile"), "above 0 and below 1"),
+        (
+            [{"layers": "all", "clip": {"quantile": 0.5, "count_noise": 0}}],
+            ("rows", 0, "clip", "count_noise"),
+            "setting 'count_noise' is 0",
+        ),
+        (
+            [{"layers": "all", "clip": {"quantile": 0.5}, "mode": "normalise"}],
+            ("rows", 0, "mode"),
+            "whatever the norms are",
+        ),
+        ([{"layers": "all", "clip": {"quantile": 0.5}, "unit": "update"}], ("rows", 0, "unit"), "nothing to count"),
+        (
+            [{"layers": "all", "clip": 1.0, "unit": "update"}, {"layers": "head", "clip": 0.5}],
+            ("rows", 1, "clip"),
+            "expected one unit",
+        ),
+        (
+            [{"layers": "all", "clip": 1.0}, {"layers": "head", "clip": 0.5, "unit": "update"}],
+            ("rows", 1, "unit"),
+            "expected one unit",
+        ),
+        (
+            [{"layers": "all", "clip": 1.0, "mode": "normalise"}, {"layers": "all", "clip": 2.0}],
+            ("rows", 0),
+            "later rows override all of it",
+        ),
+        ([{"layers": "all", "clip": 1.0, "unit": "updates"}], ("rows", 0, "unit"), "did you mean 'update'?"),
         ([{"layers": "all", "clip": 1.0, "mode": "scale"}], ("rows", 0, "mode"), "expected one of: clip, normalise"),
         ([{"layers": "all", "per": "block"}], ("rows", 0, "per"), "per without clip"),
         ([{"layers": "all", "prune": "random"}], ("rows", 0, "prune"), "prune without keep"),
@@ -158,3 +186,73 @@ def test_a_policy_does_not_change_with_the_list_it_was_made_of(bert):
     policy = Policy(rows)
     rows[0]["clip"] = 9.0
     assert policy.plan(bert)[QUERY].clip == 1.0
+
+
+HASHES = {
+    "none": "ee32522a9716fdfa",
+    "dp-sgd": "20e695dd08e7caa7",
+    "clip-only": "22ca78bf54ce3101",
+    "prune": "7abd67094b4e55da",
+    "last-block": "5c4f4e44c8b68e2e",
+    "upper-blocks": "64e832c7fd7235d4",
+    "no-embeddings": "762b8f98cb5409bd",
+    "head-only": "5c24e6282528cc93",
+    "block[0].attention.query": "0f433e282184bb2b",
+}
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_hashes_of_plans_stay_what_records_were_written_with(bert, name):
+    assert Policy.load(name).plan(bert).hash == HASHES[name]
+
+
+def test_hash_changes_with_every_setting_of_a_quantile_and_with_mode_and_unit(bert):
+    clips = [1.0, {"quantile": 0.5}, {"quantile": 0.6}, {"quantile": 0.5, "start": 2}, {"quantile": 0.5, "rate": 0.1},
+             {"quantile": 0.5, "count_noise": 5}]  # fmt: skip
+    rows = [[{"layers": "all", "clip": clip, "noise": 1.0}] for clip in clips]
+    rows += [[{"layers": "all", "clip": 1.0, "noise": 1.0, **m}] for m in ({"mode": "normalise"}, {"unit": "update"})]
+    assert len({plan(r, bert).hash for r in rows}) == len(rows)
+
+
+def test_an_adaptive_clip_starts_where_it_says_and_belongs_to_its_group(bert):
+    found = plan(
+        [{"layers": "all", "clip": {"quantile": 0.5, "start": 3}, "per": "block"}, {"layers": "head", "clip": 1.0}],
+        bert,
+    )
+    assert found[QUERY].clip == 3.0
+    assert found[QUERY].quantile == Quantile(0.5, start=3.0, rate=0.2, count_noise=10.0)
+    assert found["classifier.weight"].quantile is None
+    assert {key: group.quantile is None for key, group in found.groups.items()}["row 1 block[1]"] is False
+    assert found.groups["row 2"].quantile is None
+
+
+def test_mode_and_unit_go_with_the_row_that_set_the_clip(bert):
+    rows = [{"layers": "block[0]", "clip": 1.0, "mode": "normalise"}, {"layers": ["block[0].mlp", "head"], "clip": 2.0}]
+    found = plan(rows, bert)
+    assert {rule.mode for rule in found.groups["row 2"].rules} == {"clip"}
+    assert {rule.mode for rule in found.groups["row 1"].rules} == {"normalise"}
+    assert plan([{"layers": "all", "clip": 1.0, "unit": "update"}], bert).unit == "update"
+    assert found.unit == "example"
+
+
+def test_with_clips_moves_the_bounds_and_the_noise_of_named_groups_alone(bert):
+    rows = [{"layers": "all", "clip": {"quantile": 0.5}, "noise": 2.0, "per": "block"}]
+    before = plan(rows, bert)
+    after = before.with_clips({"row 1 block[1]": 0.25})
+    assert after[QUERY].clip == 0.25
+    assert after[QUERY].std(8) == 0.5
+    assert after["classifier.weight"] == before["classifier.weight"]
+    assert {k: g.names for k, g in after.groups.items()} == {k: g.names for k, g in before.groups.items()}
+    assert before[QUERY].clip == 1.0
+    assert after.hash != before.hash
+    with pytest.raises(UserError, match="did you mean 'row 1 block"):
+        before.with_clips({"row 1 block[7]": 1.0})
+    with pytest.raises(UserError, match="a number above 0"):
+        before.with_clips({"row 1 head": 0.0})
+
+
+def test_the_noise_of_a_whole_update_is_in_wire_units(bert):
+    one = plan([{"layers": "all", "clip": 0.5, "noise": 2.0}], bert)[QUERY]
+    whole = plan([{"layers": "all", "clip": 0.5, "noise": 2.0, "unit": "update"}], bert)[QUERY]
+    assert one.std(16) == 1.0
+    assert whole.std(16) / 16 == 1.0
