@@ -203,7 +203,14 @@ def lora(model: Any, *, seed: int = 0, **options: Any) -> Any:
     import peft
 
     row = ROWS[model.config.model_type]
-    options = {"r": 4, "lora_alpha": 8, "target_modules": list(row.targets), "init_lora_weights": False, **options}
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": list(row.targets),
+        "init_lora_weights": False,
+        "lora_dropout": 0.1,
+        **options,
+    }
     options.setdefault("task_type", "SEQ_CLS" if type(model) is row.classes[CLASSIFICATION] else "CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
