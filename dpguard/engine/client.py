@@ -49,6 +49,7 @@ class Client:
         mode: ``eval`` = dropout off, ``train`` = dropout on (its masks come from ``dropout_seed``).
         mask_seed: public seed of random pruning masks.
         dropout_seed: seed of the dropout masks in ``train`` mode.
+        grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at very different speeds.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Client:
     mode: str = "eval"
     mask_seed: int = 0
     dropout_seed: int = 0
+    grad_mode: str = "fast"
     dropped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class Client:
         if len(batch) == 0:
             return self._empty()
         with running_as(self.model, self.mode), training_only(self.model, self.plan):
-            hooks = clipping.OpacusHooks(self.model, self.plan, "sum")
+            hooks = clipping.MODES[self.grad_mode](self.model, self.plan, "sum")
             try:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.dropout_seed)

@@ -14,6 +14,7 @@ from dpguard.engine import clipping, sampling, wire
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.client import new_generator
 from dpguard.engine.gradients import losses_of_logits
+from dpguard.engine.modes.base import GradientMode
 from dpguard.errors import UserError
 from dpguard.inputs.family import family_of, slots
 from dpguard.policy.guarantee import Guarantee
@@ -32,7 +33,7 @@ class PrivateOptimizer(Optimizer):
         inner: Optimizer,
         module: nn.Module,
         plan: Plan,
-        mode: clipping.GradientMode,
+        mode: GradientMode,
         *,
         batch_size: int,
         generator: torch.Generator,
@@ -126,7 +127,7 @@ class PrivacyEngine:
         self.poisson = True
         self._clipped: list[tuple[int, int]] = []
         self.dropped = 0
-        self._attached: tuple[clipping.GradientMode, _Forward] | None = None
+        self._attached: tuple[GradientMode, _Forward] | None = None
 
     def close(self) -> None:
         """Take every hook off the module, which is then an ordinary model again (for saving, evaluating)."""
@@ -145,6 +146,7 @@ class PrivacyEngine:
         seed: int | None = None,
         poisson_sampling: bool = True,
         loss_reduction: str = "mean",
+        grad_mode: str = "fast",
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """Wire a policy into an ordinary training loop.
 
@@ -160,6 +162,7 @@ class PrivacyEngine:
             seed: seed of noise and sampling, for studies and tests only. None: operating system's entropy.
             poisson_sampling: False keeps the loader's own batches; no amplification is claimed then.
             loss_reduction: ``mean`` or ``sum``, as your loss reduces over the batch.
+            grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at different speeds.
 
         Returns:
             (module, optimizer, data_loader).
@@ -180,7 +183,7 @@ class PrivacyEngine:
         trained = set(plan.trained)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
-        mode = clipping.attach(module, plan, loss_reduction=loss_reduction)
+        mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
         private = PrivateOptimizer(
             optimizer, module, plan, mode,
             batch_size=round(self.sampling_rate * self.examples), generator=noise, on_step=self._stepped,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,12 @@ class ClippedSum:
 
     def plus(self, other: ClippedSum) -> ClippedSum:
         """The sum over two parts of one logical batch."""
-        return ClippedSum(
-            {name: value + other.sums[name] for name, value in self.sums.items()},
-            {key: torch.cat([norms, other.norms[key]]) for key, norms in self.norms.items()},
-            self.dropped + other.dropped,
-        )
+        return self.joined(replace(other, sums={name: v + other.sums[name] for name, v in self.sums.items()}))
+
+    def joined(self, other: ClippedSum) -> ClippedSum:
+        """The other part's sums, which hold this one's already, with the norms and counts of both."""
+        norms = {key: torch.cat([norms, other.norms[key]]) for key, norms in self.norms.items()}
+        return ClippedSum(other.sums, norms, self.dropped + other.dropped)
 
 
 @dataclass(frozen=True)

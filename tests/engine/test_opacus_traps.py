@@ -103,7 +103,7 @@ def test_o3_a_language_models_loss_does_not_couple_examples():
     loader = DataLoader(list(range(30)), batch_size=3)
     module, optimizer, _ = engine.make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
-        policy=Policy([{"layers": "all", "clip": 1e6}]), seed=0,
+        policy=Policy([{"layers": "all", "clip": 1e6}]), seed=0, grad_mode="opacus",
     )  # fmt: skip
 
     def first_example(rows):

@@ -1,0 +1,52 @@
+"""The ordinary gradient, for plans that clip no example."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dpguard.engine import wire
+from dpguard.engine.modes.base import GradientMode, trained_parameters
+from dpguard.policy.table import Plan
+
+
+class PlainSum(GradientMode):
+    """For plans without any clip: the ordinary gradient, scaled back to a sum; costs what training costs.
+
+    A step whose sum is not finite is left out whole, because no single example can be told apart.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, loss_reduction: str) -> None:
+        self.plan = plan
+        self.parameters = trained_parameters(model, plan)
+        self.mean = loss_reduction == "mean"
+        self.rows = 0
+        self.handle = model.register_forward_hook(self._count)
+
+    def _count(self, _module: nn.Module, _arguments: object, output: object) -> None:
+        if torch.is_grad_enabled():
+            self.rows = int(getattr(output, "logits", torch.zeros(1)).shape[0])
+
+    def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:
+        """The sum of the latest backward pass, added to ``before``."""
+        scale = float(self.rows) if self.mean else 1.0
+        sums = {name: torch.zeros_like(p) if p.grad is None else p.grad * scale for name, p in self.parameters.items()}
+        finite = all(bool(g.isfinite().all()) for g in sums.values())
+        dropped = 0 if finite else self.rows
+        if not finite:
+            sums = {name: torch.zeros_like(g) for name, g in sums.items()}
+        latest = wire.ClippedSum({name: g.clone() for name, g in sums.items()}, {}, dropped)
+        return latest if before is None else before.plus(latest)
+
+    def pending(self) -> bool:
+        """True when something went backward since the last fold."""
+        return any(p.grad is not None for p in self.parameters.values())
+
+    def clear(self) -> None:
+        """Drop the gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def detach(self) -> None:
+        """See `GradientMode.detach`."""
+        self.handle.remove()
