@@ -21,7 +21,7 @@ BLIND = {"prior"}
 """Attacks that never read the message."""
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
-every_family = pytest.mark.parametrize("family", (*tiny.FAMILIES, "llama", "llama-lora"))
+every_family = pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama", "llama-lora"])
 
 
 def _seen(family: str, texts: int = 1, **options):
