@@ -21,9 +21,9 @@ from dpguard.policy.table import Plan
 
 ALPHA = 1e-6
 """Chance of a false alarm of one row, shared among its tests."""
-CLASS_DRAWS = 20_000
+CLASS_DRAWS = 18_000
 """Draws for the tensors of one group with one claim: 5 % off is seen with power .999."""
-TENSOR_DRAWS = 4_000
+TENSOR_DRAWS = 3_200
 """Draws for every single tensor: 10 % off is seen with power .999."""
 LARGEST = 64 * 64
 SEEDS = 36

@@ -21,25 +21,31 @@ Sampler = Callable[[int, int, torch.Generator], Iterable[list[int]]]
 def check(seed: int, sampler: Sampler = PoissonSampler) -> list[Row]:
     """The rows of check P that look at the sampler alone."""
     generator = torch.Generator().manual_seed(seed)
-    batches = sampler(EXAMPLES, BATCH_SIZE, generator)
-    drawn = [indices for _ in range(PASSES) for indices in batches]
+    drawn = [indices for _ in range(PASSES) for indices in sampler(EXAMPLES, BATCH_SIZE, generator)]
     here = torch.zeros(len(drawn), EXAMPLES, dtype=torch.float64)
     for row, indices in zip(here, drawn, strict=True):
         row[indices] = 1.0
     q = BATCH_SIZE / EXAMPLES
-    return [_counts(here, q), _sizes(here, q), _pairs(here - q, q), _rounds(here - q, q)]
+    return [_rate(here, q), _counts(here, q), _sizes(here, q), _pairs(here - q, q), _rounds(here - q, q)]
 
 
 def _two_sided(statistic: float, freedom: int) -> bool:
     return bool(stats.chi2.ppf(ALPHA / 2, freedom) <= statistic <= stats.chi2.isf(ALPHA / 2, freedom))
 
 
+def _rate(here: torch.Tensor, q: float) -> Row:
+    drawn, coins = int(here.sum()), here.numel()
+    low, high = stats.binom.ppf(ALPHA / 2, coins, q), stats.binom.isf(ALPHA / 2, coins, q)
+    figure, claim = f"{drawn / coins:.4f} of {coins:,} coins", f"q = {q:g}"
+    return judged("P", "sampling rate", figure, claim, bool(low <= drawn <= high))
+
+
 def _counts(here: torch.Tensor, q: float) -> Row:
+    """A fixed number an example (shuffling) is as wrong as favourites."""
     rounds, examples = here.shape
     statistic = float(((here.sum(0) - rounds * q).square() / (rounds * q * (1 - q))).sum())
-    figure = f"rate {float(here.mean()):.4f}, chi-square {statistic:.0f} of {examples}"
-    # a fixed number an example (shuffling) is as wrong as another rate
-    return judged("P", f"how often each of {examples} is drawn", figure, f"q = {q:g}", _two_sided(statistic, examples))
+    what, figure = f"how often each of {examples} is drawn", f"chi-square {statistic:.0f}"
+    return judged("P", what, figure, f"around {examples}", _two_sided(statistic, examples))
 
 
 def _sizes(here: torch.Tensor, q: float) -> Row:
