@@ -6,7 +6,7 @@ Opacus's GDP accountant is a central-limit approximation that under-reports and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 import numpy as np
@@ -91,6 +91,8 @@ def guarantee(
     delta: float,
     sampling: Sampling = "poisson",
     examples: int | None = None,
+    seeded: bool = False,
+    carries: Collection[str] = (),
     accountant: Accountant | None = None,
 ) -> Guarantee:
     """`policy.guarantee.guarantee` with the PRV accountant: what ``dpguard.guarantee`` is."""
@@ -102,4 +104,6 @@ def guarantee(
         accountant=accountant or SubsampledGaussian(),
         sampling=sampling,
         examples=examples,
+        seeded=seeded,
+        carries=carries,
     )

@@ -2,22 +2,27 @@
 
 All shared clip groups noised from one Poisson batch are ONE Gaussian query after whitening, with
 mu = sqrt(sum of (C_l / s_l)^2) (McMahan et al. 2018, arXiv 1812.06210; Dong, Roth and Su, arXiv 1905.02383,
-Cor. 3.3); inside a group with differing noise the smallest counts. A claim that cannot be made is epsilon =
-infinity with the reason.
+Cor. 3.3); inside a group with differing noise the smallest counts. The noised counts of adaptive clips are
+further coordinates of the same query (Andrew et al., arXiv 1905.03871, Thm 1). Where the client's whole update
+is clipped, one client is protected instead of one example. A claim that cannot be made is epsilon = infinity
+with the reason.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy import gaussian
+from dpguard.policy.reasons import why_infinite
 from dpguard.policy.statement import compose
-from dpguard.policy.table import Group, Plan, Rule
+from dpguard.policy.table import Group, Plan
 
 Sampling = Literal["poisson", "shuffle"]
+Unit = Literal["example", "client"]
 
 
 class Accountant(Protocol):
@@ -34,17 +39,18 @@ class Accountant(Protocol):
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What may be claimed about one example of one client.
+    """What may be claimed about one example of one client, or about one client.
 
     Attributes:
         epsilon: at ``delta``; infinity when no claim can be made, 0 when nothing leaves.
         delta: as asked.
         sigma_eff: effective noise multiplier of one step, 1 / mu; 0 when there is no claim.
-        sampling_rate: Poisson inclusion probability per step.
+        sampling_rate: Poisson inclusion probability per step; 1 when a client is the unit.
         steps: number of released messages.
         reasons: why epsilon is infinite; empty when it is not.
         statement: everything in words: unit, adjacency, sampling, view, covered, not covered.
         sampling: ``poisson`` or ``shuffle``.
+        unit: ``example`` or ``client``: whose replacement by zero the epsilon is about.
     """
 
     epsilon: float
@@ -56,6 +62,7 @@ class Guarantee:
     statement: str
     sampling: Sampling
     accountant: Accountant
+    unit: Unit = "example"
 
     @property
     def formal(self) -> bool:
@@ -109,6 +116,8 @@ def guarantee(
     accountant: Accountant,
     sampling: Sampling = "poisson",
     examples: int | None = None,
+    seeded: bool = False,
+    carries: Collection[str] = (),
 ) -> Guarantee:
     """What a plan may claim after ``steps`` messages.
 
@@ -121,39 +130,60 @@ def guarantee(
         sampling: ``poisson``, or ``shuffle`` for fixed shuffled batches, which get no amplification
             (Chua et al., arXiv 2403.17673): every step in which the example appears counts with q = 1.
         examples: the public number of examples of the client.
+        seeded: the noise comes from a seed, which the statement then says.
+        carries: un-noised state that the client keeps between messages and that feeds later ones, any of
+            `reasons.CARRIES`: ``error_feedback``, ``clean_momentum``, ``clean_local_training``.
 
     Raises:
         UserError: an argument out of range.
     """
-    _check(sampling_rate, steps, delta, sampling, examples)
-    reasons = _reasons(plan, steps)
-    sigma = 0.0 if reasons else _sigma(plan, steps)
+    unit: Unit = "client" if plan.unit == "update" else "example"
+    _check(sampling_rate, steps, delta, sampling, examples if unit == "example" else None)
+    if unit == "client":
+        sampling_rate = 1.0  # the server sees each message of the client: its absence is never a secret (F10)
+    reasons = why_infinite(plan, steps, carries)
+    sigma = 0.0 if reasons else sigma_eff(plan, steps)
     q, exposed = _exposure(sampling, sampling_rate, steps)
     epsilon = math.inf if reasons else _epsilon(sigma, q, exposed, delta, accountant)
     words = compose(
         plan, epsilon=epsilon, delta=delta, sigma_eff=sigma, sampling_rate=sampling_rate, steps=steps,
-        sampling=sampling, examples=examples, reasons=reasons,
+        sampling=sampling, examples=examples, reasons=reasons, seeded=seeded,
+        once=bool(reasons) and not why_infinite(plan, 1, carries),
     )  # fmt: skip
-    return Guarantee(epsilon, delta, sigma, sampling_rate, steps, reasons, words, sampling, accountant)
+    return Guarantee(epsilon, delta, sigma, sampling_rate, steps, reasons, words, sampling, accountant, unit)
 
 
 def group_mu(group: Group, steps: int) -> float:
     """C / smallest noise std of the group: sensitivity of the whitened query (infinity without noise).
 
-    Of one single message only the shared members are seen; later messages depend on the withheld ones too.
+    Of one single message only the shared members are seen; later messages depend on the withheld ones too,
+    unless the whole update is clipped.
     """
-    least = min(rule.noise for rule in group.rules if rule.share or steps > 1)
+    least = min(rule.noise for rule in group.rules if rule.share or _state_counts(group, steps))
     return math.inf if least == 0 else 1 / least
 
 
 def counted_groups(plan: Plan, steps: int) -> list[Group]:
     """Groups that a guarantee must count: every group with something on the wire, and, when there is more
     than one message, the withheld ones that train (their state feeds later messages)."""
-    return [g for g in plan.groups.values() if steps > 1 or any(rule.share for rule in g.rules)]
+    return [g for g in plan.groups.values() if _state_counts(g, steps) or any(rule.share for rule in g.rules)]
 
 
-def _sigma(plan: Plan, steps: int) -> float:
-    mu = math.sqrt(sum(group_mu(group, steps) ** 2 for group in counted_groups(plan, steps)))
+def _state_counts(group: Group, steps: int) -> bool:
+    # Clipping the whole update bounds what the client's state, however it came about, does to a message.
+    return steps > 1 and group.unit == "example"
+
+
+def quantile_mu(group: Group) -> float:
+    """Sensitivity / std of a group's noised count: an example moves it by 1/2; 0 for a fixed clip."""
+    return 0.0 if group.quantile is None else 1 / (2 * group.quantile.count_noise)
+
+
+def sigma_eff(plan: Plan, steps: int) -> float:
+    """Effective noise multiplier of one of ``steps`` messages: infinity when nothing leaves, 0 without noise."""
+    if not plan.shared:
+        return math.inf
+    mu = math.hypot(*(m for g in counted_groups(plan, steps) for m in (group_mu(g, steps), quantile_mu(g))))
     return math.inf if mu == 0 else 1 / mu
 
 
@@ -172,37 +202,6 @@ def _exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[flo
     if sampling == "shuffle" and sampling_rate < 1:
         return 1.0, math.ceil(sampling_rate * steps - 1e-9)
     return sampling_rate, steps
-
-
-def _reasons(plan: Plan, steps: int) -> tuple[str, ...]:
-    sent = [plan[name] for name in plan.shared]
-    if not sent:
-        return ()
-    out = []
-    bare = [r for r in sent if r.clip is None]
-    uncalibrated = [r for r in bare if r.noise_std]
-    clean = [r for r in sent if r.clip is not None and not r.noise]
-    if uncalibrated:
-        out.append(f"noise without a per-example clip bounds nothing ({_where(uncalibrated)})")
-    if len(bare) > len(uncalibrated):
-        rest = [r for r in bare if not r.noise_std]
-        out.append(f"gradients leave without clip and noise ({_where(rest)})")
-    if clean:
-        word = "noise_std is no calibrated noise" if any(r.noise_std for r in clean) else "clipped but without noise"
-        out.append(f"{word} ({_where(clean)})")
-    # Inside one clip group the least noise counts, also that of withheld members seen only through the state.
-    loud = [plan[name] for name in plan.withheld if not plan[name].noise]
-    if loud and steps > 1:
-        out.append(
-            "withheld layers train without noise, and from the second message on the shared gradients depend "
-            f"on that un-noised state ({_where(loud)})"
-        )
-    return tuple(out)
-
-
-def _where(rules: list[Rule]) -> str:
-    parts = list(dict.fromkeys(rule.slot.part for rule in rules))
-    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
 
 
 def _check(q: float, steps: int, delta: float, sampling: str, examples: int | None) -> None:

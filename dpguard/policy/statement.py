@@ -13,6 +13,7 @@ NOT_COVERED = (
     "the floating-point form of the Gaussian sampler",
     "diagnostics such as clipped fractions, which must stay with the client",
 )
+_SEVERAL = {"example": NOT_COVERED[1], "client": "several clients of one person (k clients multiply mu by k)"}
 
 
 def compose(
@@ -26,30 +27,68 @@ def compose(
     sampling: str,
     examples: int | None,
     reasons: Sequence[str],
+    seeded: bool = False,
+    once: bool = False,
 ) -> str:
-    """The statement that is printed beside every epsilon; one paragraph of plain sentences."""
+    """The statement that is printed beside every epsilon; one paragraph of plain sentences.
+
+    ``once``: epsilon is infinite, but the first message alone would have a finite one.
+    """
     if reasons:
         first = f"No formal guarantee (epsilon = inf): {'; '.join(reasons)}."
-        if "withheld" in reasons[-1] and len(reasons) == 1:
+        if once:
             first += " The first message alone would have a finite epsilon."
         return f"{first} {_shares(plan)} Clipping, pruning, quantising and withholding alone prove nothing."
     if not plan.shared:
         return "Nothing leaves the client (epsilon = 0): every layer is frozen or withheld."
+    client = plan.unit == "update"
+    not_covered = [_SEVERAL["client"] if client and item == _SEVERAL["example"] else item for item in NOT_COVERED]
     return " ".join(
         (
-            f"Each client's messages are ({_number(epsilon)}, {delta:g})-differentially private for one example "
-            "(zero-out adjacency: one example's gradient replaced by zero; the number of examples is public"
-            + (f", {examples}" if examples else "")
-            + "; replacing an example by another doubles the sensitivity).",
+            f"Each client's messages are ({_number(epsilon)}, {delta:g})-differentially private for "
+            + (_CLIENT if client else _example(examples)),
             f"Effective noise multiplier {_number(sigma_eff)} a step, {steps} step{'s' if steps > 1 else ''}, "
-            + _sampling(sampling, sampling_rate),
-            "View: an honest-but-curious server that sees every message of the client; only the client's own "
-            "noise and its own secret sampling count.",
+            + ("the client in every one." if client else _sampling(sampling, sampling_rate)),
+            *_counts(plan),
+            _view(client),
+            *([SEEDED] if seeded else []),
             _shares(plan),
-            _post(plan) + "The loss must be a mean of per-example losses.",
-            f"Not covered: {'; '.join(NOT_COVERED)}.",
+            _post(plan) + ("" if client else "The loss must be a mean of per-example losses. ")
+            + f"Not covered: {'; '.join(not_covered)}.",
         )
+    )  # fmt: skip
+
+
+SEEDED = (
+    "The noise comes from a seed: whoever knows the seed can subtract the noise, and this epsilon holds only "
+    "against those who do not."
+)
+_CLIENT = (
+    "one client as a whole (zero-out adjacency: the client's whole update replaced by zero in every message; "
+    "replacing it by another client's doubles the sensitivity). However often the client takes part, client "
+    "subsampling gives nothing against this view."
+)
+
+
+def _example(examples: int | None) -> str:
+    return (
+        "one example (zero-out adjacency: one example's gradient replaced by zero; the number of examples is public"
+        + (f", {examples}" if examples else "")
+        + "; replacing an example by another doubles the sensitivity)."
     )
+
+
+def _view(client: bool) -> str:
+    only = "noise counts" if client else "noise and its own secret sampling count"
+    return f"View: an honest-but-curious server that sees every message of the client; only the client's own {only}."
+
+
+def _counts(plan: Plan) -> list[str]:
+    noises = sorted({group.quantile.count_noise for group in plan.groups.values() if group.quantile})
+    if not noises:
+        return []
+    stds = ", ".join(f"{noise:g}" for noise in noises)
+    return [f"Clips follow quantiles of the norms by noised counts (std {stds} examples), which are paid for here."]
 
 
 def _sampling(sampling: str, rate: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from dp_accounting import dp_event
@@ -117,10 +118,117 @@ def test_withheld_without_noise_is_finite_for_the_first_message_only():
     assert "first message alone" in claim(rows, q=1.0, steps=2).statement
 
 
-def test_nothing_shared_is_zero():
-    found = claim([{"layers": "all", "share": False}])
+@pytest.mark.parametrize("row", [{}, {"clip": 1.0, "noise": 1.0}, {"clip": {"quantile": 0.5}, "noise": 1.0}])
+def test_nothing_shared_is_zero(row):
+    found = claim([{"layers": "all", "share": False, **row}], carries=["error_feedback"])
     assert found.epsilon == 0
+    assert found.sigma_eff == math.inf
     assert "Nothing leaves" in found.statement
+
+
+def test_adapters_with_a_frozen_base_count_as_the_only_group():
+    adapters = [replace(s, trainable=s.block == 1 and s.role == "query") for s in BERT]
+    rows = [{**DP, "per": "block"}]
+    found = dpguard.guarantee(Policy(rows).plan(adapters), sampling_rate=0.01, steps=1000, delta=1e-5)
+    assert found.sigma_eff == 1.0, "one group of six trains"
+    assert found.epsilon == claim([DP]).epsilon
+
+
+def test_normalising_costs_what_clipping_costs():
+    assert claim([{**DP, "mode": "normalise"}]).epsilon == claim([DP]).epsilon
+
+
+ADAPTIVE = {"layers": "all", "clip": {"quantile": 0.5, "count_noise": 2.0}, "noise": 1.0}
+
+
+def test_a_clip_that_follows_a_quantile_pays_for_its_counts():
+    one, six = claim([ADAPTIVE]), claim([{**ADAPTIVE, "per": "block"}])
+    assert one.sigma_eff == pytest.approx((1 + 1 / 16) ** -0.5)
+    assert six.sigma_eff == pytest.approx((6 + 6 / 16) ** -0.5)
+    assert one.epsilon > claim([DP]).epsilon
+    assert "noised counts (std 2 examples)" in one.statement
+    half = claim([ADAPTIVE, {"layers": "head", "clip": 1.0, "noise": 1.0}])
+    assert half.sigma_eff == pytest.approx((2 + 1 / 16) ** -0.5), "a fixed clip has no count"
+    assert "counts" not in claim([DP]).statement
+
+
+def test_the_price_of_a_count_does_not_depend_on_where_the_clip_stands():
+    plan = Policy([ADAPTIVE]).plan(BERT)
+    moved = plan.with_clips({"row 1": 0.01})
+    figures = [dpguard.guarantee(p, sampling_rate=0.1, steps=10, delta=1e-5).epsilon for p in (plan, moved)]
+    assert figures[0] == figures[1]
+
+
+WHOLE = {"layers": "all", "clip": 1.0, "noise": 2.0, "unit": "update"}
+
+
+def test_a_clip_of_the_whole_update_protects_the_client_without_amplification():
+    found = claim([WHOLE], q=0.01, steps=9, examples=10**7)
+    assert (found.unit, found.sampling_rate, found.sigma_eff) == ("client", 1.0, 2.0)
+    assert found.epsilon == pytest.approx(gaussian.epsilon_of(1.5, 1e-5), rel=1e-12)
+    assert claim([WHOLE], q=0.01, steps=9, sampling="shuffle").epsilon == found.epsilon
+    assert found.bound_amplified(0.01) >= found.bound(0.01, messages=9) * (1 - 1e-3), "nothing is amplified"
+    for part in ("one client as a whole", "whole update replaced by zero", "doubles the sensitivity",
+                 "client subsampling gives nothing", "several clients of one person"):  # fmt: skip
+        assert part in found.statement, part
+    for part in ("one example", "Poisson", "sampling count", "several examples", "per-example losses"):
+        assert part not in found.statement, part
+    assert claim([DP]).unit == "example"
+
+
+def test_groups_of_a_whole_update_add_up_like_any_others():
+    assert claim([{**WHOLE, "per": "block"}]).sigma_eff == pytest.approx(2 / math.sqrt(6))
+
+
+def test_withheld_layers_that_train_in_the_clear_do_not_break_a_whole_update():
+    rows = [{**WHOLE, "per": "block"}, {"layers": "embeddings", "share": False, "noise": 0}]
+    found = claim(rows, steps=50)
+    assert found.sigma_eff == pytest.approx(2 / math.sqrt(5)), "what is withheld is not counted either"
+    unclipped = [{"layers": "block[*]", "clip": 1.0, "noise": 2.0, "unit": "update"},
+                 {"layers": ["embeddings", "pooler", "head"], "share": False}]  # fmt: skip
+    assert claim(unclipped, steps=50).sigma_eff == 2.0
+
+
+def test_a_whole_update_without_noise_proves_nothing():
+    assert claim([{"layers": "all", "clip": 1.0, "unit": "update"}]).epsilon == math.inf
+
+
+CARRIES = ["error_feedback", "clean_momentum", "clean_local_training"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), list(zip(CARRIES, ["error feedback", "Adam moments", "trained without noise"], strict=True))
+)
+def test_state_that_is_carried_over_un_noised_breaks_every_message_but_the_first(name, said):
+    found = claim([DP], steps=2, carries=[name])
+    assert found.epsilon == math.inf
+    assert said in found.statement
+    assert "first message alone" in found.statement
+    assert claim([DP], steps=1, carries=[name]).epsilon == claim([DP], steps=1).epsilon
+
+
+@pytest.mark.parametrize(("name", "formal"), list(zip(CARRIES, [False, True, True], strict=True)))
+def test_a_whole_update_clip_bounds_local_state_but_not_what_is_added_after_it(name, formal):
+    assert claim([WHOLE], steps=5, carries=[name]).formal is formal
+
+
+def test_several_reasons_are_all_given():
+    found = claim([{"layers": "all", "clip": 1.0}], carries=["clean_momentum", "error_feedback"])
+    assert len(found.reasons) == 3
+    assert "first message alone" not in found.statement
+
+
+def test_an_unknown_carried_state_is_named():
+    with pytest.raises(UserError, match="did you mean 'error_feedback'"):
+        claim([DP], carries=["eror_feedback"])
+
+
+def test_seeded_noise_is_said_to_be_subtractable():
+    found = claim([DP], seeded=True)
+    assert "comes from a seed" in found.statement
+    assert "only against those who do not" in found.statement
+    assert found.epsilon == claim([DP]).epsilon
+    assert "seed" not in claim([DP]).statement
 
 
 def test_shuffled_batches_get_no_amplification():
