@@ -1,7 +1,7 @@
 """What privacy costs a training step: seconds and memory of every way, beside the non-private step of the same run.
 
-    python benchmarks/engine.py [--model minilm] [--batch-size 16] [--length 32] [--repeats 15] [--device cpu] [--dtype ...]
-        [--quick] [--large]
+    python benchmarks/engine.py [--model minilm] [--batch-size 16] [--length 32] [--repeats 15]
+        [--device cpu] [--dtype float32] [--quick] [--large]
 
 One thread, random token ids, SGD, medians of interleaved repeats (machines are shared; only ratios mean something).
 A step is: zero_grad, forward, backward, clip, noise on every trained entry (a cryptographic source, as deployed) and
@@ -32,7 +32,7 @@ from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
 
 Step = Callable[[], None]
-FROZEN = {"layers": ["embeddings", "pooler"], "train": False}
+FROZEN = {"layers": "embeddings", "train": False}
 ALL = [{"layers": "all", "clip": 1.0, "noise": 0.8}]
 BLOCKS = [{"layers": "all", "clip": 1.0, "noise": 0.8, "per": "block"}]
 LAST = [{"layers": "all", "train": False}, {"layers": "block[-1]", "train": True, "clip": 1.0, "noise": 0.8}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dpguard.engine import clipping, wire
+from dpguard.engine import clipping, noise, wire
 from dpguard.engine.gradients import per_example_losses, running_as
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
@@ -44,7 +43,7 @@ class Client:
         model: the public model; left as it was found after every call.
         plan: the policy resolved against it.
         seed: seed of the noise, for studies and tests only: whoever knows it can subtract the noise. None
-            (the default) draws from the operating system's entropy.
+            (the default) draws from a cryptographic source, see `noise.SecureSource`.
         batch_size: the PUBLIC batch size; the number of rows of the observed batch when None.
         mode: ``eval`` = dropout off, ``train`` = dropout on (its masks come from ``dropout_seed``).
         mask_seed: public seed of random pruning masks.
@@ -66,17 +65,17 @@ class Client:
         if self.mode not in ("eval", "train"):
             raise UserError(f"mode is {self.mode!r}; expected 'eval' or 'train'")
         clipping.check_model(self.model, self.plan)
-        self._generator = new_generator(self.seed)
+        self._source = noise.source(self.seed)
 
     def observe(self, batch: Batch) -> Update:
         """The message for one batch: clip, sum, noise, divide by the public batch size, prune, quantise.
 
         Calling it again gives fresh noise. Diagnostics stay here (``dropped``).
         """
-        message = self.message(batch, self._generator)
+        message = self.message(batch, self._source)
         return Update(message.wire, self._divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
 
-    def message(self, batch: Batch, generator: torch.Generator) -> wire.Message:
+    def message(self, batch: Batch, generator: noise.Source) -> wire.Message:
         """Noised sum and wire for a given source of noise: for audits, which judge the noised tensors."""
         clipped = self.clipped(batch)
         self.dropped = clipped.dropped
@@ -106,12 +105,6 @@ class Client:
 
     def _divisor(self, batch: Batch) -> int:
         return self.batch_size if self.batch_size is not None else max(1, len(batch))
-
-
-def new_generator(seed: int | None, device: str = "cpu") -> torch.Generator:
-    """A generator from a seed, or from the operating system's entropy when the seed is None."""
-    chosen = int.from_bytes(os.urandom(8), "big", signed=True) if seed is None else seed
-    return torch.Generator(device).manual_seed(chosen)
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dpguard.engine import clipping, sampling, wire
+from dpguard.engine import clipping, noise, sampling, wire
 from dpguard.engine.accounting import guarantee
-from dpguard.engine.client import new_generator
 from dpguard.engine.gradients import losses_of_logits
 from dpguard.engine.modes.base import GradientMode
 from dpguard.errors import UserError
@@ -36,8 +35,8 @@ class PrivateOptimizer(Optimizer):
         mode: GradientMode,
         *,
         batch_size: int,
-        generator: torch.Generator,
-        on_step: Callable[[wire.ClippedSum], None],
+        drawn_from: noise.Source,
+        on_step: Callable[[dict[str, Tensor], int], None],
         mask_seed: int = 0,
     ) -> None:
         self.inner = inner
@@ -45,7 +44,7 @@ class PrivateOptimizer(Optimizer):
         self.mode = mode
         self.batch_size = batch_size
         self.parameters_by_name = dict(module.named_parameters())
-        self._generator = generator
+        self._source = drawn_from
         self._on_step = on_step
         self._mask_seed = mask_seed
         self.empty = False
@@ -76,8 +75,9 @@ class PrivateOptimizer(Optimizer):
         self.inner.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, per-example ones included."""
+        """Clear gradients, per-example ones included, and the last message (the same tensors)."""
         self.mode.discard()
+        self.last_message = {}
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def fold(self) -> None:
@@ -92,17 +92,18 @@ class PrivateOptimizer(Optimizer):
                 loss = closure()
         clipped = self._empty_sum() if self.empty else self.mode.collect()
         self.mode.discard()
-        message = wire.make_message(
-            clipped, self.plan, batch_size=self.batch_size, generator=self._generator, mask_seed=self._mask_seed
-        )
-        for name in self.plan.trained:
+        norms, dropped = clipped.norms, clipped.dropped
+        self.last_message = {}
+        for name, noised, sent in wire.emit(
+            clipped, self.plan, batch_size=self.batch_size, drawn_from=self._source, mask_seed=self._mask_seed
+        ):
             parameter = self.parameters_by_name[name]
-            value = message.wire[name] if name in message.wire else message.noised[name] / self.batch_size
-            parameter.grad = value.to(parameter.dtype)
-        self.last_message = message.wire
+            parameter.grad = (noised / self.batch_size if sent is None else sent).to(parameter.dtype)
+            if sent is not None:
+                self.last_message[name] = sent
         self.inner.step()
         self.empty = False
-        self._on_step(clipped)
+        self._on_step(norms, dropped)
         return loss
 
     def _empty_sum(self) -> wire.ClippedSum:
@@ -176,7 +177,8 @@ class PrivacyEngine:
         plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
         clipping.check_model(module, plan)
         _check_optimizer(module, optimizer)
-        noise, coins = new_generator(seed), new_generator(None if seed is None else seed + 1_000_003)
+        drawn_from = noise.source(seed)
+        coins = noise.source(None if seed is None else seed + 1_000_003)
         loader = sampling.poisson_loader(data_loader, coins)
         self.plan, self.poisson = plan, poisson_sampling
         self.examples, self.sampling_rate = len(data_loader.dataset), loader.batch_sampler.rate  # type: ignore[arg-type,union-attr]
@@ -186,18 +188,18 @@ class PrivacyEngine:
         mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
         private = PrivateOptimizer(
             optimizer, module, plan, mode,
-            batch_size=round(self.sampling_rate * self.examples), generator=noise, on_step=self._stepped,
+            batch_size=round(self.sampling_rate * self.examples), drawn_from=drawn_from, on_step=self._stepped,
         )  # fmt: skip
         self._attached = (mode, _Forward(module, private))
         return module, private, loader if poisson_sampling else data_loader
 
-    def _stepped(self, clipped: wire.ClippedSum) -> None:
+    def _stepped(self, norms: dict[str, Tensor], dropped: int) -> None:
         self.steps += 1
-        self.dropped += clipped.dropped
+        self.dropped += dropped
         if self.plan is not None:
             groups = self.plan.groups
-            over = sum(int((n > groups[key].clip).sum()) for key, n in clipped.norms.items())
-            self._clipped.append((over, sum(len(n) for n in clipped.norms.values())))
+            over = sum(int((n > groups[key].clip).sum()) for key, n in norms.items())
+            self._clipped.append((over, sum(len(n) for n in norms.values())))
 
     @property
     def clipped_fraction(self) -> float | None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from dpguard.engine import noise
 from dpguard.errors import UserError
 
 
@@ -25,7 +25,7 @@ class PoissonSampler(Sampler[list[int]]):
         generator: source of the coins; secret in a deployment.
     """
 
-    def __init__(self, examples: int, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(self, examples: int, batch_size: int, generator: noise.Source) -> None:
         self.examples = examples
         self.rate = batch_size / examples
         self.generator = generator
@@ -35,11 +35,11 @@ class PoissonSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):
-            coins = torch.rand(self.examples, generator=self.generator) < self.rate
+            coins = noise.uniform(self.examples, self.generator) < self.rate
             yield coins.nonzero()[:, 0].tolist()
 
 
-def poisson_loader(loader: DataLoader[Any], generator: torch.Generator) -> DataLoader[Any]:
+def poisson_loader(loader: DataLoader[Any], generator: noise.Source) -> DataLoader[Any]:
     """The same data in Poisson batches; an empty draw is a batch of zero rows.
 
     Raises:

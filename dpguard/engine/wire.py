@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dpguard.engine import noise
 from dpguard.policy.table import Group, Plan
 
 STABILISER = 0.01
@@ -182,7 +183,7 @@ def clip_update(sums: Mapping[str, Tensor], plan: Plan, batch_size: int) -> dict
 
 
 def next_clips(
-    norms: Mapping[str, Tensor], plan: Plan, generator: torch.Generator, *, batch_size: int
+    norms: Mapping[str, Tensor], plan: Plan, generator: noise.Source, *, batch_size: int
 ) -> dict[str, float]:
     """Bounds of the next step where a clip follows a quantile (Andrew et al., arXiv 1905.03871, Alg. 1).
 
@@ -206,8 +207,8 @@ def next_clips(
         if group.quantile is None:
             continue
         below = (norms[key] <= group.clip).double() - 0.5
-        noise = torch.randn((), generator=generator, device=generator.device, dtype=torch.float64).item()
-        counted = float((below * finite).sum()) + group.quantile.count_noise * noise
+        drawn = noise.normal(1, generator, torch.float64).item()
+        counted = float((below * finite).sum()) + group.quantile.count_noise * drawn
         moved = group.quantile.rate * (counted / batch_size + 0.5 - group.quantile.quantile)
         # the exponent is cut first: exp overflows where a tiny batch meets a large noise
         clip = group.clip * math.exp(min(max(-moved, -30.0), 30.0))
@@ -215,49 +216,68 @@ def next_clips(
     return out
 
 
-def add_noise(
-    sums: Mapping[str, Tensor], plan: Plan, *, batch_size: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Gaussian noise of each rule's std on every entry of every trained tensor, zeros included."""
-    out = {}
-    for name in plan.trained:
-        std = plan[name].std(batch_size)
-        if std == 0:
-            out[name] = sums[name]
-            continue
-        value = sums[name]
-        noise = torch.randn(value.shape, generator=generator, device=generator.device, dtype=value.dtype)
-        out[name] = value + std * noise.to(value.device)
-    return out
+def noised_tensor(name: str, total: Tensor, plan: Plan, *, batch_size: int, drawn_from: noise.Source) -> Tensor:
+    """Gaussian noise of the rule's std on every entry of one tensor's sum, zeros included; ``total`` is overwritten."""
+    std = plan[name].std(batch_size)
+    return total if std == 0 else noise.add_noise_(total, std, drawn_from)
+
+
+def released_tensor(name: str, noised: Tensor, plan: Plan, *, batch_size: int, mask_seed: int = 0) -> Tensor:
+    """What leaves of one shared tensor: divided by the PUBLIC batch size, then pruned and quantised."""
+    value = noised / batch_size
+    rule = plan[name]
+    steps: list[tuple[str, object]] = [("prune", (rule.keep, rule.prune))] if rule.keep < 1 else []
+    steps += [("quantise", rule.bits)] if rule.bits is not None else []
+    for operation, setting in [*steps, *rule.release]:
+        module = importlib.import_module(f"dpguard.engine.release.{operation}")
+        value = module.apply(value, setting, name=name, mask_seed=mask_seed)
+    return value
 
 
 def release(noised: Mapping[str, Tensor], plan: Plan, *, batch_size: int, mask_seed: int = 0) -> dict[str, Tensor]:
-    """What leaves: shared tensors only, divided by the PUBLIC batch size, then pruned and quantised."""
-    out = {}
-    for name in plan.shared:
-        value = noised[name] / batch_size
-        rule = plan[name]
-        steps: list[tuple[str, object]] = [("prune", (rule.keep, rule.prune))] if rule.keep < 1 else []
-        steps += [("quantise", rule.bits)] if rule.bits is not None else []
-        for operation, setting in [*steps, *rule.release]:
-            module = importlib.import_module(f"dpguard.engine.release.{operation}")
-            value = module.apply(value, setting, name=name, mask_seed=mask_seed)
-        out[name] = value
-    return out
+    """What leaves of all shared tensors; see `released_tensor`."""
+    return {
+        name: released_tensor(name, noised[name], plan, batch_size=batch_size, mask_seed=mask_seed)
+        for name in plan.shared
+    }
 
 
-def make_message(
-    clipped: ClippedSum, plan: Plan, *, batch_size: int, generator: torch.Generator, mask_seed: int = 0
-) -> Message:
-    """Clip the update (unit ``update``), noise, then release: the one function behind every message.
+def emit(
+    clipped: ClippedSum, plan: Plan, *, batch_size: int, drawn_from: noise.Source, mask_seed: int = 0
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Clip the update (unit ``update``), noise, then release, tensor by tensor: the way of every message.
+
+    The sums are used up (noised in place, then let go), so that a step needs no second copy of the model.
 
     Args:
         clipped: from any gradient mode, or the update of several local steps times ``batch_size``.
         plan: the policy.
         batch_size: the PUBLIC batch size (the divisor), never the actual Poisson count.
-        generator: source of the noise; secret in a deployment.
+        drawn_from: source of the noise; secret in a deployment.
         mask_seed: public seed of random pruning masks.
+
+    Yields:
+        (name, noised sum, what leaves or None when withheld) for every trained tensor, in the plan's order.
     """
     sums = clip_update(clipped.sums, plan, batch_size)
-    noised = add_noise(sums, plan, batch_size=batch_size, generator=generator)
-    return Message(noised, release(noised, plan, batch_size=batch_size, mask_seed=mask_seed))
+    clipped.sums.clear()
+    shared = set(plan.shared)
+    for name in plan.trained:
+        noised = noised_tensor(name, sums.pop(name), plan, batch_size=batch_size, drawn_from=drawn_from)
+        sent = None
+        if name in shared:
+            sent = released_tensor(name, noised, plan, batch_size=batch_size, mask_seed=mask_seed)
+        yield name, noised, sent
+
+
+def make_message(
+    clipped: ClippedSum, plan: Plan, *, batch_size: int, generator: noise.Source, mask_seed: int = 0
+) -> Message:
+    """The whole message at once; ``clipped`` stays as it is. See `emit`."""
+    copy = replace(clipped, sums={name: value.clone() for name, value in clipped.sums.items()})
+    message = Message({}, {})
+    for name, noised, sent in emit(copy, plan, batch_size=batch_size, drawn_from=generator, mask_seed=mask_seed):
+        message.noised[name] = noised
+        if sent is not None:
+            message.wire[name] = sent
+    return message

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dpguard.engine import clipping
 from dpguard.engine.gradients import per_example_losses, running_as
-from dpguard.engine.modes.contributions import Dense, Lookup, Outer, merge, squared_norm
+from dpguard.engine.modes.contributions import Dense, Grams, Lookup, Outer, merge, squared_norm
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
 from dpguard.policy.layers import Slot
@@ -86,13 +86,10 @@ def difficult(**options):
 
 
 def plan_of(model, rows):
-    first = {}
-    listed = [
-        Slot(n, tuple(p.shape), "head" if "head" in n else "norm", None, first.setdefault(id(p), n) if id(p) in first else "")
-        for n, p in model.named_parameters(remove_duplicate=False)
-        for _ in [first.setdefault(id(p), n)]
-    ]  # fmt: skip
-    listed = [s if s.tied_to != s.name else Slot(s.name, s.shape, s.role) for s in listed]
+    first, listed = {}, []
+    for name, p in model.named_parameters(remove_duplicate=False):
+        tied = first.setdefault(id(p), name)
+        listed.append(Slot(name, tuple(p.shape), "norm", None, "" if tied == name else tied))
     return Policy(rows).plan(listed)
 
 
@@ -152,7 +149,7 @@ def test_mean_and_sum_losses_and_parts_of_a_batch_give_one_sum(mode):
     for options in ({"reduction": "mean"}, {"parts": 2}, {"parts": 4, "reduction": "mean"}):
         found = collected(model, PARTITIONS["tensor"], mode, **options)
         assert distance(found, reference) < 1e-12, options
-        assert {k: len(v) for k, v in found.norms.items()} == {k: 4 for k in reference.norms}
+        assert {k: len(v) for k, v in found.norms.items()} == dict.fromkeys(reference.norms, 4)
 
 
 def test_a_second_forward_pass_folds_the_first_part():
@@ -319,7 +316,7 @@ def test_factored_norms_and_sums_equal_the_written_out_ones(steps):
     written = torch.stack([use.dense(shape) for use in uses]).sum(0)
     merged = merge(uses)
     assert len(merged) == 3
-    assert torch.allclose(squared_norm(merged, shape), written.square().sum((1, 2)), rtol=1e-12)
+    assert torch.allclose(squared_norm(merged, shape, Grams()), written.square().sum((1, 2)), rtol=1e-12)
     factors = torch.rand(3, generator=g, dtype=torch.float64)
     total = torch.einsum("b,bij->ij", factors, written)
     for start in (None, torch.zeros(shape, dtype=torch.float64)):

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dpguard.engine import noise as noises
 from dpguard.engine.audit.noise import Draws, spread
 from dpguard.engine.audit.report import Row, counted, judged
 from dpguard.engine.audit.sensitivity import Worst, neighbour
 from dpguard.engine.audit.subject import noise_classes, sensitivity
-from dpguard.engine.client import Client, new_generator
+from dpguard.engine.client import Client
 from dpguard.inputs import texts
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.models import LoadedModel
@@ -39,7 +40,7 @@ def check(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> lis
     client = Client(loaded.module, plan, seed=seed, batch_size=batch_size)
     found = real_batches(loaded)
     out = _removal(client, found, batch_size, seed) if plan.groups else []
-    empty = client.message(found[0].rows(slice(0, 0)), new_generator(seed)).noised
+    empty = client.message(found[0].rows(slice(0, 0)), noises.source(seed)).noised
     return [*out, _empty(plan, empty, batch_size), *_rounds(client, found[0], batch_size, seed)]
 
 
@@ -70,14 +71,14 @@ def _removal(client: Client, found: list[Batch], batch_size: int, seed: int) -> 
     groups = client.plan.groups
     units = {group.unit for group in groups.values()}
     for number, batch in enumerate(found):
-        here = client.message(batch, new_generator(seed + number)).noised
+        here = client.message(batch, noises.source(seed + number)).noised
         for index in range(len(batch)):
             there = {}
             if "update" in units:
                 there["empty"] = batch.rows(slice(0, 0))
             if "example" in units:
                 there[f"without {index}"] = batch.rows(torch.tensor([i for i in range(len(batch)) if i != index]))
-            noised = {key: client.message(b, new_generator(seed + number)).noised for key, b in there.items()}
+            noised = {key: client.message(b, noises.source(seed + number)).noised for key, b in there.items()}
             for key, group in groups.items():
                 moved = _distance(here, noised[neighbour(index, group)], group)
                 worst.see(moved, sensitivity(group, batch_size), key)
@@ -120,7 +121,7 @@ def _rounds(client: Client, batch: Batch, batch_size: int, seed: int) -> list[Ro
     if not names:
         return []
     std = {name: found.std for found in classes for name in found.names}
-    generator = new_generator(seed)
+    generator = noises.source(seed)
     noised = [client.message(batch, generator).noised for _ in range(ROUNDS + 1)]
     pooled = []
     for found in classes:

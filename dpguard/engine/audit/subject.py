@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dpguard.engine import noise as noises
 from dpguard.engine import wire
-from dpguard.engine.client import new_generator
 from dpguard.policy.table import Group, Plan
 
 MASK_SEED = 7
@@ -42,7 +42,7 @@ def of_the_engine(plan: Plan, batch_size: int) -> Mechanism:
             wire.clip_and_sum(per_example, plan),
             plan,
             batch_size=batch_size,
-            generator=new_generator(seed),
+            generator=noises.source(seed),
             mask_seed=MASK_SEED,
         )
 

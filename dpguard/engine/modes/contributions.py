@@ -19,6 +19,20 @@ import torch
 from torch import Tensor
 
 
+class Grams:
+    """(B, T, T) Gram matrices of one backward pass, each formed once: query, key and value share their input."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Tensor] = {}
+
+    def of(self, x: Tensor) -> Tensor:
+        """X X^T of (B, T, d), over d."""
+        key = (x.data_ptr(), x._version, x.shape, x.stride())
+        if key not in self._known:
+            self._known[key] = x @ x.transpose(1, 2)
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class Outer:
     """left (B, T, rows), right (B, T, columns)."""
@@ -31,11 +45,11 @@ class Outer:
         """B."""
         return self.left.shape[0]
 
-    def squared(self) -> Tensor:
+    def squared(self, grams: Grams) -> Tensor:
         """(B,) squared Frobenius norms: by Gram matrices where they are the smaller ones, else example by example."""
         steps, size = self.left.shape[1], self.left.shape[2] * self.right.shape[2]
         if 2 * steps**2 <= size:
-            return (_gram(self.left) * _gram(self.right)).sum((1, 2)).clamp_(min=0)
+            return (grams.of(self.left) * grams.of(self.right)).sum((1, 2)).clamp_(min=0)
         return torch.stack([(a.T @ b).square_().sum() for a, b in zip(self.left, self.right, strict=True)])
 
     def weighted(self, factors: Tensor, shape: torch.Size, into: Tensor | None) -> Tensor:
@@ -70,10 +84,10 @@ class Lookup:
         """B."""
         return self.ids.shape[0]
 
-    def squared(self) -> Tensor:
+    def squared(self, grams: Grams) -> Tensor:
         """(B,) squared norms: positions with the same id add up before they are squared."""
         same = self.ids[:, :, None] == self.ids[:, None, :]
-        return (_gram(self.right) * same).sum((1, 2)).clamp_(min=0)
+        return (grams.of(self.right) * same).sum((1, 2)).clamp_(min=0)
 
     def weighted(self, factors: Tensor, shape: torch.Size, into: Tensor | None) -> Tensor:
         """See `Outer.weighted`."""
@@ -103,7 +117,7 @@ class Dense:
         """B."""
         return self.value.shape[0]
 
-    def squared(self) -> Tensor:
+    def squared(self, grams: Grams) -> Tensor:
         """(B,) squared norms."""
         return self.value.flatten(1).square().sum(1)
 
@@ -141,11 +155,11 @@ def merge(uses: Sequence[Contribution]) -> list[Contribution]:
     return out
 
 
-def squared_norm(merged: Sequence[Contribution], shape: torch.Size) -> Tensor:
+def squared_norm(merged: Sequence[Contribution], shape: torch.Size, grams: Grams) -> Tensor:
     """(B,) squared norms of the sum of a tensor's merged uses."""
-    total = merged[0].squared()
+    total = merged[0].squared(grams)
     for k, use in enumerate(merged[1:], start=1):
-        total = total + use.squared()
+        total = total + use.squared(grams)
         for other in merged[:k]:
             total = total + 2 * _inner(other, use, shape)
     return total.clamp(min=0) if len(merged) > 1 else total
@@ -160,7 +174,3 @@ def _inner(one: Contribution, two: Contribution, shape: torch.Size) -> Tensor:
     if isinstance(one, Lookup) and isinstance(two, Outer):
         return _inner(two, one, shape)
     return (one.dense(shape) * two.dense(shape)).flatten(1).sum(1)
-
-
-def _gram(x: Tensor) -> Tensor:
-    return x @ x.transpose(1, 2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpguard.engine import wire
 from dpguard.engine.modes import layers
 from dpguard.engine.modes.base import GradientMode, trained_parameters
-from dpguard.engine.modes.contributions import Contribution, merge, squared_norm
+from dpguard.engine.modes.contributions import Contribution, Grams, merge, squared_norm
 from dpguard.policy.table import Plan
 
 
@@ -107,8 +107,9 @@ class Fast(GradientMode):
             self._uses.clear()
             rows = self._batch(merged)
             scale = float(rows) if self.mean else 1.0
+            grams = Grams()
             shapes = {name: p.shape for name, p in self.parameters.items()}
-            squared = {name: squared_norm(uses, shapes[name]) * scale**2 for name, uses in merged.items()}
+            squared = {name: squared_norm(uses, shapes[name], grams) * scale**2 for name, uses in merged.items()}
             factors = wire.example_factors(squared, self.plan)
             sums = dict(before.sums) if before is not None else {}
             for name in list(merged):

@@ -1,0 +1,102 @@
+"""Where noise and coins come from: a seed in studies, a cryptographic stream everywhere else.
+
+PyTorch's CPU generator is a Mersenne twister that keeps 32 bits of its seed and can be predicted from its output.
+An entry whose clean value is known (an embedding row of an absent token is zero) shows the noise itself, so a
+server could find the seed by trying all of them, and subtract the rest. Without a seed, noise is therefore drawn
+from AES-256 in counter mode under a fresh key of the operating system's entropy, at nearly the same speed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+CHUNK = 1 << 16
+"""Entries drawn at a time: the working set stays in the processor's cache."""
+
+
+class SecureSource:
+    """Gaussian and uniform numbers that nobody can predict, not even from all that was drawn before."""
+
+    def __init__(self) -> None:
+        self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+
+    def __deepcopy__(self, _memo: object) -> SecureSource:
+        """A copy draws other numbers: one stream under two messages would cancel."""
+        return SecureSource()
+
+    def words(self, count: int, dtype: torch.dtype) -> Tensor:
+        """(count,) random integers over the whole range of ``dtype`` (int32 or int64)."""
+        size = count * (4 if dtype == torch.int32 else 8)
+        drawn = bytearray(size + 16)  # the cipher asks for a block more than it fills
+        self._stream.update_into(bytes(size), drawn)
+        return torch.frombuffer(drawn, dtype=dtype, count=count)
+
+    def add_normal_(self, flat: Tensor, std: float) -> None:
+        """Add normal numbers of ``std`` to a flat CPU tensor, by the Box-Muller transform in its own precision."""
+        half = (flat.numel() + 1) // 2
+        bits = torch.int64 if flat.dtype == torch.float64 else torch.int32
+        depth = 63 if flat.dtype == torch.float64 else 31
+        drawn = self.words(2 * half, bits).to(flat.dtype)
+        # |word| keeps full relative precision near zero, where the tail of the distribution comes from
+        radius = drawn[:half].abs_().add_(0.5).log_().mul_(-2).add_(2 * depth * math.log(2)).clamp_(min=0).sqrt_()
+        angle = drawn[half:].mul_(math.pi * 2.0**-depth)
+        flat[:half].addcmul_(torch.cos(angle), radius, value=std)
+        rest = flat.numel() - half
+        flat[half:].addcmul_(angle.sin_()[:rest], radius[:rest], value=std)
+
+    def normal(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(count,) standard normal numbers."""
+        out = torch.zeros(count, dtype=dtype)
+        self.add_normal_(out, 1.0)
+        return out
+
+    def uniform(self, count: int) -> Tensor:
+        """(count,) float64 numbers in [0, 1) with 53 random bits."""
+        return (self.words(count, torch.int64) >> 11).to(torch.float64).mul_(2.0**-53).remainder_(1.0)
+
+
+Source = torch.Generator | SecureSource
+"""Who draws: a seeded generator, or `SecureSource`."""
+
+
+def source(seed: int | None, device: str = "cpu") -> Source:
+    """A generator from a seed (studies and tests), or a `SecureSource` when the seed is None."""
+    return SecureSource() if seed is None else torch.Generator(device).manual_seed(seed)
+
+
+def add_noise_(value: Tensor, std: float, drawn_from: Source) -> Tensor:
+    """Add Gaussian noise of ``std`` to every entry of a float32 or float64 tensor, in place.
+
+    Returns:
+        ``value``, or a contiguous copy where it was not contiguous.
+    """
+    value = value.contiguous()
+    flat = value.view(-1)
+    # noise that travels to another device goes in fewer, larger pieces
+    chunk = CHUNK if value.device.type == "cpu" else 1 << 22
+    for start in range(0, flat.numel(), chunk):
+        piece = flat[start : start + chunk]
+        if isinstance(drawn_from, SecureSource) and piece.device.type == "cpu":
+            drawn_from.add_normal_(piece, std)
+            continue
+        piece.add_(normal(piece.numel(), drawn_from, value.dtype).to(value.device), alpha=std)
+    return value
+
+
+def normal(count: int, drawn_from: Source, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(count,) standard normal numbers."""
+    if isinstance(drawn_from, SecureSource):
+        return drawn_from.normal(count, dtype)
+    return torch.randn(count, generator=drawn_from, device=drawn_from.device, dtype=dtype)
+
+
+def uniform(count: int, drawn_from: Source) -> Tensor:
+    """(count,) numbers in [0, 1)."""
+    if isinstance(drawn_from, SecureSource):
+        return drawn_from.uniform(count)
+    return torch.rand(count, generator=drawn_from, device=drawn_from.device)
