@@ -23,13 +23,13 @@ def print_audit(policy: str, model: str | None, *, batch_size: int, seed: int, t
     chosen = None if loaded is not None else slots(models.load("demo").module)
     report = audit(rows, model=loaded, slots=chosen, batch_size=batch_size, seed=seed, thorough=thorough)
     if as_json:
-        print(json.dumps(report.as_plain() | {"policy": policy}, indent=2))
+        print(json.dumps(report.as_plain(), indent=2))
     else:
-        _print(report, policy, model)
+        _print(report, model)
     return 0 if report.ok else 1
 
 
-def _print(report: Report, policy: str, model: str | None) -> None:
+def _print(report: Report, model: str | None) -> None:
     cells = [
         [
             row.check,
@@ -41,18 +41,19 @@ def _print(report: Report, policy: str, model: str | None) -> None:
         for row in report.rows
     ]
     console().print(table(["", "what", "found", "claimed", ""], cells))
-    console().print(Text("\n" + verdict_line(report, policy, model)))
+    console().print(Text("\n" + verdict_line(report, model)), soft_wrap=True)
 
 
-def verdict_line(report: Report, policy: str, model: str | None) -> str:
+def verdict_line(report: Report, model: str | None) -> str:
     """One sentence: how many checks hold, or which fail."""
-    where = f"through model {model}" if model is not None else "as a mechanism, without a model's gradients"
+    where = "as a mechanism" if model is None else f"through model {model}"
     apart = sum(row.verdict == "not applicable" for row in report.rows)
     held = sum(row.verdict == "pass" for row in report.rows)
     rest = f", {apart} do not apply" if apart else ""
     if report.ok:
         bare = any(row.claim == "epsilon = inf" for row in report.rows)
-        claim = " It claims no formal guarantee (epsilon = inf), rightly." if bare else ""
-        return f"{policy} holds, {where}: {held} checks pass{rest}.{claim}"
+        claim = "; epsilon = inf, as claimed" if bare else ""
+        return f"{report.policy} holds {where}: {held} checks pass{rest}{claim}."
     letters = ", ".join(dict.fromkeys(row.check for row in report.failed))
-    return f"{policy} FAILS, {where}: {len(report.failed)} of {held + len(report.failed)} checks ({letters}){rest}."
+    number = len(report.failed)
+    return f"{report.policy} FAILS {where}: {number} of {held + number} checks ({letters}){rest}."

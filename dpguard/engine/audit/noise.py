@@ -221,7 +221,7 @@ def _variance(measured: Measured) -> list[Row]:
 
 
 def spread(check: str, what: str, found: Sequence[tuple[str, Draws]]) -> Row:
-    """One row for many chi-square tests that share `ALPHA`."""
+    """One row for many chi-square tests that share `ALPHA`, under the letter of a check."""
     alpha = ALPHA / len(found)
     wrong = [(label, draws) for label, draws in found if not draws.fits(alpha)]
     label, off = max(wrong or found, key=lambda item: item[1].surprise)

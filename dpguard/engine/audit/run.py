@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dpguard.engine.audit import claims, noise, on_model, release, sampling, sensitivity, two_worlds
+from dpguard.engine.audit import claims, noise, on_model, quantiles, release, sampling, sensitivity, source, two_worlds
 from dpguard.engine.audit.report import CHECKS, Report, Row, judged, not_applicable
 from dpguard.engine.audit.subject import Builder, MechanismError, Subject, of_the_engine
 from dpguard.errors import UserError
@@ -81,6 +81,8 @@ def mechanism_rows(subject: Subject, *, thorough: bool = False) -> list[Row]:
     rows += _guarded("W", lambda: release.check(subject))
     rows += _guarded("P", lambda: release.check_count(subject))
     rows += sampling.check(subject.seed)
+    if subject.build is of_the_engine:
+        rows += [*quantiles.check(subject), *source.check()]
     if thorough:
         rows += _guarded("D", lambda: two_worlds.check(subject))
     return rows

@@ -80,6 +80,19 @@ class NoClipOnOneLayer(Noisy):
         return torch.ones_like(found) if name == LAYER else found
 
 
+class NoClip(Noisy):
+    def factor(self, name, grads):
+        return torch.ones(len(grads[name]), dtype=torch.float64)
+
+
+class OverNormalised(Noisy):
+    """Scales every example up or down to the clip, and tiny ones past it."""
+
+    def factor(self, name, grads):
+        rule = self.plan[name]
+        return rule.clip * (1 + 1e-4) / self.norms[rule.group].clamp(min=1e-300)
+
+
 class BatchClip(Noisy):
     def sums(self, grads):
         keep = self.finite(grads)

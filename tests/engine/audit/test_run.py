@@ -41,8 +41,13 @@ PLANS = {
     "clip-only": [{"layers": "all", "clip": 1.0, "per": "tensor"}],
     "noise_std": [{"layers": "all", "noise_std": 0.05}],
     "partly noised": [{"layers": "all", "clip": 1.0, "per": "block"}, {"layers": "block[0]", "noise": 1.0}],
+    "normalise": [{"layers": "all", "clip": 0.5, "mode": "normalise", "noise": 1.0, "per": "block"}],
+    "update": [{"layers": "all", "clip": 1.0, "unit": "update", "noise": 0.5}, {"layers": "pooler", "share": False}],
+    "quantile": [{"layers": "all", "clip": {"quantile": 0.5}, "noise": 1.0, "per": "role"}],
     "nothing leaves": [{"layers": "all", "share": False, "clip": 1.0, "noise": 1.0}],
 }
+ENGINE_ALONE = {"normalise", "update"}
+"""Columns that the second implementation does not know."""
 INFINITE = {"none", "clip-only", "noise_std", "partly noised"}
 BUGGY = [
     {"layers": "all", "clip": 1.0, "noise": 0.8},
@@ -69,7 +74,7 @@ def test_the_engine_passes(name):
     assert all(row.figure for row in report.rows)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [name for name in PLANS if name not in ENGINE_ALONE])
 def test_a_second_implementation_passes(name):
     report = audit(plan(name), mechanism=planted.Noisy)
     assert report.ok, report.failed
@@ -99,23 +104,32 @@ def test_the_wrong_tensor_is_named():
     assert any(planted.LAYER in row.figure and planted.OTHER in row.figure for row in found)
 
 
+@pytest.mark.parametrize("name", ["normalise", "update"])
+def test_the_clip_of_another_column_is_not_enough(name):
+    """Unclipped sums under ``unit: update``, and C / norm without a bound, as a careless implementation has them."""
+    bug = planted.NoClip if name == "update" else planted.OverNormalised
+    assert "S" in letters(audit(plan(name), mechanism=bug))
+
+
 def test_a_secret_random_mask_is_caught():
     policy = Policy([{"layers": "all", "clip": 1.0, "noise": 1.0, "keep": 0.3, "prune": "random"}])
     assert letters(audit(policy, slots=SLOTS, mechanism=planted.OtherPrivateMask)) == {"W"}
     assert audit(policy, slots=SLOTS, mechanism=planted.Noisy).ok
 
 
-@pytest.mark.parametrize("first", [0])
-def test_no_false_alarm(first):
-    for seed in range(first, first + 20):
-        report = audit(Policy(PLANS["role"]), slots=SLOTS, seed=seed)
+@pytest.mark.parametrize("name", ["flat", "withheld"])
+def test_no_false_alarm_in_twenty_seeds(name):
+    for seed in range(10) if name == "flat" else range(10, 20):
+        report = audit(Policy(PLANS[name]), slots=SLOTS, seed=seed)
         assert report.ok, (seed, report.failed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(20, 200, 20))
+@pytest.mark.parametrize("first", range(0, 200, 20))
 def test_no_false_alarm_in_two_hundred_seeds(first):
-    test_no_false_alarm(first)
+    for seed in range(first, first + 20):
+        report = audit(Policy(PLANS["role"]), slots=SLOTS, seed=seed)
+        assert report.ok, (seed, report.failed)
 
 
 def test_same_seed_same_report_other_seed_other_draws():

@@ -1,0 +1,29 @@
+"""Check N on the source that a deployment draws from, which no seed can repeat."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dpguard.engine import noise as noises
+from dpguard.engine.audit.noise import ALPHA, Draws, chance
+from dpguard.engine.audit.report import Row, judged
+
+DRAWS, PIECES = 1 << 18, 8
+STD = 2.0
+
+
+def check() -> list[Row]:
+    """One row: the law of `noise.add_noise_` without a seed. Its figure is rounded, since it differs every time."""
+    values = noises.add_noise_(torch.zeros(DRAWS), STD, noises.source(None)).double() / STD
+    squares = values.square()
+    draws = Draws(DRAWS, float(squares.sum()), float(squares.square().sum()), DRAWS)
+    rows = values.reshape(PIECES, -1)
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    r = float((rows @ rows.T).abs().fill_diagonal_(0.0).max())
+    gaussian = abs(draws.kurtosis - 3) <= 8 * math.sqrt(24 / DRAWS)
+    apart = chance(r, rows.shape[1]) >= ALPHA / (PIECES * (PIECES - 1) / 2)
+    holds = draws.fits(ALPHA) and gaussian and apart
+    figure = f"std {draws.ratio:.2f}, kurtosis {draws.kurtosis:.1f}, correlation {r:.1f}"
+    return [judged("N", "the source without a seed", figure, "1, 3, 0", holds)]
