@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -55,3 +56,12 @@ def test_extremes():
 )
 def test_reconstruction_bound(kappa, mu, bound):
     assert gaussian.success_bound(kappa, mu) == pytest.approx(bound, rel=0.04)
+
+
+@pytest.mark.parametrize("mu", [0.05, 1.0, 12.0, 52.65, 400.0])
+def test_the_closed_form_against_sixty_digits(mu):
+    epsilon = gaussian.epsilon_of(mu, 1e-5)
+    with mpmath.workdps(60):
+        e, m = mpmath.mpf(epsilon), mpmath.mpf(mu)
+        delta = mpmath.ncdf(-e / m + m / 2) - mpmath.exp(e) * mpmath.ncdf(-e / m - m / 2)
+    assert float(delta) == pytest.approx(1e-5, rel=1e-6)

@@ -273,24 +273,60 @@ def test_arguments_out_of_range(arguments, said):
 
 def independent_epsilon(sigma, q, steps):
     accountant = PLDAccountant(value_discretization_interval=1e-3)
-    accountant.compose(dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(sigma)), steps)
+    noise = dp_event.GaussianDpEvent(sigma)
+    accountant.compose(noise if q == 1 else dp_event.PoissonSampledDpEvent(q, noise), steps)
     return accountant.get_epsilon(1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(
-    st.lists(st.tuples(st.floats(0.1, 2.0), st.floats(1.2, 6.0)), min_size=4, max_size=4),
-    st.sampled_from([0.005, 0.02, 0.1]),
-    st.sampled_from([1, 30, 500]),
-)
-def test_random_tables_against_an_independent_accountant(groups, q, steps):
-    clips, noises = zip(*groups, strict=True)
-    found = claim(per_part(clips, [c * n for c, n in groups]), q=q, steps=steps)
-    sigma = 1 / math.sqrt(sum(n**-2 for n in noises))
-    assert found.sigma_eff == pytest.approx(sigma)
+@st.composite
+def tables(draw):
+    """A random table over `PARTS`, and 1 / sigma_eff^2 of many messages and of one, reckoned from what was drawn."""
+    rows, many, one, shared = [], 0.0, 0.0, False
+    for index, part in enumerate(PARTS):
+        noise, per = draw(st.floats(0.8, 8.0)), draw(st.sampled_from(["row", "block"]))
+        count = draw(st.none() | st.floats(1.0, 20.0))
+        clip = draw(st.floats(0.1, 2.0)) if count is None else {"quantile": 0.5, "count_noise": count}
+        rows.append({"layers": part, "clip": clip, "noise": noise, "per": per})
+        quieter = draw(st.floats(0.8, 8.0)) if index == 2 and draw(st.booleans()) else noise
+        if quieter != noise:
+            rows.append({"layers": "block[1].attention", "noise": quieter})
+        # the last part holds block[2], the pooler and the head: one group a row, or three a block
+        groups = 3 if isinstance(part, list) and per == "block" else 1
+        price = groups * (min(noise, quieter) ** -2 + (0 if count is None else (2 * count) ** -2))
+        withheld = draw(st.booleans()) and (shared or index < len(PARTS) - 1)
+        if withheld:
+            rows.append({"layers": part, "share": False})
+        shared = shared or not withheld
+        many, one = many + price, one + (0 if withheld else price)
+    return rows, many, one
+
+
+RATES = st.sampled_from([0.002, 0.01, 0.05, 0.3, 1.0])
+STEPS = st.sampled_from([1, 2, 30, 400, 2000])
+
+
+def check_against_independent(table, q, steps):
+    rows, many, one = table
+    found = claim(rows, q=q, steps=steps)
+    sigma = (one if steps == 1 else many) ** -0.5
+    assert found.sigma_eff == pytest.approx(sigma, rel=1e-12)
     independent = independent_epsilon(sigma, q, steps)
-    assert found.epsilon >= independent * (1 - 1e-4), "never below"
+    # from e^700 on the independent accountant overflows and drops a term, which puts it up to .2 % too high
+    assert found.epsilon >= independent * (1 - (1e-4 if independent < 700 else 2e-3)), "never below"
     assert found.epsilon <= independent * 1.01 + 0.02
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(tables(), RATES, STEPS)
+def test_random_tables_against_an_independent_accountant(table, q, steps):
+    check_against_independent(table, q, steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(tables(), RATES, STEPS)
+def test_two_hundred_random_tables_against_an_independent_accountant(table, q, steps):
+    check_against_independent(table, q, steps)
 
 
 def test_very_small_noise_still_has_a_finite_epsilon():
