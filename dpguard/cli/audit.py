@@ -7,6 +7,7 @@ import json
 from rich.text import Text
 
 from dpguard.cli.console import console, table
+from dpguard.cli.progress import bar
 from dpguard.engine.audit.report import Report
 from dpguard.engine.audit.run import audit
 from dpguard.inputs import models
@@ -21,7 +22,10 @@ def print_audit(policy: str, model: str | None, *, batch_size: int, seed: int, t
     rows = Policy.load(policy)
     loaded = models.load(model) if model is not None else None
     chosen = None if loaded is not None else slots(models.load("demo").module)
-    report = audit(rows, model=loaded, slots=chosen, batch_size=batch_size, seed=seed, thorough=thorough)
+    report = audit(
+        rows, model=loaded, slots=chosen, batch_size=batch_size, seed=seed, thorough=thorough,
+        each=lambda steps: bar(steps, "auditing", quiet=as_json),
+    )  # fmt: skip
     if as_json:
         print(json.dumps(report.as_plain(), indent=2))
     else:

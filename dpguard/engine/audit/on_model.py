@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpguard.engine import noise as noises
 from dpguard.engine.audit.noise import Draws, spread
-from dpguard.engine.audit.report import Row, counted, judged
+from dpguard.engine.audit.report import Row, Step, counted, judged
 from dpguard.engine.audit.sensitivity import Worst, neighbour
 from dpguard.engine.audit.subject import noise_classes, sensitivity
 from dpguard.engine.client import Client
@@ -26,8 +26,8 @@ EPS = 2.0**-23
 """Spacing of float32, in which a client computes."""
 
 
-def check(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> list[Row]:
-    """Rows about real batches of the bundled corpus.
+def steps(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> list[Step]:
+    """Checks of real batches of the bundled corpus through a `Client`.
 
     Args:
         loaded: the model and its tokenizer.
@@ -39,9 +39,13 @@ def check(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> lis
         return []
     client = Client(loaded.module, plan, seed=seed, batch_size=batch_size)
     found = real_batches(loaded)
-    out = _removal(client, found, batch_size, seed) if plan.groups else []
-    empty = client.message(found[0].rows(slice(0, 0)), noises.source(seed)).noised
-    return [*out, _empty(plan, empty, batch_size), *_rounds(client, found[0], batch_size, seed)]
+
+    def empty() -> list[Row]:
+        noised = client.message(found[0].rows(slice(0, 0)), noises.source(seed)).noised
+        return [_empty(plan, noised, batch_size)]
+
+    out: list[Step] = [empty, lambda: _rounds(client, found[0], batch_size, seed)]
+    return [lambda: _removal(client, found, batch_size, seed), *out] if plan.groups else out
 
 
 def real_batches(loaded: LoadedModel) -> list[Batch]:

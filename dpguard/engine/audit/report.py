@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +74,10 @@ class Report:
             "ok": self.ok,
             "rows": [vars(row) for row in self.rows],
         }
+
+
+Step = Callable[[], list[Row]]
+"""Some checks; no step depends on another."""
 
 
 def judged(check: str, what: str, figure: str, claim: str, holds: bool) -> Row:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dpguard.engine.audit import claims, noise, on_model, quantiles, release, sampling, sensitivity, source, two_worlds
-from dpguard.engine.audit.report import CHECKS, Report, Row, judged, not_applicable
+from dpguard.engine.audit.report import CHECKS, Report, Row, Step, judged, not_applicable
 from dpguard.engine.audit.subject import Builder, MechanismError, Subject, of_the_engine
 from dpguard.errors import UserError
 from dpguard.inputs import models
@@ -24,6 +24,7 @@ def audit(
     seed: int = 0,
     thorough: bool = False,
     mechanism: Builder | None = None,
+    each: Callable[[Sequence[Step]], Iterable[Step]] = iter,
 ) -> Report:
     """Check that a policy's mechanism does what its claims say.
 
@@ -40,6 +41,7 @@ def audit(
         seed: first seed of everything random, at least 0.
         thorough: add check D, some ten seconds more.
         mechanism: (plan, batch size) -> the mechanism to judge; the engine's own when None.
+        each: goes through the steps, for example behind a progress bar.
 
     Raises:
         UserError: a batch size or a seed out of range, or a policy that does not fit the model.
@@ -51,9 +53,10 @@ def audit(
     plan = policy_or_plan if isinstance(policy_or_plan, Plan) else policy_or_plan.plan(_slots(loaded, slots))
     # far apart, so that two seeds share no draw
     subject = Subject(plan, batch_size, seed * 1_000_003, mechanism or of_the_engine)
-    rows = mechanism_rows(subject, thorough=thorough)
+    steps = mechanism_steps(subject, thorough=thorough)
     if loaded is not None and mechanism is None:
-        rows += on_model.check(loaded, plan, batch_size=batch_size, seed=seed)
+        steps += on_model.steps(loaded, plan, batch_size=batch_size, seed=seed)
+    rows = [row for step in each(steps) for row in step()]
     order = list(CHECKS)
     rows.sort(key=lambda row: order.index(row.check))
     named = loaded.name if loaded is not None else "" if slots is not None or plan is policy_or_plan else "demo"
@@ -66,31 +69,37 @@ def _slots(loaded: LoadedModel | None, slots: Sequence[Slot] | None) -> Sequence
     return slots_of((loaded or models.load("demo")).module)
 
 
-def mechanism_rows(subject: Subject, *, thorough: bool = False) -> list[Row]:
+def mechanism_steps(subject: Subject, *, thorough: bool = False) -> list[Step]:
     """Every check that needs no model."""
     if not subject.plan.trained:
-        return [not_applicable(letter, what, "the policy trains nothing") for letter, what in CHECKS.items()]
+        return [lambda: [not_applicable(letter, what, "the policy trains nothing") for letter, what in CHECKS.items()]]
 
-    def both() -> list[Row]:
+    def noise_and_claims() -> list[Row]:
         measured = noise.measure(subject)
         return noise.check(subject, measured) + claims.check(subject, measured)
 
-    rows = _guarded("S", lambda: sensitivity.check(subject))
-    rows += _guarded("N", both)
-    rows += _guarded("E", lambda: noise.check_other(subject))
-    rows += _guarded("W", lambda: release.check(subject))
-    rows += _guarded("P", lambda: release.check_count(subject))
-    rows += sampling.check(subject.seed)
+    steps = [
+        _guarded("S", lambda: sensitivity.check(subject)),
+        _guarded("N", noise_and_claims),
+        _guarded("E", lambda: noise.check_other(subject)),
+        _guarded("W", lambda: release.check(subject)),
+        _guarded("P", lambda: release.check_count(subject)),
+        lambda: sampling.check(subject.seed),
+    ]
     if subject.build is of_the_engine:
-        rows += [*quantiles.check(subject), *source.check()]
+        steps += [lambda: quantiles.check(subject), source.check]
     if thorough:
-        rows += _guarded("D", lambda: two_worlds.check(subject))
-    return rows
+        steps.append(_guarded("D", lambda: two_worlds.check(subject)))
+    return steps
 
 
-def _guarded(letter: str, check: Callable[[], list[Row]]) -> list[Row]:
+def _guarded(letter: str, check: Step) -> Step:
     """A mechanism that raises has failed the check; any other exception is a bug of the audit."""
-    try:
-        return check()
-    except MechanismError as error:
-        return [judged(letter, CHECKS[letter], f"raised {error}", "a message", False)]
+
+    def step() -> list[Row]:
+        try:
+            return check()
+        except MechanismError as error:
+            return [judged(letter, CHECKS[letter], f"raised {error}", "a message", False)]
+
+    return step

@@ -171,7 +171,7 @@ def test_a_client_that_forgets_to_clip_is_caught(monkeypatch):
     whole = Client.clipped
     rules = {name: replace(rule, clip=1e6) for name, rule in plan.rules.items()}
     monkeypatch.setattr(Client, "clipped", lambda self, batch: whole(_with(self, replace(plan, rules=rules)), batch))
-    rows = on_model.check(loaded, plan, batch_size=8, seed=0)
+    rows = [row for step in on_model.steps(loaded, plan, batch_size=8, seed=0) for row in step()]
     assert {row.check for row in rows if row.verdict == "fail"} == {"S"}
 
 
@@ -186,6 +186,6 @@ def test_a_client_whose_noise_repeats_is_caught(monkeypatch):
     monkeypatch.setattr(
         Client, "message", lambda self, batch, _generator: whole(self, batch, torch.Generator().manual_seed(1))
     )
-    rows = on_model.check(loaded, plan, batch_size=8, seed=0)
+    rows = [row for step in on_model.steps(loaded, plan, batch_size=8, seed=0) for row in step()]
     assert {row.check for row in rows if row.verdict == "fail"} == {"N"}
     assert letters(audit(plan)) == set()
