@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -11,7 +12,7 @@ from dpguard.cli.console import console, table
 from dpguard.engine.accounting import guarantee
 from dpguard.inputs import models
 from dpguard.inputs.family import slots
-from dpguard.policy.guarantee import Guarantee
+from dpguard.policy.guarantee import Guarantee, Sampling
 from dpguard.policy.table import Plan, Policy
 
 
@@ -26,21 +27,25 @@ def print_guarantee(
     shuffle: bool,
     kappa: float,
     as_json: bool,
+    target_epsilon: float | None = None,
 ) -> None:
-    """Epsilon, effective noise multiplier, statement and bound of one policy on one model."""
-    table_ = Policy.load(policy)
-    plan = table_.plan(slots(models.load(model).module))
-    found = guarantee(
-        plan,
-        sampling_rate=sampling_rate,
-        steps=steps,
-        delta=delta,
-        sampling="shuffle" if shuffle else "poisson",
-        examples=examples,
-    )
+    """Epsilon, effective noise multiplier, statement and bound of one policy on one model.
+
+    With a target epsilon, of the policy whose noise is calibrated to it.
+    """
+    table_, found_slots = Policy.load(policy), slots(models.load(model).module)
+    sampling: Sampling = "shuffle" if shuffle else "poisson"
+    if target_epsilon is not None:
+        table_ = table_.calibrate(
+            found_slots, epsilon=target_epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps,
+            sampling=sampling, examples=examples,
+        )  # fmt: skip
+    plan = table_.plan(found_slots)
+    found = guarantee(plan, sampling_rate=sampling_rate, steps=steps, delta=delta, sampling=sampling, examples=examples)
     bound = found.bound(kappa)
     if as_json:
-        print(json.dumps(as_plain(found, plan, kappa), indent=2))
+        calibrated = {} if target_epsilon is None else {"rows": [dict(row) for row in table_.rows]}
+        print(json.dumps(as_plain(found, plan, kappa) | calibrated, indent=2))
         return
     epsilon = "inf (no formal guarantee)" if not found.formal else f"{found.epsilon:.3g} at delta {delta:g}"
     rows: list[list[object]] = [
@@ -50,8 +55,14 @@ def print_guarantee(
         ["bound", "none" if bound is None else f"from one message, a record guessed with chance {kappa:g} is "
                                                f"reconstructed with chance {bound:.3g} at most"],
     ]  # fmt: skip
+    if target_epsilon is not None:
+        rows += [[f"row {i + 1}", _row_in_words(row)] for i, row in enumerate(table_.rows)]
     console().print(table(["", policy], rows))
     console().print(Text("\n" + found.statement))
+
+
+def _row_in_words(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in row.items())
 
 
 def as_plain(found: Guarantee, plan: Plan, kappa: float) -> dict[str, Any]:

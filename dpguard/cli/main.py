@@ -103,6 +103,10 @@ def guarantee(
     examples: Annotated[Optional[int], typer.Option("--examples", help="Number of examples, to check delta.")] = None,  # noqa: UP045
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffled fixed batches instead of Poisson.")] = False,
     kappa: Annotated[float, typer.Option("--kappa", help="Chance of success without the message.")] = 0.01,
+    target_epsilon: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--target-epsilon", help="Calibrate the noise to it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a policy guarantees: epsilon, what is covered and what is not, the reconstruction bound."""
@@ -110,7 +114,7 @@ def guarantee(
 
     print_guarantee(
         policy, model, sampling_rate=sampling_rate, steps=steps, delta=delta, examples=examples,
-        shuffle=shuffle, kappa=kappa, as_json=as_json,
+        shuffle=shuffle, kappa=kappa, as_json=as_json, target_epsilon=target_epsilon,
     )  # fmt: skip
 
 

@@ -125,6 +125,19 @@ def test_guarantee_json(home, told):
     assert bare["bound"]["success"] is None
 
 
+def test_guarantee_calibrates_the_noise_to_a_target(home, told):
+    common = ("--model", home / "model", "--sampling-rate", "0.01", "--steps", "1000", "--target-epsilon", "2")
+    status, said, _err = told("guarantee", "clip-only", *common, "--json")
+    found = json.loads(said)
+    assert status == 0
+    assert 1.98 <= found["epsilon"] <= 2
+    assert found["rows"] == [{"layers": "all", "clip": 1.0, "noise": pytest.approx(found["sigma_eff"])}]
+    assert "noise: " in told("guarantee", "clip-only", *common)[1]
+    status, _said, err = told("guarantee", "none", *common)
+    assert status == 2
+    assert "no noise reaches epsilon 2: gradients leave without clip and noise" in err
+
+
 def test_layers_and_doctor(home, told):
     status, said, _err = told("layers", home / "model")
     assert status == 0
