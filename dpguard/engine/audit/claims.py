@@ -20,8 +20,8 @@ DELTA = 1e-5
 RATE, STEPS = 0.01, 100
 """The subsampled composition that is compared with an independent accountant."""
 ABOVE, ABOVE_BY = 1.01, 0.02
-SMALL_SIGMA = 0.06
-"""Below it Opacus's PRV accountant gives up and the claim is the looser RDP one."""
+SMALL_SIGMA = 0.1
+"""Below it, with epsilon in the hundreds, Opacus's PRV accountant may give up: the claim is then the looser RDP one."""
 MEASURED = 0.04
 """Largest relative error of the measured sigma_eff, 5 standard errors at 20,000 draws and a minimum over groups."""
 
@@ -135,7 +135,7 @@ def _independent(plan: Plan, sigma: float) -> Row:
     claimed = guarantee(plan, sampling_rate=RATE, steps=STEPS, delta=DELTA).epsilon
     other = _other_epsilon(sigma, max(1e-3, claimed / 2e4))
     holds = claimed >= other - max(1e-4, 1e-4 * other)
-    claim = f">= {other:.5g}"
+    claim = f"{other:.5g} or more"
     if sigma >= SMALL_SIGMA:
         holds = holds and claimed <= ABOVE * other + ABOVE_BY
         claim = f"{other:.5g}, at most 1 % + .02 above"
