@@ -30,7 +30,7 @@ def attach(model: nn.Module, plan: Plan, *, loss_reduction: str = "mean", grad_m
     """
     if grad_mode not in MODES:
         raise UserError(f"unknown grad_mode {grad_mode!r}{did_you_mean(grad_mode, list(MODES))}")
-    if not plan.groups:
+    if all(group.unit != "example" for group in plan.groups.values()):
         return PlainSum(model, plan, loss_reduction)
     return MODES[grad_mode](model, plan, loss_reduction)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -39,8 +40,51 @@ class PoissonSampler(Sampler[list[int]]):
             yield coins.nonzero()[:, 0].tolist()
 
 
-def poisson_loader(loader: DataLoader[Any], generator: noise.Source) -> DataLoader[Any]:
-    """The same data in Poisson batches; an empty draw is a batch of zero rows.
+class PartSampler(Sampler[list[int]]):
+    """Logical batches cut into physical parts of at most ``size`` examples; an empty batch is one empty part.
+
+    Args:
+        batches: any sampler of batches.
+        size: largest number of examples of a part, or None to cut nothing.
+    """
+
+    def __init__(self, batches: Sampler[list[int]], size: int | None) -> None:
+        self.batches = batches
+        self.size = size
+        self.places: deque[tuple[bool, bool]] = deque()
+
+    def __len__(self) -> int:
+        """The number of LOGICAL batches."""
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        places: deque[tuple[bool, bool]] = deque()
+        self.places = places
+        for batch in self.batches:
+            size = self.size or max(1, len(batch))
+            starts = range(0, max(1, len(batch)), size)
+            for start in starts:
+                places.append((start == 0, start == starts[-1]))
+                yield list(batch[start : start + size])
+
+
+class PartLoader(DataLoader[Any]):
+    """A loader that says of every part it hands out whether it is the first and the last of its logical batch."""
+
+    on_part: Callable[[bool, bool], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        parts = super().__iter__()
+        sampler: PartSampler = self.batch_sampler  # type: ignore[assignment]
+        for part in parts:
+            first, last = sampler.places.popleft()
+            if self.on_part is not None:
+                self.on_part(first, last)
+            yield part
+
+
+def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
+    """(number of examples, batch size) of a caller's loader.
 
     Raises:
         UserError: a loader without length, without a batch size, or with a batch size above N.
@@ -56,9 +100,30 @@ def poisson_loader(loader: DataLoader[Any], generator: noise.Source) -> DataLoad
         raise UserError("the data loader has no batch size; expected DataLoader(..., batch_size=...)")
     if size > examples:
         raise UserError(f"batch size {size} is larger than the {examples} examples; expected at most {examples}")
-    return DataLoader(
+    return examples, int(size)
+
+
+def poisson_loader(
+    loader: DataLoader[Any], drawn_from: noise.Source, *, physical: int | None = None, poisson: bool = True
+) -> PartLoader:
+    """The same data in Poisson batches, in physical parts; an empty draw is a batch of zero rows.
+
+    Args:
+        loader: the caller's.
+        drawn_from: source of the coins; secret in a deployment.
+        physical: largest part, None = whole batches.
+        poisson: False keeps the caller's own batches.
+
+    Raises:
+        UserError: see `public_sizes`; or ``physical`` below 1.
+    """
+    examples, size = public_sizes(loader)
+    if physical is not None and (isinstance(physical, bool) or physical != int(physical) or physical < 1):
+        raise UserError(f"max_physical_batch_size is {physical!r}; expected a whole number of at least 1")
+    own: Any = loader.batch_sampler
+    return PartLoader(
         loader.dataset,
-        batch_sampler=PoissonSampler(examples, int(size), generator),
+        batch_sampler=PartSampler(PoissonSampler(examples, size, drawn_from) if poisson else own, physical),
         collate_fn=_empty_aware(loader.collate_fn, loader.dataset),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,

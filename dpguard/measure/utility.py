@@ -14,7 +14,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from dpguard.engine.gradients import per_example_losses
-from dpguard.engine.privacy_engine import PrivacyEngine, PrivateOptimizer
+from dpguard.engine.privacy_engine import PrivacyEngine
+from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.texts import Example
@@ -22,8 +23,8 @@ from dpguard.policy.table import Plan
 from dpguard.stats import UTILITY_METRICS, from_confusion
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
-MEMORY = 1e9
-"""Bytes of per-example gradients held at once (an embedding matrix of MiniLM alone is 47 MB an example)."""
+PHYSICAL = 64
+"""Examples in one backward pass; larger batches go in parts (memory of a part, the same sum)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def train(
     learning_rate: float,
     optimizer: str = "adam",
     seed: int = 0,
-    physical: int | None = None,
+    physical: int = PHYSICAL,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:
     """Train ``model`` in place with Poisson batches under a plan; dropout is on, as it would be.
@@ -71,7 +72,7 @@ def train(
         learning_rate: of the optimizer.
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         seed: of sampling, dropout and noise (a study's; a deployment has none).
-        physical: examples in one backward pass; None = as many as fit into `MEMORY`.
+        physical: examples in one backward pass.
         on_step: called with (steps done, steps in all).
 
     Raises:
@@ -79,7 +80,6 @@ def train(
     """
     check_central(plan)
     started = time.perf_counter()
-    physical = physical or _fitting(plan)
     flags = {p: p.requires_grad for p in model.parameters()}
     model.train()
     inner = _optimizer(optimizer, model, plan, learning_rate)
@@ -88,13 +88,15 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module, private, loader = engine.make_private(
-            module=model, optimizer=inner, data_loader=encoded, policy=plan, seed=seed, loss_reduction="sum"
-        )
+            module=model, optimizer=inner, data_loader=encoded, policy=plan, seed=seed, loss_reduction="sum",
+            max_physical_batch_size=physical,
+        )  # fmt: skip
         steps = round(epochs / engine.sampling_rate)
         try:
-            for done, batch in enumerate(_endless(loader, steps), 1):
-                _step(module, private, batch, physical)
-                on_step(done, steps)
+            for part in _endless(loader, lambda: engine.steps < steps):
+                _step(module, private, part)
+                if private.stepped:
+                    on_step(engine.steps, steps)
         finally:
             engine.close()
             model.eval()
@@ -102,13 +104,9 @@ def train(
                 parameter.requires_grad_(flag)
                 parameter.grad = None
     seconds = time.perf_counter() - started
-    return Trained(engine.steps, engine.sampling_rate, engine.clipped_fraction, engine.dropped, seconds)
-
-
-def _fitting(plan: Plan) -> int:
-    """How many examples' gradients fit into `MEMORY`, as float32; plans without a clip hold none."""
-    size = 4 * sum(plan[name].slot.size for name in plan.trained) if plan.groups else 4
-    return int(min(256, max(1, MEMORY // size)))
+    return Trained(
+        engine.steps, engine.sampling_rate, engine.diagnostics.clipped_fraction, engine.diagnostics.dropped, seconds
+    )
 
 
 def check_central(plan: Plan) -> None:
@@ -126,15 +124,11 @@ def check_central(plan: Plan) -> None:
         raise UserError("the policy trains nothing; expected at least one trained layer")
 
 
-def _step(module: nn.Module, private: PrivateOptimizer, batch: Batch, physical: int) -> None:
+def _step(module: nn.Module, private: PrivateOptimizer, part: Batch) -> None:
     private.zero_grad()
-    private.empty = len(batch) == 0
-    starts = range(0, len(batch), physical)
-    for start in starts:
-        part = batch.rows(slice(start, start + physical))
+    private.empty = len(part) == 0
+    if len(part):
         torch.autograd.backward(per_example_losses(module, part).sum())
-        if len(starts) > 1:
-            private.fold()
     private.step()
 
 
@@ -166,14 +160,12 @@ def _pad(tokenizer: Any) -> Callable[[list[tuple[list[int], int]]], Batch]:
     return padded
 
 
-def _endless(loader: DataLoader[Any], steps: int) -> Iterator[Batch]:
-    done = 0
-    while done < steps:
-        for batch in loader:
-            if done == steps:
+def _endless(loader: DataLoader[Any], wanted: Callable[[], bool]) -> Iterator[Batch]:
+    while True:
+        for part in loader:
+            yield part
+            if not wanted():
                 return
-            done += 1
-            yield batch
 
 
 @torch.no_grad()

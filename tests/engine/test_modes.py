@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpguard.engine import clipping
+from dpguard.engine.client import Client
 from dpguard.engine.gradients import per_example_losses, running_as
 from dpguard.engine.modes.contributions import Dense, Grams, Lookup, Outer, merge, squared_norm
 from dpguard.errors import UserError
@@ -326,3 +327,13 @@ def test_factored_norms_and_sums_equal_the_written_out_ones(steps):
         assert torch.allclose(into, total, rtol=1e-12)
     bad = torch.tensor([False, True, False])
     assert all(not use.without(bad).dense(shape)[1].any() for use in merged)
+
+
+@pytest.mark.parametrize("mode", ["fast", "opacus"])
+def test_lora_on_embeddings_is_refused_before_any_step_and_the_loop_can_do_it(mode):
+    model = tiny.lora(tiny.module("bert", width=16, blocks=1), target_modules=["query", "word_embeddings"]).train()
+    plan = Policy([{"layers": "adapters", "clip": 1.0}, {"layers": "head", "train": False}]).plan(slots(model))
+    with pytest.raises(UserError, match=r"lora_embedding_A.*ParameterDict.*grad_mode='loop'"):
+        clipping.attach(model, plan, grad_mode=mode)
+    client = Client(model, plan, grad_mode="loop", seed=0)
+    assert client.clipped(tiny.Case("bert").batch(TEXTS)).sums

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from dpguard.engine.accounting import guarantee
 from dpguard.engine.privacy_engine import PrivacyEngine
 from dpguard.engine.sampling import PoissonSampler
 from dpguard.errors import UserError
+from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
 from tests import tiny
-from tests.engine.test_opacus_traps import EXAMPLES, collator, private, train_step
+from tests.engine.test_opacus_traps import EXAMPLES, collator, no_dropout, private, train_step
 
 DP = [{"layers": "all", "clip": 1.0, "noise": 1.0}]
 
@@ -73,12 +75,16 @@ def test_seeded_runs_repeat_and_unseeded_ones_do_not():
     assert not torch.equal(weights(None), weights(None))
 
 
-def test_clipped_fraction():
-    tight, module, optimizer, loader = private([{"layers": "all", "clip": 1e-4}])
+def test_diagnostics_know_the_clipped_fraction_and_the_signal_to_noise():
+    tight, module, optimizer, loader = private([{"layers": "all", "clip": 1e-4, "noise": 0.5}])
     train_step(module, optimizer, next(iter(loader)))
-    loose, module, optimizer, loader = private([{"layers": "all", "clip": 1e4}])
+    loose, module, optimizer, loader = private([{"layers": "all", "clip": 1e4, "noise": 0.5}])
     train_step(module, optimizer, next(iter(loader)))
-    assert (tight.clipped_fraction, loose.clipped_fraction) == (1.0, 0.0)
+    assert (tight.diagnostics.clipped_fraction, loose.diagnostics.clipped_fraction) == (1.0, 0.0)
+    frame = tight.diagnostics.to_frame()
+    assert list(frame.columns) == ["group", "clip", "clipped_fraction", "signal_to_noise"]
+    assert frame.loc[0, "signal_to_noise"] > 100 * loose.diagnostics.to_frame().loc[0, "signal_to_noise"] > 0
+    assert tight.diagnostics.steps == 1
 
 
 def test_folding_parts_gives_the_same_sum():
@@ -163,3 +169,78 @@ def test_a_trained_parameter_that_the_loss_does_not_use_is_named():
     with pytest.raises(RuntimeError, match="took no part in the loss"):
         optimizer.step()
     assert engine.steps == 0
+
+
+def test_a_large_batch_in_physical_parts_is_the_same_step():
+    def weights(physical):
+        _engine, module, optimizer, loader = private(DP, seed=3, batch_size=8, max_physical_batch_size=physical)
+        no_dropout(module)
+        sizes = []
+        for part in loader:
+            train_step(module, optimizer, part)
+            sizes.append((len(part["input_ids"]), optimizer.stepped))
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), sizes, _engine
+
+    whole, sizes, engine = weights(None)
+    parts, part_sizes, other = weights(3)
+    assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-7)
+    assert all(stepped for _, stepped in sizes)
+    assert max(n for n, _ in part_sizes) <= 3
+    assert sum(n for n, _ in sizes) == sum(n for n, _ in part_sizes)
+    assert engine.steps == other.steps == sum(stepped for _, stepped in part_sizes)
+    assert engine.diagnostics.clipped_fraction == other.diagnostics.clipped_fraction
+
+
+def test_a_batch_left_half_way_is_dropped_whole():
+    def after(interrupted):
+        _engine, module, optimizer, loader = private(
+            [{"layers": "all", "clip": 0.1}], seed=3, batch_size=8, max_physical_batch_size=2
+        )
+        no_dropout(module)
+        if interrupted:
+            train_step(module, optimizer, next(iter(loader)))
+        optimizer.begin_part(True, True)
+        train_step(module, optimizer, collator(EXAMPLES[:3]))
+        return module.classifier.weight.detach(), _engine.steps
+
+    (one, steps), (two, same) = after(False), after(True)
+    assert torch.equal(one, two)
+    assert steps == same == 1
+
+
+def test_two_batches_in_one_step_are_refused():
+    _engine, module, _optimizer, loader = private(DP)
+    parts = iter(loader)
+    module(**next(parts)).loss.backward()
+    with pytest.raises(UserError, match="a second batch was fetched before step"):
+        next(parts)
+
+
+def test_a_clip_that_follows_a_quantile_moves_towards_it_and_is_charged_for():
+    rows = [{"layers": "all", "clip": {"quantile": 0.5, "start": 100.0, "rate": 1.0, "count_noise": 1.0}, "noise": 1.0}]
+    engine, module, optimizer, loader = private(rows, batch_size=8)
+    no_dropout(module)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(12):
+        for batch in loader:
+            train_step(module, optimizer, batch)
+    frame = engine.diagnostics.to_frame()
+    assert frame.loc[0, "clip"] < 20
+    same = Policy([{"layers": "all", "clip": 100.0, "noise": 1.0}]).plan(slots(module))
+    free = guarantee(same, sampling_rate=engine.sampling_rate, steps=engine.steps, delta=1e-5).epsilon
+    assert engine.get_epsilon(1e-5) > free * 1.01
+
+
+def test_a_whole_update_is_clipped_and_noised_once_for_the_client():
+    rows = [{"layers": "all", "clip": 0.01, "noise": 0.0, "unit": "update"}]
+    engine, module, optimizer, loader = private(rows, batch_size=4)
+    train_step(module, optimizer, next(iter(loader)))
+    norm = torch.stack([v.norm() for v in optimizer.last_message.values()]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-4)
+    noisy = [{"layers": "all", "clip": 0.01, "noise": 2.0, "unit": "update"}]
+    engine, module, optimizer, loader = private(noisy, batch_size=4)
+    train_step(module, optimizer, next(iter(loader)))
+    drawn = torch.cat([v.flatten() for v in optimizer.last_message.values()])
+    assert float(drawn.std()) == pytest.approx(0.02, rel=0.1)
+    assert engine.get_guarantee(1e-5).unit == "client"

@@ -47,33 +47,35 @@ def test_no_clip_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("factor", [0.9, 0.0, 1.1])
 def test_wrong_noise_is_caught(monkeypatch, factor):
-    true = wire.add_noise
+    true = wire.noised_tensor
 
-    def wrong(sums, plan, **more):
-        return {n: sums[n] + factor * (v - sums[n]) for n, v in true(sums, plan, **more).items()}
+    def wrong(name, total, plan, **more):
+        clean = total.clone()
+        return clean + factor * (true(name, total, plan, **more) - clean)
 
-    monkeypatch.setattr(wire, "add_noise", wrong)
+    monkeypatch.setattr(wire, "noised_tensor", wrong)
     with pytest.raises(defence.DefenceError, match="the table claims"):
         defence.check(client(POLICIES["dp-sgd"]), BATCH)
 
 
 def test_one_layer_without_noise_is_caught(monkeypatch):
-    true = wire.add_noise
+    true = wire.noised_tensor
 
-    def wrong(sums, plan, **more):
-        return true(sums, plan, **more) | {"bert.pooler.dense.weight": sums["bert.pooler.dense.weight"]}
+    def wrong(name, total, plan, **more):
+        return total if name == "bert.pooler.dense.weight" else true(name, total, plan, **more)
 
-    monkeypatch.setattr(wire, "add_noise", wrong)
+    monkeypatch.setattr(wire, "noised_tensor", wrong)
     with pytest.raises(defence.DefenceError, match=r"bert\.pooler\.dense\.weight"):
         defence.check(client(POLICIES["dp-sgd"]), BATCH)
 
 
 def test_a_withheld_layer_on_the_wire_is_caught(monkeypatch):
-    true = wire.release
+    true = wire.emit
 
-    def leaky(noised, plan, **more):
-        return true(noised, plan, **more) | {"bert.embeddings.word_embeddings.weight": next(iter(noised.values()))}
+    def leaky(clipped, plan, **more):
+        for name, noised, sent in true(clipped, plan, **more):
+            yield name, noised, noised if name == "bert.embeddings.word_embeddings.weight" else sent
 
-    monkeypatch.setattr(wire, "release", leaky)
+    monkeypatch.setattr(wire, "emit", leaky)
     with pytest.raises(defence.DefenceError, match="on the wire"):
         defence.check(client(POLICIES["withheld"]), BATCH)

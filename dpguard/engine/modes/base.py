@@ -14,6 +14,7 @@ class GradientMode:
     Keeps the running sum of a logical batch's parts; a mode gives the sum of the latest part.
     """
 
+    plan: Plan
     _folded: wire.ClippedSum | None = None
 
     def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:

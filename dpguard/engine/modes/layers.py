@@ -13,6 +13,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -65,16 +66,17 @@ def _layer_norm(layer: nn.Module, x: Tensor, g: Tensor, wanted: frozenset[str]) 
     return _normed(lambda: F.layer_norm(_wide(x), shape, eps=eps), _wide(g), len(shape), wanted)
 
 
-def _rms_norm(layer: nn.Module, x: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def _scale(layer: nn.Module, x: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+    """A layer that is linear in its one weight, entry by entry: the derivative is the layer with weight 1 less 0."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
-    least = torch.finfo(x.dtype).eps if eps is None else float(eps)
 
-    def normed() -> Tensor:
-        wide = _wide(x)
-        return wide * torch.rsqrt(wide.square().mean(list(range(-weight.dim(), 0)), keepdim=True) + least)
+    def derivative() -> Tensor:
+        one, zero = (
+            functional_call(layer, {"weight": like(weight)}, (x,)) for like in (torch.ones_like, torch.zeros_like)
+        )
+        return _wide(one - zero)
 
-    return _normed(normed, _wide(g), weight.dim(), wanted)
+    return _normed(derivative, _wide(g), weight.dim(), wanted)
 
 
 def _normed(x: Callable[[], Tensor], g: Tensor, own: int, wanted: frozenset[str]) -> dict[str, Contribution]:
@@ -94,7 +96,7 @@ RULES: dict[type[nn.Module], Rule] = {
     Conv1D: _conv1d,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
+    nn.RMSNorm: _scale,
 }
 
 
@@ -105,25 +107,21 @@ def rule_of(layer: nn.Module) -> Rule | None:
     for kind, rule in RULES.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
             return rule
-    if type(layer).__name__.endswith("RMSNorm") and _is_rms_norm(layer):
-        return _rms_norm
-    return None
+    return _scale if type(layer).__name__.endswith("RMSNorm") and _is_scale(layer) else None
 
 
-def _is_rms_norm(layer: nn.Module) -> bool:
-    """Every model family writes its own RMSNorm class: believed when it computes what the rule differentiates."""
+@torch.no_grad()
+def _is_scale(layer: nn.Module) -> bool:
+    """Every model family writes its own RMSNorm class: believed when its output is linear in its one weight."""
     own = dict(layer.named_parameters())
-    if list(own) != ["weight"] or own["weight"].dim() != 1:
+    if list(own) != ["weight"] or own["weight"].dim() != 1 or list(layer.children()):
         return False
     weight = own["weight"]
-    probe = torch.linspace(-2.0, 3.0, 3 * weight.numel(), dtype=weight.dtype, device=weight.device).reshape(1, 3, -1)
-    with torch.enable_grad():
-        x = probe.detach()
-        (expected,) = torch.autograd.grad(layer(x).sum(), weight) if weight.requires_grad else (None,)
-    if expected is None:
-        return False
-    found = _rms_norm(layer, x, torch.ones_like(x), frozenset(own))["weight"].dense(weight.shape)[0]
-    return bool(torch.allclose(found, _wide(expected), rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-5))
+    ramp = torch.linspace(-2.0, 3.0, 3 * weight.numel(), dtype=torch.float64).reshape(1, 3, -1)
+    x = ramp.to(weight.device, weight.dtype)
+    at = [functional_call(layer, {"weight": w}, (x,)) for w in (weight * 0, weight * 0 + 1, x[0, 1])]
+    tolerance = 1e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    return torch.allclose(at[2], at[0] + x[0, 1] * (at[1] - at[0]), rtol=tolerance, atol=tolerance)
 
 
 def fallback(layer: nn.Module, name: str) -> Rule:
@@ -134,11 +132,7 @@ def fallback(layer: nn.Module, name: str) -> Rule:
     """
     sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
     if sampler is None:
-        if any(True for child in layer.children() for _ in child.parameters()) or any(True for _ in layer.buffers()):
-            raise UserError(
-                f"{name!r} ({type(layer).__name__}) has trainable tensors that no fast path and no sampler can handle; "
-                "expected it frozen (train: false), or grad_mode='loop'"
-            )
+        check_callable(layer, name)
         sampler = ft_compute_per_sample_gradient
 
     def rule(layer: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
@@ -147,3 +141,19 @@ def fallback(layer: nn.Module, name: str) -> Rule:
         return {names[id(p)]: Dense(_wide(value)) for p, value in found.items() if id(p) in names}
 
     return rule
+
+
+def check_callable(layer: nn.Module, name: str) -> None:
+    """Refuse a layer whose own trained tensors no hook can see.
+
+    Raises:
+        UserError: it has other layers with parameters inside, buffers, or is a container that is never called (LoRA
+            on embeddings).
+    """
+    inside = any(True for child in layer.children() for _ in child.parameters())
+    container = isinstance(layer, (nn.ParameterDict, nn.ParameterList))
+    if inside or container or (type(layer) not in GradSampleHooks.GRAD_SAMPLERS and any(True for _ in layer.buffers())):
+        raise UserError(
+            f"{name!r} ({type(layer).__name__}) has trainable tensors that no fast path and no sampler can handle; "
+            "expected it frozen (train: false), or grad_mode='loop'"
+        )

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpguard.engine import wire
 from dpguard.engine.modes.base import GradientMode, trained_parameters
+from dpguard.engine.modes.layers import check_callable
 from dpguard.errors import UserError
 from dpguard.policy.table import Plan
 
@@ -47,6 +48,9 @@ class OpacusHooks(GradientMode):
     def __init__(self, model: nn.Module, plan: Plan, loss_reduction: str) -> None:
         self.plan = plan
         self.parameters = trained_parameters(model, plan)
+        for path, layer in model.named_modules():
+            if any(p.requires_grad for p in layer.parameters(recurse=False)):
+                check_callable(layer, path)
         # an embedding's inputs are token ids, which never need gradients: the hook is right to fire there
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         try:

@@ -1,0 +1,167 @@
+"""The caller's optimizer, stepping on what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dpguard.engine import noise, wire
+from dpguard.engine.diagnostics import Diagnostics
+from dpguard.engine.modes.base import GradientMode
+from dpguard.errors import UserError
+from dpguard.policy.table import Plan
+
+
+class PrivateOptimizer(Optimizer):
+    """The caller's optimizer, stepping on the message that leaves instead of the raw gradient.
+
+    ``param.grad`` between ``backward()`` and ``step()`` is not what leaves the client; inside ``step`` it
+    is replaced by the message (shared tensors) or by the noised mean (withheld ones).
+
+    Args:
+        inner: the caller's.
+        module: whose parameters it holds.
+        plan: the policy.
+        mode: the attached gradient mode.
+        batch_size: the public batch size, the divisor.
+        drawn_from: source of the noise.
+        before_release: called once a logical batch before anything is noised; raises when nothing may leave.
+        mask_seed: public seed of random pruning masks.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        module: nn.Module,
+        plan: Plan,
+        mode: GradientMode,
+        *,
+        batch_size: int,
+        drawn_from: noise.Source,
+        before_release: Callable[[], None],
+        mask_seed: int = 0,
+    ) -> None:
+        self.inner = inner
+        self.plan = plan
+        self.mode = mode
+        self.batch_size = batch_size
+        self.parameters_by_name = dict(module.named_parameters())
+        self.diagnostics = Diagnostics()
+        self._source = drawn_from
+        self._before_release = before_release
+        self._mask_seed = mask_seed
+        self._open = False
+        self._last_part = True
+        self.empty = False
+        self.last_message: dict[str, Tensor] = {}
+
+    # What schedulers and checkpoints ask an optimizer for is the inner one's.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state."""
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.inner.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the inner optimizer's state."""
+        self.inner.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, per-example ones included, and the last message (the same tensors).
+
+        Between the parts of one logical batch the sum of the earlier parts is kept.
+        """
+        if self._open:
+            self.mode.clear()
+        else:
+            self.mode.discard()
+        self.last_message = {}
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def begin_part(self, first: bool, last: bool) -> None:
+        """The loader hands out the next physical part of a logical batch.
+
+        Raises:
+            UserError: the batch before went backward, but no step was made: two batches in one step would
+                double what one example can change.
+        """
+        if first:
+            if self.mode.pending():
+                raise UserError(
+                    "a second batch was fetched before step() or zero_grad(): gradients of two Poisson batches must "
+                    "not add up; expected one step a batch (larger batches: raise batch_size and give "
+                    "max_physical_batch_size)"
+                )
+            self._open = False  # a logical batch that the caller left half-way is dropped whole
+            self.mode.discard()
+        self._last_part = last
+
+    def fold(self) -> None:
+        """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
+        self.mode.fold()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on the message of everything that went backward since the last one.
+
+        Before the last physical part of a logical batch (``max_physical_batch_size``) the part is only clipped
+        and summed; ``stepped`` tells.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._last_part:
+            self._open = True
+            self.mode.fold()
+            return loss
+        self._open = False
+        clipped = self._empty_sum() if self.empty else self.mode.collect()
+        self.mode.discard()
+        self._before_release()
+        self.diagnostics.record(clipped.norms, clipped.sums, clipped.dropped, self.plan, self.batch_size)
+        self._emit(clipped)
+        self.inner.step()
+        self.empty = False
+        self._follow_quantiles(clipped.norms)
+        return loss
+
+    @property
+    def stepped(self) -> bool:
+        """True when the last call of `step` really stepped."""
+        return not self._open
+
+    def _emit(self, clipped: wire.ClippedSum) -> None:
+        self.last_message = {}
+        for name, noised, sent in wire.emit(
+            clipped, self.plan, batch_size=self.batch_size, drawn_from=self._source, mask_seed=self._mask_seed
+        ):
+            parameter = self.parameters_by_name[name]
+            parameter.grad = (noised / self.batch_size if sent is None else sent).to(parameter.dtype)
+            if sent is not None:
+                self.last_message[name] = sent
+
+    def _follow_quantiles(self, norms: dict[str, Tensor]) -> None:
+        clips = wire.next_clips(norms, self.plan, self._source, batch_size=self.batch_size)
+        if clips:
+            self.plan = self.mode.plan = self.plan.with_clips(clips)
+
+    def _empty_sum(self) -> wire.ClippedSum:
+        zeros = {n: torch.zeros_like(self.parameters_by_name[n], requires_grad=False) for n in self.plan.trained}
+        return wire.ClippedSum(zeros, {key: torch.zeros(0) for key in self.plan.groups})
