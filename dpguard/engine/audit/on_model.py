@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,15 +37,20 @@ def steps(loaded: LoadedModel, plan: Plan, *, batch_size: int, seed: int) -> lis
     """
     if not plan.trained:
         return []
-    client = Client(loaded.module, plan, seed=seed, batch_size=batch_size)
-    found = real_batches(loaded)
+
+    def fresh() -> Client:
+        return Client(loaded.module, plan, seed=seed, batch_size=batch_size)
+
+    client, found = fresh(), real_batches(loaded)
 
     def empty() -> list[Row]:
         noised = client.message(found[0].rows(slice(0, 0)), noises.source(seed)).noised
         return [_empty(plan, noised, batch_size)]
 
     out: list[Step] = [empty, lambda: _rounds(client, found[0], batch_size, seed)]
-    return [lambda: _removal(client, found, batch_size, seed), *out] if plan.groups else out
+    if plan.groups:
+        out += [lambda: _removal(client, found, batch_size, seed), lambda: _memory(fresh, found, batch_size, seed)]
+    return out
 
 
 def real_batches(loaded: LoadedModel) -> list[Batch]:
@@ -114,12 +119,29 @@ def _empty(plan: Plan, noised: Mapping[str, Tensor], batch_size: int) -> Row:
     return spread("E", what, pooled) if pooled else judged("E", what, "zeros", "zeros", True)
 
 
-def _rounds(client: Client, batch: Batch, batch_size: int, seed: int) -> list[Row]:
-    """Rounds of one client from one source of noise: fresh noise every time.
+def _memory(fresh: Callable[[], Client], found: list[Batch], batch_size: int, seed: int) -> list[Row]:
+    """Three rounds in which a text takes part in the first alone: a client at fixed weights has no past.
 
-    A client with local state (steps between messages) belongs here too: its three rounds must obey S as
-    `sensitivity._rounds` asks of a mechanism.
+    A client whose local weights move between rounds belongs here too, in its own rows: what its later rounds
+    may depend on is its noised state, which the guarantee counts.
     """
+    here, there = fresh(), fresh()
+    rounds = [found[number % len(found)] for number in range(ROUNDS)]
+    plan, moved = here.plan, 0.0
+    first = rounds[0].rows(slice(0, 0) if plan.unit == "update" else slice(1, None))
+    for number, batch in enumerate(rounds):
+        source = noises.source(seed + number), noises.source(seed + number)
+        one = here.message(batch, source[0]).noised
+        other = there.message(batch if number else first, source[1]).noised
+        if number:
+            for group in plan.groups.values():
+                moved = max(moved, _distance(one, other, group) / sensitivity(group, batch_size))
+    what = f"{ROUNDS} rounds of one client, text only in the first"
+    return [judged("S", what, f"later rounds moved {moved:.3g} C", "0", moved <= TOLERANCE)]
+
+
+def _rounds(client: Client, batch: Batch, batch_size: int, seed: int) -> list[Row]:
+    """Rounds of one client on one batch and from one source of noise: fresh noise every time."""
     classes = noise_classes(client.plan, batch_size)
     names = [name for found in classes for name in found.names]
     if not names:

@@ -10,13 +10,17 @@ from dpguard.engine import noise as noises
 from dpguard.engine.audit.noise import ALPHA, Draws, chance
 from dpguard.engine.audit.report import Row, judged
 
-DRAWS, PIECES = 1 << 18, 8
+DRAWS, PIECES = 1 << 18, 64
 STD = 2.0
 
 
 def check() -> list[Row]:
-    """One row: the law of `noise.add_noise_` without a seed. Its figure is rounded, since it differs every time."""
-    values = noises.add_noise_(torch.zeros(DRAWS), STD, noises.source(None)).double() / STD
+    """The law of `noise.add_noise_` without a seed. The figures are rounded, since they differ every time."""
+    return [_law(dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def _law(dtype: torch.dtype) -> Row:
+    values = noises.add_noise_(torch.zeros(DRAWS, dtype=dtype), STD, noises.source(None)).double() / STD
     squares = values.square()
     draws = Draws(DRAWS, float(squares.sum()), float(squares.square().sum()), DRAWS)
     rows = values.reshape(PIECES, -1)
@@ -24,6 +28,6 @@ def check() -> list[Row]:
     r = float((rows @ rows.T).abs().fill_diagonal_(0.0).max())
     gaussian = abs(draws.kurtosis - 3) <= 8 * math.sqrt(24 / DRAWS)
     apart = chance(r, rows.shape[1]) >= ALPHA / (PIECES * (PIECES - 1) / 2)
+    figure = f"std {draws.ratio:.2f}, kurtosis {draws.kurtosis:.1f}, correlation {r:.0f}"
     holds = draws.fits(ALPHA) and gaussian and apart
-    figure = f"std {draws.ratio:.2f}, kurtosis {draws.kurtosis:.1f}, correlation {r:.1f}"
-    return [judged("N", "the source without a seed", figure, "1, 3, 0", holds)]
+    return judged("N", f"the source without a seed, {str(dtype)[6:]}", figure, "1, 3, 0", holds)

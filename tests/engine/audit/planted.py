@@ -188,6 +188,19 @@ class UniformNoise(Noisy):
         return (torch.rand(total.shape, generator=self.generator, dtype=torch.float64) - 0.5) * math.sqrt(12)
 
 
+class TiledNoise(Noisy):
+    """Sixteen values, over and over."""
+
+    def draw(self, name, total):
+        few = torch.randn(16, generator=self.generator, dtype=torch.float64)
+        return few.repeat(-(-total.numel() // 16))[: total.numel()].reshape(total.shape)
+
+
+class NoiseWhereNoneIsClaimed(Noisy):
+    def std(self, name):
+        return max(super().std(name), 1e-3)
+
+
 class SameNoiseEveryRound(Noisy):
     def __call__(self, per_example, seed):
         return super().__call__(per_example, seed // 2)
@@ -263,6 +276,7 @@ BUGS = {
     SameSeedForTwoLayers: "N",
     UniformNoise: "N",
     SameNoiseEveryRound: "N",
+    TiledNoise: "N",
     WithheldIsShared: "W",
     StaleState: "S",
     OldSum: "S",

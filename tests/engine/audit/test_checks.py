@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dpguard.engine import accounting
-from dpguard.engine.audit import claims, on_model, sampling
+from dpguard.engine import accounting, noise, wire
+from dpguard.engine.audit import claims, on_model, quantiles, release, sampling, source
 from dpguard.engine.audit.noise import measure
 from dpguard.engine.audit.run import audit
 from dpguard.engine.audit.subject import Subject, only, shrunk
@@ -16,6 +17,7 @@ from dpguard.engine.client import Client
 from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
 from tests import tiny
+from tests.engine.audit import planted
 from tests.engine.audit.test_run import PLANS, SLOTS, letters
 
 
@@ -189,3 +191,70 @@ def test_a_client_whose_noise_repeats_is_caught(monkeypatch):
     rows = [row for step in on_model.steps(loaded, plan, batch_size=8, seed=0) for row in step()]
     assert {row.check for row in rows if row.verdict == "fail"} == {"N"}
     assert letters(audit(plan)) == set()
+
+
+def test_a_client_that_keeps_the_last_sum_is_caught(monkeypatch):
+    loaded = tiny.loaded("bert", width=16, blocks=2)
+    plan = Policy(PLANS["block"]).plan(slots(loaded.module))
+    whole, last = Client.clipped, {}
+
+    def stale(self, batch):
+        found = whole(self, batch)
+        before = last.get(id(self), found.sums)
+        last[id(self)] = found.sums
+        return replace(found, sums={n: 0.5 * (s + before[n]) for n, s in found.sums.items()})
+
+    monkeypatch.setattr(Client, "clipped", stale)
+    rows = [row for step in on_model.steps(loaded, plan, batch_size=8, seed=0) for row in step()]
+    assert "3 rounds of one client, text only in the first" in failing(rows)
+
+
+@pytest.fixture
+def quantile():
+    return Subject(Policy(PLANS["quantile"]).plan(SLOTS), 8)
+
+
+@pytest.mark.parametrize(("change", "letter"), [("noise", "N"), ("reach", "S")])
+def test_a_wrong_noised_count_is_caught(quantile, monkeypatch, change, letter):
+    whole = wire.next_clips
+
+    def wrong(norms, plan, generator, *, batch_size):
+        if change == "reach":  # an example counts 0 or 1, not -1/2 or 1/2
+            count = len(next(iter(norms.values())))
+            found = whole(norms, plan, generator, batch_size=batch_size)
+            return {
+                key: c * math.exp(-plan.groups[key].quantile.rate * count / 2 / batch_size) for key, c in found.items()
+            }
+        rules = {
+            name: replace(rule, quantile=replace(rule.quantile, count_noise=0.8 * rule.quantile.count_noise))
+            for name, rule in plan.items()
+        }
+        return whole(norms, replace(plan, rules=rules), generator, batch_size=batch_size)
+
+    monkeypatch.setattr(wire, "next_clips", wrong)
+    assert {row.check for row in quantiles.check(quantile) if row.verdict == "fail"} == {letter}
+
+
+def test_the_noised_counts_of_the_engine_pass(quantile):
+    rows = quantiles.check(quantile)
+    assert len(rows) == 2
+    assert not failing(rows)
+
+
+@pytest.mark.parametrize("bug", [lambda z: 0.98 * z, lambda z: 2 * z.sign(), lambda z: z[: len(z) // 2].repeat(2)])
+def test_a_wrong_source_without_a_seed_is_caught(monkeypatch, bug):
+    whole = noise.add_noise_
+    monkeypatch.setattr(noise, "add_noise_", lambda value, std, drawn_from: bug(whole(value, std, drawn_from)))
+    assert len(failing(source.check())) == 2
+
+
+def test_the_source_without_a_seed_passes():
+    assert not failing(source.check())
+
+
+def test_a_registered_release_that_looks_at_the_clean_sum_is_caught():
+    plan = Policy(PLANS["flat"]).plan(SLOTS)
+    rules = {name: replace(rule, release=(("quantise", 4),)) for name, rule in plan.items()}
+    subject = Subject(replace(plan, rules=rules), 8)
+    assert not failing(release.check(subject))
+    assert failing(release.check(replace(subject, build=planted.LeakedMaskOnTheWire)))

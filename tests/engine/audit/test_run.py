@@ -111,6 +111,15 @@ def test_the_clip_of_another_column_is_not_enough(name):
     assert "S" in letters(audit(plan(name), mechanism=bug))
 
 
+def test_noise_that_nobody_claims_is_caught():
+    assert letters(audit(plan("partly noised"), mechanism=planted.NoiseWhereNoneIsClaimed)) == {"N"}
+
+
+def test_values_that_repeat_are_counted():
+    found = audit(plan("flat"), mechanism=planted.TiledNoise).failed
+    assert "values that occur twice in it" in {row.what for row in found}
+
+
 def test_a_secret_random_mask_is_caught():
     policy = Policy([{"layers": "all", "clip": 1.0, "noise": 1.0, "keep": 0.3, "prune": "random"}])
     assert letters(audit(policy, slots=SLOTS, mechanism=planted.OtherPrivateMask)) == {"W"}
