@@ -5,13 +5,15 @@ Opacus's GDP accountant is a central-limit approximation that under-reports and 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
+from dpguard.policy import gaussian
 from dpguard.policy.guarantee import Accountant, Guarantee, Sampling
 from dpguard.policy.guarantee import guarantee as _guarantee
 from dpguard.policy.table import Plan
@@ -34,10 +36,31 @@ class SubsampledGaussian:
         curve = _curve(sigma, sampling_rate, steps)
         return 1.0 if curve is None else float(np.clip(curve(epsilon), 0.0, 1.0))
 
+    def compose(self, *, history: Sequence[tuple[float, float, int]], delta: float) -> float:
+        """Upper bound on the joint epsilon of (sigma, sampling rate, steps) parts, in any order.
+
+        Parts without sampling are one Gaussian, with mu^2 the sum of theirs; alone they have a closed form.
+        """
+        merged: dict[tuple[float, float], int] = {}
+        mu_squared = 0.0
+        for sigma, rate, steps in history:
+            if rate == 1:
+                mu_squared += steps / sigma**2
+            else:
+                merged[sigma, rate] = merged.get((sigma, rate), 0) + steps
+        if not merged:
+            return gaussian.epsilon_of(math.sqrt(mu_squared), delta)
+        whole = [(mu_squared**-0.5, 1.0, 1)] if mu_squared else []
+        return _joint_epsilon((*sorted((*key, steps) for key, steps in merged.items()), *whole), delta)
+
+
+def _epsilon(sigma: float, sampling_rate: float, steps: int, delta: float) -> float:
+    return _joint_epsilon(((sigma, sampling_rate, steps),), delta)
+
 
 @lru_cache(maxsize=4096)
-def _epsilon(sigma: float, sampling_rate: float, steps: int, delta: float) -> float:
-    history = [(sigma, sampling_rate, steps)]
+def _joint_epsilon(parts: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    history = list(parts)
     loose = _rdp_epsilon(history, delta)
     tight = _prv_epsilon(history, delta, eps_error=max(0.01, RELATIVE_ERROR * loose))
     return loose if tight is None else min(loose, tight)

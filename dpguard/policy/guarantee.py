@@ -11,7 +11,7 @@ with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -34,6 +34,10 @@ class Accountant(Protocol):
 
     def delta(self, *, sigma: float, sampling_rate: float, steps: int, epsilon: float) -> float:
         """Upper bound on delta at this epsilon."""
+        ...
+
+    def compose(self, *, history: Sequence[tuple[float, float, int]], delta: float) -> float:
+        """Upper bound on the joint epsilon of parts (sigma, sampling rate, steps), sampled independently."""
         ...
 
 
@@ -101,7 +105,7 @@ class Guarantee:
         return min(1.0, *(math.exp(min(e, 700.0)) * kappa + self._delta(e) for e in grid))
 
     def _delta(self, epsilon: float) -> float:
-        q, steps = _exposure(self.sampling, self.sampling_rate, self.steps)
+        q, steps = exposure(self.sampling, self.sampling_rate, self.steps)
         if q == 1:
             return gaussian.delta_of(epsilon, math.sqrt(steps) / self.sigma_eff)
         return self.accountant.delta(sigma=self.sigma_eff, sampling_rate=q, steps=steps, epsilon=epsilon)
@@ -138,12 +142,12 @@ def guarantee(
         UserError: an argument out of range.
     """
     unit: Unit = "client" if plan.unit == "update" else "example"
-    _check(sampling_rate, steps, delta, sampling, examples if unit == "example" else None)
+    check_arguments(sampling_rate, steps, delta, sampling, examples if unit == "example" else None)
     if unit == "client":
         sampling_rate = 1.0  # the server sees each message of the client: its absence is never a secret (F10)
     reasons = why_infinite(plan, steps, carries)
     sigma = 0.0 if reasons else sigma_eff(plan, steps)
-    q, exposed = _exposure(sampling, sampling_rate, steps)
+    q, exposed = exposure(sampling, sampling_rate, steps)
     epsilon = math.inf if reasons else _epsilon(sigma, q, exposed, delta, accountant)
     words = compose(
         plan, epsilon=epsilon, delta=delta, sigma_eff=sigma, sampling_rate=sampling_rate, steps=steps,
@@ -197,14 +201,19 @@ def _epsilon(sigma: float, q: float, steps: int, delta: float, accountant: Accou
     return min(exact, accountant.epsilon(sigma=sigma, sampling_rate=q, steps=steps, delta=delta))
 
 
-def _exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[float, int]:
+def exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[float, int]:
     """(sampling rate, steps) that the accountant composes."""
     if sampling == "shuffle" and sampling_rate < 1:
         return 1.0, math.ceil(sampling_rate * steps - 1e-9)
     return sampling_rate, steps
 
 
-def _check(q: float, steps: int, delta: float, sampling: str, examples: int | None) -> None:
+def check_arguments(q: float, steps: int, delta: float, sampling: str, examples: int | None) -> None:
+    """What `guarantee` refuses.
+
+    Raises:
+        UserError: an argument out of range.
+    """
     if not 0 < q <= 1:
         raise UserError(f"sampling rate is {q!r}; expected a number above 0 and at most 1")
     if steps != int(steps) or steps < 1:
