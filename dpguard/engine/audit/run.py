@@ -15,6 +15,10 @@ from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan, Policy
 
 
+MOST_SEED = 2**32
+"""Seeds of the draws are spaced a million apart and must fit 64 bits."""
+
+
 def audit(
     policy_or_plan: Policy | Plan,
     *,
@@ -38,7 +42,7 @@ def audit(
         slots: resolve the policy against these instead; without ``model`` and ``slots`` the bundled demo
             model's are taken.
         batch_size: the public batch size, at least 1.
-        seed: first seed of everything random, at least 0.
+        seed: of everything random, from 0 to `MOST_SEED` - 1.
         thorough: add check D, some ten seconds more.
         mechanism: (plan, batch size) -> the mechanism to judge; the engine's own when None.
         each: goes through the steps, for example behind a progress bar.
@@ -46,9 +50,10 @@ def audit(
     Raises:
         UserError: a batch size or a seed out of range, or a policy that does not fit the model.
     """
-    if batch_size < 1 or seed < 0:
-        wrong, least = (f"batch size is {batch_size}", 1) if batch_size < 1 else (f"seed is {seed}", 0)
-        raise UserError(f"{wrong}; expected at least {least}")
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}; expected at least 1")
+    if not 0 <= seed < MOST_SEED:
+        raise UserError(f"seed is {seed}; expected a whole number from 0 to {MOST_SEED - 1}")
     loaded = models.load(model) if isinstance(model, str) else model
     plan = policy_or_plan if isinstance(policy_or_plan, Plan) else policy_or_plan.plan(_slots(loaded, slots))
     # far apart, so that two seeds share no draw

@@ -15,7 +15,7 @@ STD = 2.0
 
 
 def check() -> list[Row]:
-    """The law of `noise.add_noise_` without a seed. The figures are rounded, since they differ every time."""
+    """The law of `noise.add_noise_` without a seed; figures differ every time, so they are rounded while it holds."""
     return [_law(dtype) for dtype in (torch.float32, torch.float64)]
 
 
@@ -28,6 +28,7 @@ def _law(dtype: torch.dtype) -> Row:
     r = float((rows @ rows.T).abs().fill_diagonal_(0.0).max())
     gaussian = abs(draws.kurtosis - 3) <= 8 * math.sqrt(24 / DRAWS)
     apart = chance(r, rows.shape[1]) >= ALPHA / (PIECES * (PIECES - 1) / 2)
-    figure = f"std {draws.ratio:.2f}, kurtosis {draws.kurtosis:.1f}, correlation {r:.0f}"
     holds = draws.fits(ALPHA) and gaussian and apart
+    digits = 1 if holds else 4
+    figure = f"std {draws.ratio:.{digits}f}, kurtosis {draws.kurtosis:.{digits}f}, correlation {r:.{digits - 1}f}"
     return judged("N", f"the source without a seed, {str(dtype)[6:]}", figure, "1, 3, 0", holds)

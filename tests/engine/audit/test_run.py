@@ -170,7 +170,10 @@ def test_a_policy_that_trains_nothing():
     assert {row.verdict for row in report.rows} == {"not applicable"}
 
 
-@pytest.mark.parametrize(("wrong", "said"), [({"batch_size": 0}, "batch size is 0"), ({"seed": -1}, "seed is -1")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"batch_size": 0}, "batch size is 0"), ({"seed": -1}, "seed is -1"), ({"seed": 2**62}, "seed is 4611")],
+)
 def test_mistakes(wrong, said):
     with pytest.raises(UserError, match=said):
         audit(Policy([]), slots=SLOTS, **wrong)
