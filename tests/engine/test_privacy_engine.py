@@ -208,12 +208,32 @@ def test_a_batch_left_half_way_is_dropped_whole():
     assert steps == same == 1
 
 
-def test_two_batches_in_one_step_are_refused():
-    _engine, module, _optimizer, loader = private(DP)
+@pytest.mark.parametrize("rows", [DP, [{"layers": "all", "train": True}]])
+def test_two_batches_in_one_step_are_refused(rows):
+    _engine, module, optimizer, loader = private(rows)
     parts = iter(loader)
     module(**next(parts)).loss.backward()
     with pytest.raises(UserError, match="a second batch was fetched before step"):
         next(parts)
+    parts = iter(loader)
+    optimizer.zero_grad()
+    for _ in range(2):
+        train_step(module, optimizer, next(parts))
+
+
+@pytest.mark.parametrize("rows", [[{"layers": "all", "clip": 1e6}], [{"layers": "all", "train": True}]])
+def test_without_zero_grad_the_last_message_does_not_come_back(rows):
+    def weights(zero):
+        _engine, module, optimizer, loader = private(rows)
+        no_dropout(module)
+        for batch in loader:
+            if zero:
+                optimizer.zero_grad()
+            module(**batch).loss.backward()
+            optimizer.step()
+        return module.classifier.weight.detach()
+
+    assert torch.equal(weights(True), weights(False))
 
 
 def test_a_clip_that_follows_a_quantile_moves_towards_it_and_is_charged_for():

@@ -21,7 +21,11 @@ class PlainSum(GradientMode):
         self.parameters = trained_parameters(model, plan)
         self.mean = loss_reduction == "mean"
         self.rows = 0
-        self.handle = model.register_forward_hook(self._count)
+        self.handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._count)]
+
+    def _begin(self, _module: nn.Module, _arguments: object) -> None:
+        if self.rows == 0:  # what an optimizer left in .grad is no gradient of this step
+            self.clear()
 
     def _count(self, _module: nn.Module, _arguments: object, output: object) -> None:
         if torch.is_grad_enabled():
@@ -40,13 +44,15 @@ class PlainSum(GradientMode):
 
     def pending(self) -> bool:
         """True when something went backward since the last fold."""
-        return any(p.grad is not None for p in self.parameters.values())
+        return self.rows > 0 and any(p.grad is not None for p in self.parameters.values())
 
     def clear(self) -> None:
         """Drop the gradient."""
+        self.rows = 0
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def detach(self) -> None:
         """See `GradientMode.detach`."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
