@@ -14,7 +14,6 @@ from dpguard.inputs.models import LoadedModel
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan, Policy
 
-
 MOST_SEED = 2**32
 """Seeds of the draws are spaced a million apart and must fit 64 bits."""
 
