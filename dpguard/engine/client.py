@@ -1,43 +1,27 @@
-"""A client of a federation: what it would send for a batch under a plan."""
+"""A client of a federation: what it would send for a batch, or after some local steps, under a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpguard.engine import clipping, noise, wire
+from dpguard.engine import clipping, local, noise, wire
 from dpguard.engine.gradients import per_example_losses, running_as
+from dpguard.engine.local import LocalTraining
+from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
+from dpguard.policy.ledger import BudgetSpent, Ledger, Mechanism
 from dpguard.policy.table import Plan
-
-
-@dataclass(frozen=True)
-class Update:
-    """What leaves the client, and nothing else: no norm, no count, no seed of the noise.
-
-    Attributes:
-        tensors: shared parameter name -> tensor on the wire.
-        batch_size: the public batch size, the divisor.
-        kind: ``gradient``: of one step.
-        mode: ``eval`` (dropout off) or ``train``.
-        mask_seed: public seed of random pruning masks.
-    """
-
-    tensors: dict[str, Tensor]
-    batch_size: int
-    kind: str = "gradient"
-    mode: str = "eval"
-    mask_seed: int = 0
 
 
 @dataclass
 class Client:
-    """One client at fixed weights.
+    """One client. It reads the model's weights anew at every message, so a server may set them in between.
 
     Args:
         model: the public model; left as it was found after every call.
@@ -47,8 +31,12 @@ class Client:
         batch_size: the PUBLIC batch size; the number of rows of the observed batch when None.
         mode: ``eval`` = dropout off, ``train`` = dropout on (its masks come from ``dropout_seed``).
         mask_seed: public seed of random pruning masks.
-        dropout_seed: seed of the dropout masks in ``train`` mode.
+        dropout_seed: seed of the dropout masks in ``train`` mode; the k-th local step adds k.
         grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at very different speeds.
+        training: what the client does with several batches.
+        ledger: entered before every message (and every noised local step) leaves; `BudgetSpent` when it is full.
+        sampling_rate: probability that an example is in a batch, for the ledger.
+        run: name of this run in the ledger.
     """
 
     model: nn.Module
@@ -59,19 +47,35 @@ class Client:
     mask_seed: int = 0
     dropout_seed: int = 0
     grad_mode: str = "fast"
+    training: LocalTraining = field(default_factory=LocalTraining)
+    ledger: Ledger | None = None
+    sampling_rate: float = 1.0
+    run: str = "rounds"
     dropped: int = field(default=0, init=False)
+    state: local.LocalState = field(default_factory=local.LocalState, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in ("eval", "train"):
             raise UserError(f"mode is {self.mode!r}; expected 'eval' or 'train'")
+        if self.grad_mode not in clipping.MODES:
+            clipping.attach(self.model, self.plan, grad_mode=self.grad_mode)
         clipping.check_model(self.model, self.plan)
         self._source = noise.source(self.seed)
+        self._mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate) if self.ledger else None
 
-    def observe(self, batch: Batch) -> Update:
-        """The message for one batch: clip, sum, noise, divide by the public batch size, prune, quantise.
+    def observe(self, batch: Batch | Sequence[Batch]) -> Update:
+        """The message for one batch (a gradient), or for a list of batches (the change of weights after a local
+        step on each).
 
+        One batch: clip, sum, noise, divide by the public batch size, prune, quantise. Several: see `LocalTraining`.
         Calling it again gives fresh noise. Diagnostics stay here (``dropped``).
+
+        Raises:
+            BudgetSpent: the ledger's budget does not reach; nothing leaves, and nothing was noised.
         """
+        if not isinstance(batch, Batch):
+            return self._after_steps(list(batch))
+        self.spend(1)
         message = self.message(batch, self._source)
         return Update(message.wire, self._divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
 
@@ -83,7 +87,7 @@ class Client:
             clipped, self.plan, batch_size=self._divisor(batch), generator=generator, mask_seed=self.mask_seed
         )
 
-    def clipped(self, batch: Batch) -> wire.ClippedSum:
+    def clipped(self, batch: Batch, *, step: int = 0) -> wire.ClippedSum:
         """The private clipped sum, before noise."""
         if len(batch) == 0:
             return self._empty()
@@ -91,17 +95,41 @@ class Client:
             hooks = clipping.MODES[self.grad_mode](self.model, self.plan, "sum")
             try:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self.dropout_seed)
+                    torch.manual_seed(self.dropout_seed + step)
                     torch.autograd.backward(per_example_losses(self.model, batch).sum())
                 return hooks.collect()
             finally:
                 hooks.discard()
                 hooks.detach()
 
+    def spend(self, messages: int) -> None:
+        """Enter messages in the ledger, if there is one, before they leave."""
+        if self.ledger is None or self._mechanism is None:
+            return
+        left = self.ledger.left(self._mechanism, self.run)
+        if 0 < left < messages:  # all or nothing; with none left the ledger says why
+            raise BudgetSpent(
+                f"{messages} more messages of run {self.run!r} would exceed client {self.ledger.client!r}'s budget of "
+                f"epsilon {self.ledger.budget:g}; {left:g} fit, none was sent"
+            )
+        for _ in range(messages):
+            self.ledger.spend(self._mechanism, (self.run, self.ledger.next_number(self.run)))
+
+    def _after_steps(self, batches: list[Batch]) -> Update:
+        if not batches:
+            raise UserError("observe got an empty list of batches; expected one batch a local step")
+        self.spend(1 if self.plan.unit == "update" else len(batches))
+        tensors = local.delta(self, batches, self._source)
+        return Update(
+            tensors, self._divisor(batches[0]), kind="delta", mode=self.mode, mask_seed=self.mask_seed,
+            local_steps=len(batches), training=self.training,
+        )  # fmt: skip
+
     def _empty(self) -> wire.ClippedSum:
         parameters = dict(self.model.named_parameters())
         zeros = {name: torch.zeros_like(parameters[name], requires_grad=False) for name in self.plan.trained}
-        return wire.ClippedSum(zeros, {key: torch.zeros(0) for key in self.plan.groups})
+        groups = {key: group for key, group in self.plan.groups.items() if group.unit == "example"}
+        return wire.ClippedSum(zeros, {key: torch.zeros(0) for key in groups})
 
     def _divisor(self, batch: Batch) -> int:
         return self.batch_size if self.batch_size is not None else max(1, len(batch))

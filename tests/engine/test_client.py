@@ -91,7 +91,16 @@ def test_the_update_carries_no_private_diagnostics():
     model = tiny.module("bert")
     plan = Policy.load("dp-sgd").plan(slots(model))
     update = Client(model, plan, seed=3, batch_size=8).observe(batch_for(model))
-    assert set(vars(update)) == {"tensors", "batch_size", "kind", "mode", "mask_seed"}
+    assert set(vars(update)) == {
+        "tensors",
+        "batch_size",
+        "kind",
+        "mode",
+        "mask_seed",
+        "local_steps",
+        "training",
+        "clients",
+    }
     assert update.batch_size == 8, "the public size, not the three rows that came"
 
 
