@@ -121,7 +121,7 @@ def test_withheld_layers_go_on_from_where_they_were_and_never_leave():
     first, second = one.observe(steps[:2]), one.observe(steps[2:])
     assert not any("layer.0." in name for name in first.tensors)
     model = copy.deepcopy(one.model)
-    home = {n for n in one.plan.withheld}
+    home = set(one.plan.withheld)
     assert set(one.state.personal) == home
     by_round = by_hand(model, steps[:2], lambda p: torch.optim.SGD(p, lr=0.1))
     with torch.no_grad():  # the server kept its weights; the client kept its own block 0
