@@ -164,35 +164,38 @@ class Ledger:
         with self._guard:
             return self._compose(self._entries, self.delta if delta is None else delta)
 
-    def spend(self, mechanism: Mechanism, key: tuple[str, int]) -> bool:
-        """Enter one message, on disk when this returns; call it before the message leaves.
+    def spend(self, mechanism: Mechanism, key: tuple[str, int], *, count: int = 1) -> bool:
+        """Enter one message, or ``count`` at once; on disk when this returns; call it before they leave.
 
         Args:
             mechanism: what makes the message.
             key: (run, number); the numbers of a run are 1, 2, 3 ... without gaps. A key names one message,
                 the same tensors: whoever makes a message anew, with new noise, takes a new number.
+            count: how many messages, numbered from the key's on (several noised local steps behind one
+                update): all are entered or none.
 
         Returns:
-            True; False when this very message was entered before (sent again, or resumed after a crash).
+            True; False when these very messages were entered before (sent again, or resumed after a crash).
 
         Raises:
-            BudgetSpent: it would exceed the budget; nothing is entered.
+            BudgetSpent: they would exceed the budget; nothing is entered.
             UserError: another policy than the latest's without ``allow_change``, another unit, a gap in the
                 numbers, a closed ledger, or a disk that refuses; nothing is entered.
         """
         run, number = key
         with self._guard:
-            self._check(mechanism, run, number)
-            if number < self.next_number(run):
+            self._check(mechanism, run, number, count)
+            new = number + count - self.next_number(run)
+            if new <= 0:
                 return False
-            if self.left(mechanism, run) < 1:
-                raise self._spent(mechanism, run, number)
-            entries = _with(self._entries, mechanism, run, 1)
+            if self.left(mechanism, run) < new:
+                raise self._spent(mechanism, run, number + count - 1, new)
+            entries = _with(self._entries, mechanism, run, new)
             if self.path is not None:
                 ledger_file.write(self.path, self._content(entries, mechanism.plan))
             self._entries, self._plan = entries, mechanism.plan
             if self._ahead is not None and self._ahead[:2] == (mechanism, run):
-                self._ahead = (mechanism, run, self._ahead[2] - 1)
+                self._ahead = (mechanism, run, self._ahead[2] - new)
             else:
                 self._ahead = None
             return True
@@ -209,7 +212,7 @@ class Ledger:
         with self._guard:
             if self.budget is None or (mechanism.sigma_eff == math.inf and not mechanism.reasons):
                 return math.inf
-            if self._ahead is None or self._ahead[:2] != (mechanism, run) or self._ahead[2] < 1:
+            if self._ahead is None or self._ahead[:2] != (mechanism, run) or self._ahead[2] < 1:  # MOST may be over
                 budget = self.budget
                 count = largest(
                     lambda n: self._compose(_with(self._entries, mechanism, run, n), self.delta), budget, MOST
@@ -230,11 +233,13 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _check(self, mechanism: Mechanism, run: str, number: int) -> None:
+    def _check(self, mechanism: Mechanism, run: str, number: int, count: int) -> None:
         if self._lock is not None and not self._lock.held:
             raise UserError(f"ledger {self.path} is closed, or another process opened it; expected an open one")
         if not run or not isinstance(run, str) or isinstance(number, bool) or number != int(number) or number < 1:
             raise UserError(f"key is {(run, number)!r}; expected a run's name and a message number from 1")
+        if isinstance(count, bool) or count != int(count) or count < 1:
+            raise UserError(f"count is {count!r}; expected a number of messages from 1")
         if number > self.next_number(run):
             raise UserError(
                 f"message {number} of run {run!r} follows message {self.next_number(run) - 1}; expected "
@@ -252,8 +257,8 @@ class Ledger:
                 "same one, or allow_change=True to go on with what is left"
             )
 
-    def _spent(self, mechanism: Mechanism, run: str, number: int) -> BudgetSpent:
-        would = self._compose(_with(self._entries, mechanism, run, 1), self.delta)
+    def _spent(self, mechanism: Mechanism, run: str, number: int, new: int) -> BudgetSpent:
+        would = self._compose(_with(self._entries, mechanism, run, new), self.delta)
         why = f" ({'; '.join(mechanism.reasons)})" if mechanism.reasons else ""
         return BudgetSpent(
             f"message {number} of run {run!r} would bring client {self.client!r} to epsilon {would:.4g}{why} at delta "

@@ -201,6 +201,23 @@ def test_it_halts_at_exactly_the_last_message_that_fits(rows, facts, budget):
     assert not ledger.spend(mechanism, ("a", room)), "what was entered may be sent again"
 
 
+def test_several_messages_are_entered_whole_or_not_at_all(tmp_path):
+    ledger = opened(tmp_path / "l.json", budget=8.0)
+    room = int(ledger.left(WHOLE, "a"))
+    assert ledger.spend(WHOLE, ("a", 1), count=room - 2)
+    assert not ledger.spend(WHOLE, ("a", 1), count=room - 2)
+    assert not ledger.spend(WHOLE, ("a", 3), count=2)
+    with pytest.raises(BudgetSpent, match=f"message {room + 1} of run 'a'"):
+        ledger.spend(WHOLE, ("a", room - 1), count=3)
+    assert ledger.messages == room - 2
+    assert ledger.spend(WHOLE, ("a", room - 2), count=3), "one was entered before, two are new"
+    assert (ledger.messages, ledger.left(WHOLE, "a")) == (room, 0)
+    with pytest.raises(UserError, match="count is 0"):
+        ledger.spend(WHOLE, ("b", 1), count=0)
+    ledger.close()
+    assert opened(tmp_path / "l.json").messages == room
+
+
 def test_left_counts_down_without_asking_the_accountant_again():
     asked = []
 
