@@ -220,7 +220,10 @@ def clip_rows(rows: Mapping[str, Rows], taps: Mapping[str, Tap], plan: Plan) -> 
     for key, group in plan.groups.items():
         members = [taps[name] for name in group.names if name in taps]
         if members:
+            if group.unit == "update":  # one factor for the whole message, which a cosine does not see
+                out[key] = {tap.module: rows[tap.module] for tap in members}
+                continue
             squared = torch.stack([squared_norms(tap, rows[tap.module]) for tap in members]).sum(0)
-            factors = clip_factors(squared.clamp(min=1e-30).sqrt(), group.clip)
+            factors = clip_factors(squared.clamp(min=1e-30).sqrt(), group.clip, group.mode)
             out[key] = {tap.module: rows[tap.module].scaled(factors) for tap in members}
     return out

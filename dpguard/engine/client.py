@@ -15,7 +15,7 @@ from dpguard.engine.local import LocalTraining
 from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
-from dpguard.policy.ledger import BudgetSpent, Ledger, Mechanism
+from dpguard.policy.ledger import Ledger, Mechanism
 from dpguard.policy.table import Plan
 
 
@@ -106,14 +106,7 @@ class Client:
         """Enter messages in the ledger, if there is one, before they leave."""
         if self.ledger is None or self._mechanism is None:
             return
-        left = self.ledger.left(self._mechanism, self.run)
-        if 0 < left < messages:  # all or nothing; with none left the ledger says why
-            raise BudgetSpent(
-                f"{messages} more messages of run {self.run!r} would exceed client {self.ledger.client!r}'s budget of "
-                f"epsilon {self.ledger.budget:g}; {left:g} fit, none was sent"
-            )
-        for _ in range(messages):
-            self.ledger.spend(self._mechanism, (self.run, self.ledger.next_number(self.run)))
+        self.ledger.spend(self._mechanism, (self.run, self.ledger.next_number(self.run)), count=messages)
 
     def _after_steps(self, batches: list[Batch]) -> Update:
         if not batches:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,8 +17,9 @@ from dpguard.engine.forward import ForwardHooks
 from dpguard.engine.modes.base import GradientMode
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError
-from dpguard.inputs.family import slots
-from dpguard.policy.guarantee import Guarantee
+from dpguard.inputs.family import identity, slots
+from dpguard.policy.guarantee import Guarantee, Sampling
+from dpguard.policy.ledger import Ledger, Mechanism
 from dpguard.policy.table import Plan, Policy
 
 
@@ -45,6 +48,7 @@ class PrivacyEngine:
         self.seeded = False
         self._optimizer: PrivateOptimizer | None = None
         self._attached: tuple[GradientMode, ForwardHooks] | None = None
+        self._ledger: tuple[Ledger, Mechanism, str] | None = None
 
     def close(self) -> None:
         """Take every hook off the module, which is then an ordinary model again (for saving, evaluating)."""
@@ -65,6 +69,8 @@ class PrivacyEngine:
         loss_reduction: str = "mean",
         grad_mode: str = "fast",
         max_physical_batch_size: int | None = None,
+        ledger: Ledger | None = None,
+        run: str = "training",
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """Wire a policy into an ordinary training loop.
 
@@ -84,14 +90,17 @@ class PrivacyEngine:
             grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at different speeds.
             max_physical_batch_size: the loader hands out parts of at most this many examples; ``step`` clips
                 and sums each, and noises and steps once at the end of a batch (``optimizer.stepped`` tells).
+            ledger: what this client has spent on this model (`open_ledger`); every step is entered before its
+                noise is drawn, and ``step`` raises `BudgetSpent` before the budget would be exceeded.
+            run: name of this training in the ledger.
 
         Returns:
             (module, optimizer, data_loader).
 
         Raises:
             UserError: eval mode, batch normalisation, gradient checkpointing, an optimizer holding other
-                parameters, a loader without a length, a layer that no gradient mode can handle, or a mistake
-                in the policy.
+                parameters, a loader without a length, a layer that no gradient mode can handle, a ledger of
+                another model or policy, or a mistake in the policy.
         """
         if not module.training:
             raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
@@ -103,6 +112,7 @@ class PrivacyEngine:
         self.examples, batch_size = sampling.public_sizes(data_loader)
         self.plan, self.poisson, self.seeded = plan, poisson_sampling, seed is not None
         self.sampling_rate = batch_size / self.examples
+        self._ledger = self._entered(ledger, module, run)
         trained = set(plan.trained)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -115,8 +125,81 @@ class PrivacyEngine:
         self._optimizer, self._attached = private, (mode, ForwardHooks(module, private))
         return module, private, loader
 
+    @staticmethod
+    def open_ledger(
+        module: nn.Module,
+        folder: str | Path,
+        *,
+        client: str,
+        delta: float,
+        budget: float | None = None,
+        allow_change: bool = False,
+    ) -> Ledger:
+        """The ledger of one client and one model, in the folder where the model is saved; made when missing.
+
+        Args:
+            module: the model; known by its type and shapes, so that training does not change whose ledger it is.
+            folder: where the model is saved.
+            client: the client's name.
+            delta: of (epsilon, delta).
+            budget: the epsilon that is never exceeded.
+            allow_change: accept another policy or a laxer budget than before; what was spent stays counted.
+
+        Raises:
+            UserError: the file is another client's or model's, damaged, or in use.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Ledger(client, identity(module), delta, budget, Ledger.beside(folder), allow_change=allow_change)
+
+    def _entered(self, ledger: Ledger | None, module: nn.Module, run: str) -> tuple[Ledger, Mechanism, str] | None:
+        if ledger is None or self.plan is None:
+            return None
+        if ledger.model != identity(module):
+            raise UserError(
+                f"the ledger is of model {ledger.model!r}, this one is {identity(module)!r}; expected the ledger of "
+                "this model (PrivacyEngine.open_ledger)"
+            )
+        sampling_word: Sampling = "poisson" if self.poisson else "shuffle"
+        mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate, sampling=sampling_word)
+        ledger.accepts(mechanism)
+        return ledger, mechanism, run
+
     def _before_release(self) -> None:
+        if self._ledger is not None:
+            ledger, mechanism, run = self._ledger
+            ledger.spend(mechanism, (run, ledger.next_number(run)))
         self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep beside the model's and the optimizer's: steps, policy and adaptive bounds."""
+        plan = None if self._optimizer is None else self._optimizer.plan
+        return {
+            "plan": self.plan.hash if self.plan else "",
+            "steps": self.steps,
+            "sampling_rate": self.sampling_rate,
+            "clips": {} if plan is None else {key: g.clip for key, g in plan.groups.items() if g.quantile},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was made; call it after `make_private`.
+
+        Raises:
+            UserError: before `make_private`, or a checkpoint of another policy or sampling rate.
+        """
+        if self.plan is None or self._optimizer is None:
+            raise UserError("nothing is private yet; expected make_private to be called before load_state_dict")
+        if state.get("plan") != self.plan.hash:
+            raise UserError(
+                f"the checkpoint is of plan {state.get('plan')!r}, this training's is {self.plan.hash!r}; expected the "
+                "policy that the training began with"
+            )
+        if state["sampling_rate"] != self.sampling_rate:
+            raise UserError(
+                f"the checkpoint was made at sampling rate {state['sampling_rate']:g}, this training's is "
+                f"{self.sampling_rate:g}; expected the same batch size and number of examples"
+            )
+        self.steps = int(state["steps"])
+        self._optimizer.adopt(self._optimizer.plan.with_clips(state["clips"]))
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -160,7 +160,11 @@ class PrivateOptimizer(Optimizer):
     def _follow_quantiles(self, norms: dict[str, Tensor]) -> None:
         clips = wire.next_clips(norms, self.plan, self._source, batch_size=self.batch_size)
         if clips:
-            self.plan = self.mode.plan = self.plan.with_clips(clips)
+            self.adopt(self.plan.with_clips(clips))
+
+    def adopt(self, plan: Plan) -> None:
+        """Go on under other bounds of the same groups."""
+        self.plan = self.mode.plan = plan
 
     def _empty_sum(self) -> wire.ClippedSum:
         zeros = {n: torch.zeros_like(self.parameters_by_name[n], requires_grad=False) for n in self.plan.trained}

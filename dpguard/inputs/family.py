@@ -6,6 +6,8 @@ of the contract suite (tests/tiny.py); docs/families.md tells how.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,6 +160,16 @@ def _unknown(name: str, family: Family) -> UserError:
         f"parameter {name!r} has no known role in family {family.name!r}; "
         f"select it as 'name:{name}' after adding a rule to inputs/families/{family.name}.py"
     )
+
+
+def identity(model: nn.Module) -> str:
+    """16 hex digits of a model's kind: its type, parameter names and shapes; the weights do not count.
+
+    A ledger follows a model through its training, so what it is known by must not change with the weights.
+    """
+    kind = getattr(getattr(bare(model), "config", None), "model_type", "")
+    shapes = [[name, list(p.shape)] for name, p in _named(model)]
+    return hashlib.sha256(json.dumps([kind, shapes]).encode()).hexdigest()[:16]
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

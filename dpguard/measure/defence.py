@@ -57,9 +57,11 @@ def _clip(client: Client, full: dict[str, Tensor], fewer: dict[str, Tensor]) -> 
         moved = math.sqrt(sum(float((full[n].double() - fewer[n].double()).pow(2).sum()) for n in group.names))
         # both messages were rounded to the tensor's own precision when the noise was added
         rounding = 2**-22 * math.sqrt(sum(float(full[n].double().pow(2).sum()) for n in group.names))
-        if moved > group.clip * (1 + 1e-5) + rounding:
-            raise DefenceError(f"one example moved clip group {key!r} by {moved:.6g}, above its bound {group.clip:g}")
-        out[key] = (moved, group.clip)
+        # a whole update that changes may turn from C to -C, on the scale of the sum
+        bound = group.clip if group.unit == "example" else 2 * group.clip * (client.batch_size or 1)
+        if moved > bound * (1 + 1e-5) + rounding:
+            raise DefenceError(f"one example moved clip group {key!r} by {moved:.6g}, above its bound {bound:g}")
+        out[key] = (moved, bound)
     return out
 
 

@@ -245,6 +245,14 @@ class Ledger:
                 f"message {number} of run {run!r} follows message {self.next_number(run) - 1}; expected "
                 f"{self.next_number(run)}, because a gap would let a message leave uncounted"
             )
+        self.accepts(mechanism)
+
+    def accepts(self, mechanism: Mechanism) -> None:
+        """Refuse a mechanism that `spend` would refuse whatever the message: worth asking before any work.
+
+        Raises:
+            UserError: another policy than the latest's without ``allow_change``, or another unit.
+        """
         units = {entry.mechanism.unit for entry in self._entries}
         if units - {mechanism.unit}:
             raise UserError(
