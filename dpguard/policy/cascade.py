@@ -126,9 +126,7 @@ class Cascade:
         # mode and unit live and die with the clip of their row
         last = {key: value for key, value in self.last.items() if key[1] not in ("mode", "unit")}
         for (tensor, column), (index, _value, _names) in last.items():
-            rule = rules[tensor]
-            needs = COLUMNS[column].acts_on
-            if needs == "any" or (needs == "trained" and rule.train) or (needs == "sent" and rule.sent):
+            if acts(column, rules[tensor]):
                 alive.add(index)
         for index, row in enumerate(self.policy._read):
             if index in alive:
@@ -139,3 +137,9 @@ class Cascade:
                 f"row {index + 1} ({', '.join(row.layers)}) changes nothing: {why}; expected every row to count",
                 loc=("rows", index),
             )
+
+
+def acts(column: str, rule: Rule) -> bool:
+    """Whether a column can change anything about a tensor: nothing but ``train`` and ``share`` does on a frozen one."""
+    needs = COLUMNS[column].acts_on
+    return needs == "any" or (needs == "trained" and rule.train) or (needs == "sent" and rule.sent)
