@@ -136,6 +136,31 @@ def audit(
     raise typer.Exit(status)
 
 
+@app.command("fit-clips")
+def fit_clips(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A policy file, a ready-made name, or a selector.")],
+    model: Model = "demo",
+    data: Annotated[
+        str,
+        typer.Option("--data", help="PUBLIC texts: demo (its public part), a jsonl, csv or parquet file, a hub name."),
+    ] = "demo",
+    text: Annotated[str, typer.Option("--text", help="Column of the texts.")] = "text",
+    label: Annotated[str, typer.Option("--label", help="Column of the labels.")] = "label",
+    quantile: Annotated[float, typer.Option("--quantile", help="Fraction of the texts that is not clipped.")] = 0.5,
+    examples: Annotated[int, typer.Option("--examples", min=1, help="Texts to measure.")] = 256,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Policy file to write [print it].")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of texts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a policy's clips to the gradients of public texts, group by group."""
+    from dpguard.cli.fitting import fit_clips as run_fit
+
+    run_fit(
+        policy, model, data,
+        text=text, label=label, quantile=quantile, examples=examples, out=out, seed=seed, as_json=as_json,
+    )  # fmt: skip
+
+
 @app.command()
 def layers(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, minilm, a local folder, or a hub name.")],

@@ -141,9 +141,9 @@ def fit(
     for key, group in plan.groups.items():
         at = float(np.quantile(norms[key], quantile, method="inverted_cdf"))
         if group.quantile is not None:
-            kept[key] = "it follows its own quantile by noised counts"
+            kept[key] = "the clip follows its own quantile by noised counts"
         elif at <= ROUNDING * float(np.quantile(total, quantile, method="inverted_cdf")):
-            kept[key] = "its gradient is zero (or rounding) at this quantile"
+            kept[key] = "the gradient is zero (or rounding) at this quantile"
         else:
             fitted[key] = _round_up(at)
     new = with_group_clips(policy, found_slots, fitted)

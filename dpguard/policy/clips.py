@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.cascade import Cascade, acts
+from dpguard.policy.columns import COLUMNS
 from dpguard.policy.covering import Selectors
 from dpguard.policy.layers import Slot, select
 from dpguard.policy.table import Plan, Policy
@@ -44,9 +45,10 @@ def with_group_clips(policy: Policy, slots: Sequence[Slot], clips: Mapping[str, 
     """
     cascade = Cascade(policy, slots)
     plan = cascade.plan()
+    known = plan.groups
     for key in clips:
-        if key not in plan.groups:
-            raise UserError(f"no clip group is called {key!r}{did_you_mean(key, plan.groups)}")
+        if key not in known:
+            raise UserError(f"no clip group is called {key!r}{did_you_mean(key, known)}")
     selectors = Selectors(slots)
     made = [_rows(cascade, plan, index, clips, selectors) for index in range(len(policy.rows))]
     origin = [index for index, rows in enumerate(made) for _ in rows]
@@ -70,15 +72,19 @@ def _rows(
         return [row]
     others = {column: value for column, value in row.items() if column not in ("layers", "per")}
     chosen = {slot.name for selector in read.layers for slot in select(selector, cascade.slots)}
-    rest = frozenset(chosen).difference(*groups.values())
+    left = {column: value for column, value in others.items() if column not in _OF_THE_CLIP}
+    rest = frozenset(
+        name
+        for name in chosen.difference(*groups.values())
+        if any(_counts(cascade, plan, index, cascade.tensor[name], column) for column in left)
+    )
     out = []
     for key, names in groups.items():
         whole = len(groups) == 1 and not rest
         layers = row["layers"] if whole or read.per == "row" else _listed(selectors.cover(names))
         out.append({"layers": layers, **others, **({"clip": clips[key]} if key in clips else {})})
     # a row that makes one group keeps its layers, whoever has the last word about some of them
-    left = {column: value for column, value in others.items() if column not in _OF_THE_CLIP}
-    if rest and read.per != "row" and _counts(cascade, plan, index, rest, left):
+    if rest and read.per != "row":
         out.append({"layers": _listed(selectors.cover(rest)), **left})
     return out
 
@@ -90,41 +96,34 @@ def _listed(selectors: tuple[str, ...]) -> str | list[str]:
 def _groups(cascade: Cascade, plan: Plan, index: int) -> dict[str, _Names]:
     """Clip groups whose clip a row sets -> the names by which the row takes their tensors."""
     out: dict[str, _Names] = {}
-    for key, name in _members(cascade, index):
-        if plan[name].group in plan.groups:
-            out[key] = out.get(key, frozenset()) | cascade.last[(name, "clip")][2]
+    alive = plan.groups
+    for tensor, rule in plan.items():
+        last, _, names = cascade.last.get((tensor, "clip"), (-1, None, frozenset()))
+        if last == index and rule.group in alive:
+            out[rule.group] = out.get(rule.group, frozenset()) | names
     return out
 
 
-def _members(cascade: Cascade, index: int) -> Iterator[tuple[str, str]]:
-    for slot in cascade.first:
-        if cascade.last.get((slot.name, "clip"), (-1,))[0] == index:
-            yield cascade._group(slot), slot.name
-
-
-def _counts(cascade: Cascade, plan: Plan, index: int, names: _Names, columns: Mapping[str, Any]) -> bool:
-    """Whether any of these columns of a row has the last word on, and acts on, any of these tensors."""
-    tensors = {cascade.tensor[name] for name in names}
-    return any(
-        cascade.last.get((tensor, column), (-1,))[0] == index and acts(column, plan[tensor])
-        for tensor in tensors
-        for column in columns
-    )
+def _counts(cascade: Cascade, plan: Plan, index: int, tensor: str, column: str) -> bool:
+    """Whether a column of a row has the last word on a tensor, and can change anything about it."""
+    return cascade.last.get((tensor, column), (-1,))[0] == index and acts(column, plan[tensor])
 
 
 def _check_same(cascade: Cascade, before: Plan, after: Plan, clips: Mapping[str, float]) -> None:
-    """Every trained tensor's rule is the same but for clip and group, the groups hold the same tensors."""
+    """Every rule is the same but for clip and group, and the groups hold the same trained tensors."""
     of_old: dict[str, set[str]] = {}
     of_new: dict[str, set[str]] = {}
     for name, rule in before.items():
         new = after[name]
+        # what does nothing on this tensor (keep on one that is withheld, all but share on a frozen one) may change
+        idle = {column: getattr(new, column) for column in COLUMNS if column != "per" and not acts(column, rule)}
+        clip = {"clip": clips.get(rule.group, rule.clip), "quantile": rule.quantile if rule.train else new.quantile}
+        same = new == replace(rule, **{**clip, "group": new.group, **idle})
         if rule.train:
             of_old.setdefault(rule.group, set()).add(new.group)
             of_new.setdefault(new.group, set()).add(rule.group)
-            wanted = replace(rule, clip=clips.get(rule.group, rule.clip), group=new.group)
-        else:  # nothing but being frozen matters
-            wanted = replace(new, train=False)
-        if new != wanted or len(of_old.get(rule.group, "1")) > 1 or len(of_new.get(new.group, "1")) > 1:
+            same = same and len(of_old[rule.group]) == len(of_new[new.group]) == 1
+        if not same:
             row = cascade.last.get((name, "clip"), (0,))[0]
             raise _intricate(cascade.policy, row, f"{name!r} would change in more than its clip")
 

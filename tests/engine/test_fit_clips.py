@@ -134,7 +134,7 @@ def test_adaptive_clips_are_left_alone(model, texts):
     fitted = fit(Policy([{"layers": "all", "clip": 1.0, "per": "block"}, adaptive]), model, texts)
     assert fitted.policy.rows[-1] == adaptive
     assert {group.kept for group in fitted.groups if group.id.startswith("row 2")} == {
-        "it follows its own quantile by noised counts"
+        "the clip follows its own quantile by noised counts"
     }
     assert not any(group.kept for group in fitted.groups if group.id.startswith("row 1"))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, reject, settings
 
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
@@ -18,6 +18,7 @@ from dpguard.policy.table import Policy
 from tests import tiny
 
 MODELS = {name: slots(tiny.module(name)) for name in ("bert", "distilbert", "gpt2", "gpt2-lm", "llama-lm", "qwen2-lm")}
+MODELS["lora"] = slots(tiny.lora(tiny.module("bert")))
 PER = ("row", "block", "role", "tensor")
 
 
@@ -26,8 +27,10 @@ def assert_same_but_for_clips(before, after, clips):
     assert len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs}), "another partition"
     for name in before.trained:
         old, new = before[name], after[name]
-        assert new == replace(old, clip=clips.get(old.group, old.clip), group=new.group), name
-    assert before.trained == after.trained
+        # keep, bits ... say nothing about what stays at home
+        same = {"keep": new.keep, "bits": new.bits} if not old.share else {}
+        assert new == replace(old, clip=clips.get(old.group, old.clip), group=new.group, **same), name
+    assert (before.trained, before.shared) == (after.trained, after.shared)
 
 
 def distinct_clips(plan):
@@ -37,16 +40,18 @@ def distinct_clips(plan):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("per", PER)
 def test_the_plan_is_the_same_but_for_the_clips(model, per):
+    inside = ("adapters", "adapters") if model == "lora" else ("mlp", "attention")
     rows = [
         {"layers": "all", "clip": 1.0, "noise": 0.8, "per": per, "mode": "normalise", "keep": 0.5},
-        {"layers": "block[0:2].mlp", "noise": 2.0},
+        {"layers": f"block[0:2].{inside[0]}", "noise": 2.0},
         {"layers": "block[1]", "clip": 0.5, "per": "tensor"},
-        {"layers": "block[-1].attention", "train": False},
-        {"layers": "embeddings", "share": False},
+        {"layers": f"block[-1].{inside[1]}", "train": False},
+        {"layers": "embeddings" if model != "lora" else "head", "share": False},
     ]
     policy, given_rows = Policy(rows, "mine"), copy.deepcopy(rows)
     before = policy.plan(MODELS[model])
     clips = distinct_clips(before)
+    assert clips
     found = with_group_clips(policy, MODELS[model], clips)
     assert_same_but_for_clips(before, found.plan(MODELS[model]), clips)
     assert list(policy.rows) == given_rows, "the old policy is not touched"
@@ -55,25 +60,31 @@ def test_the_plan_is_the_same_but_for_the_clips(model, per):
     assert not any("per" in row for row in split)
 
 
-COLUMNS = st.fixed_dictionaries(
-    {"layers": st.sampled_from(["all", "embeddings", "head", "norms", "biases", "block[1]", "block[0:2].mlp.in",
-                                "block[*].attention.query", ["head", "block[-1]"], "block[0:50%]"])},
-    optional={"clip": st.sampled_from([0.5, 1.0]), "per": st.sampled_from(PER), "noise": st.sampled_from([0.5, 1.0]),
-              "train": st.booleans(), "share": st.booleans(), "keep": st.sampled_from([0.1, 1.0]),
-              "mode": st.sampled_from(["clip", "normalise"]), "bits": st.just(8)},
-)  # fmt: skip
+LAYERS = ["embeddings", "head", "norms", "biases", "block[1]", "block[0:2].mlp.in", "block[*].attention",
+          ["head", "block[-1]"], "block[0:50%]", "adapters"]  # fmt: skip
+FIRST = st.fixed_dictionaries(
+    {"layers": st.just("all"), "clip": st.sampled_from([0.5, 1.0]), "per": st.sampled_from(PER)},
+    optional={"noise": st.just(0.8), "keep": st.just(0.1), "mode": st.just("normalise")},
+)
+LATER = st.fixed_dictionaries(
+    {"layers": st.sampled_from(LAYERS)},
+    optional={"train": st.booleans(), "share": st.booleans(), "noise": st.sampled_from([0.8, 2.0]), "bits": st.just(8)},
+)
+OWN_CLIP = st.builds(lambda row, clip, per: row | {"clip": clip, "per": per}, LATER, st.just(0.5), st.sampled_from(PER))
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["bert", "gpt2", "qwen2-lm"]), st.lists(COLUMNS, min_size=1, max_size=4), st.data())
-def test_any_table_is_split_faithfully_or_refused(model, rows, data):
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.sampled_from(["bert", "gpt2", "qwen2-lm", "lora"]), FIRST, st.lists(LATER | OWN_CLIP, max_size=4), st.data())
+def test_any_table_is_split_faithfully_or_refused(model, first, later, data):
     try:
-        policy = Policy(rows)
+        policy = Policy([first, *later])
         before = policy.plan(MODELS[model])
     except UserError:
-        return  # not a policy
-    chosen = data.draw(st.sets(st.sampled_from(sorted(before.groups)))) if before.groups else set()
-    clips = {key: value for key, value in distinct_clips(before).items() if key in chosen}
+        reject()  # not a policy of this model
+    clips = distinct_clips(before)
+    if clips and not data.draw(st.booleans()):
+        chosen = data.draw(st.sets(st.sampled_from(sorted(clips))))
+        clips = {key: clips[key] for key in chosen}
     try:
         found = with_group_clips(policy, MODELS[model], clips)
     except UserError as error:
@@ -108,10 +119,12 @@ def test_what_a_row_says_beside_its_clip_stays_where_another_row_clips():
     policy = Policy(
         [{"layers": "all", "clip": 1.0, "per": "block", "noise": 0.8, "bits": 8}, {"layers": "head", "clip": 2.0}]
     )
+    policy = Policy([*policy.rows, {"layers": "embeddings", "train": False}])
     found = with_group_clips(policy, MODELS["bert"], {"row 1 pooler": 0.3, "row 2": 0.7})
-    assert found.rows[-2:] == (
+    assert found.rows[-3:] == (
         {"layers": "head", "noise": 0.8, "bits": 8},
         {"layers": "head", "clip": 0.7},
+        {"layers": "embeddings", "train": False},
     )
 
 
