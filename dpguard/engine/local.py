@@ -114,8 +114,8 @@ def _steps(
         for name, total in clipped.sums.items():
             rule = plan[name]
             std = 0.0 if rule.unit == "update" or not rule.noise else rule.std(size)
-            noised = noise.add_noise_(total, std, drawn_from) if std else total
-            parameters[name].grad = (noised / size).to(parameters[name].dtype)
+            mean = noise.add_noise_(total, std, drawn_from, divide_by=size)
+            parameters[name].grad = mean.to(parameters[name].dtype)
         optimizer.step()
     if training.keep_state:
         state.moments = optimizer.state_dict()
@@ -132,7 +132,7 @@ def _released(client: Client, change: dict[str, Tensor], drawn_from: noise.Sourc
         noised = noise.add_noise_(bounded[name].clone(), std, drawn_from) if std else bounded[name]
         if client.training.error_feedback and name in state.residual:
             noised = noised + state.residual[name]
-        out[name] = wire.released_tensor(name, noised, plan, batch_size=1, mask_seed=client.mask_seed)
+        out[name] = wire.released_tensor(name, noised, plan, mask_seed=client.mask_seed)
         if client.training.error_feedback:
             state.residual[name] = noised - out[name]
     return out

@@ -69,8 +69,8 @@ def source(seed: int | None, device: str = "cpu") -> Source:
     return SecureSource() if seed is None else torch.Generator(device).manual_seed(seed)
 
 
-def add_noise_(value: Tensor, std: float, drawn_from: Source) -> Tensor:
-    """Add Gaussian noise of ``std`` to every entry of a float32 or float64 tensor, in place.
+def add_noise_(value: Tensor, std: float, drawn_from: Source, *, divide_by: float = 1) -> Tensor:
+    """Add Gaussian noise of ``std`` to every entry of a float32 or float64 tensor, then divide, in place.
 
     Returns:
         ``value``, or a contiguous copy where it was not contiguous.
@@ -81,10 +81,12 @@ def add_noise_(value: Tensor, std: float, drawn_from: Source) -> Tensor:
     chunk = CHUNK if value.device.type == "cpu" else 1 << 22
     for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
-        if isinstance(drawn_from, SecureSource) and piece.device.type == "cpu":
+        if std and isinstance(drawn_from, SecureSource) and piece.device.type == "cpu":
             drawn_from.add_normal_(piece, std)
-            continue
-        piece.add_(normal(piece.numel(), drawn_from, value.dtype).to(value.device), alpha=std)
+        elif std:
+            piece.add_(normal(piece.numel(), drawn_from, value.dtype).to(value.device), alpha=std)
+        if divide_by != 1:
+            piece.div_(divide_by)
     return value
 
 

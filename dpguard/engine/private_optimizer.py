@@ -149,13 +149,13 @@ class PrivateOptimizer(Optimizer):
 
     def _emit(self, clipped: wire.ClippedSum) -> None:
         self.last_message = {}
-        for name, noised, sent in wire.emit(
+        for out in wire.emit(
             clipped, self.plan, batch_size=self.batch_size, drawn_from=self._source, mask_seed=self._mask_seed
         ):
-            parameter = self.parameters_by_name[name]
-            parameter.grad = (noised / self.batch_size if sent is None else sent).to(parameter.dtype)
-            if sent is not None:
-                self.last_message[name] = sent
+            parameter = self.parameters_by_name[out.name]
+            parameter.grad = (out.mean if out.wire is None else out.wire).to(parameter.dtype)
+            if out.wire is not None:
+                self.last_message[out.name] = out.wire
 
     def _follow_quantiles(self, norms: dict[str, Tensor]) -> None:
         clips = wire.next_clips(norms, self.plan, self._source, batch_size=self.batch_size)

@@ -216,16 +216,20 @@ def next_clips(
     return out
 
 
-def noised_tensor(name: str, total: Tensor, plan: Plan, *, batch_size: int, drawn_from: noise.Source) -> Tensor:
-    """Gaussian noise of the rule's std on every entry of one tensor's sum, zeros included; ``total`` is overwritten."""
-    std = plan[name].std(batch_size)
-    return total if std == 0 else noise.add_noise_(total, std, drawn_from)
+def noised_tensor(
+    name: str, total: Tensor, plan: Plan, *, batch_size: int, drawn_from: noise.Source, divide: bool = False
+) -> Tensor:
+    """Gaussian noise of the rule's std on every entry of one tensor's sum, zeros included; ``total`` is overwritten.
+
+    With ``divide`` the result is divided by the PUBLIC batch size in the same pass over memory.
+    """
+    return noise.add_noise_(total, plan[name].std(batch_size), drawn_from, divide_by=batch_size if divide else 1)
 
 
-def released_tensor(name: str, noised: Tensor, plan: Plan, *, batch_size: int, mask_seed: int = 0) -> Tensor:
-    """What leaves of one shared tensor: divided by the PUBLIC batch size, then pruned and quantised."""
-    value = noised / batch_size
+def released_tensor(name: str, mean: Tensor, plan: Plan, *, mask_seed: int = 0) -> Tensor:
+    """What leaves of one shared tensor: its noised mean, pruned and quantised."""
     rule = plan[name]
+    value = mean
     steps: list[tuple[str, object]] = [("prune", (rule.keep, rule.prune))] if rule.keep < 1 else []
     steps += [("quantise", rule.bits)] if rule.bits is not None else []
     for operation, setting in [*steps, *rule.release]:
@@ -235,16 +239,36 @@ def released_tensor(name: str, noised: Tensor, plan: Plan, *, batch_size: int, m
 
 
 def release(noised: Mapping[str, Tensor], plan: Plan, *, batch_size: int, mask_seed: int = 0) -> dict[str, Tensor]:
-    """What leaves of all shared tensors; see `released_tensor`."""
-    return {
-        name: released_tensor(name, noised[name], plan, batch_size=batch_size, mask_seed=mask_seed)
-        for name in plan.shared
-    }
+    """What leaves of all shared tensors, from their noised sums; see `released_tensor`."""
+    return {name: released_tensor(name, noised[name] / batch_size, plan, mask_seed=mask_seed) for name in plan.shared}
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """One trained tensor on its way out.
+
+    Attributes:
+        name: its name.
+        noised: clipped sum plus noise; None where only the mean was asked for.
+        mean: noised / public batch size: what a withheld tensor is updated with at home.
+        wire: what leaves, None when withheld.
+    """
+
+    name: str
+    noised: Tensor | None
+    mean: Tensor
+    wire: Tensor | None
 
 
 def emit(
-    clipped: ClippedSum, plan: Plan, *, batch_size: int, drawn_from: noise.Source, mask_seed: int = 0
-) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    clipped: ClippedSum,
+    plan: Plan,
+    *,
+    batch_size: int,
+    drawn_from: noise.Source,
+    mask_seed: int = 0,
+    keep_noised: bool = False,
+) -> Iterator[Emitted]:
     """Clip the update (unit ``update``), noise, then release, tensor by tensor: the way of every message.
 
     The sums are used up (noised in place, then let go), so that a step needs no second copy of the model.
@@ -255,19 +279,21 @@ def emit(
         batch_size: the PUBLIC batch size (the divisor), never the actual Poisson count.
         drawn_from: source of the noise; secret in a deployment.
         mask_seed: public seed of random pruning masks.
+        keep_noised: also hand out the noised sums, for audits.
 
     Yields:
-        (name, noised sum, what leaves or None when withheld) for every trained tensor, in the plan's order.
+        Every trained tensor, in the plan's order.
     """
     sums = clip_update(clipped.sums, plan, batch_size)
     clipped.sums.clear()
     shared = set(plan.shared)
     for name in plan.trained:
-        noised = noised_tensor(name, sums.pop(name), plan, batch_size=batch_size, drawn_from=drawn_from)
-        sent = None
-        if name in shared:
-            sent = released_tensor(name, noised, plan, batch_size=batch_size, mask_seed=mask_seed)
-        yield name, noised, sent
+        value = noised_tensor(
+            name, sums.pop(name), plan, batch_size=batch_size, drawn_from=drawn_from, divide=not keep_noised
+        )
+        mean = value / batch_size if keep_noised else value
+        sent = released_tensor(name, mean, plan, mask_seed=mask_seed) if name in shared else None
+        yield Emitted(name, value if keep_noised else None, mean, sent)
 
 
 def make_message(
@@ -276,8 +302,9 @@ def make_message(
     """The whole message at once; ``clipped`` stays as it is. See `emit`."""
     copy = replace(clipped, sums={name: value.clone() for name, value in clipped.sums.items()})
     message = Message({}, {})
-    for name, noised, sent in emit(copy, plan, batch_size=batch_size, drawn_from=generator, mask_seed=mask_seed):
-        message.noised[name] = noised
-        if sent is not None:
-            message.wire[name] = sent
+    for out in emit(copy, plan, batch_size=batch_size, drawn_from=generator, mask_seed=mask_seed, keep_noised=True):
+        if out.noised is not None:
+            message.noised[out.name] = out.noised
+        if out.wire is not None:
+            message.wire[out.name] = out.wire
     return message
