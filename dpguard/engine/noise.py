@@ -15,8 +15,11 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Entries drawn at a time: the working set stays in the processor's cache."""
+
+
+_ZEROS = bytes(4 * CHUNK)
 
 
 class SecureSource:
@@ -33,7 +36,8 @@ class SecureSource:
         """(count,) random integers over the whole range of ``dtype`` (int32 or int64)."""
         size = count * (4 if dtype == torch.int32 else 8)
         drawn = bytearray(size + 16)  # the cipher asks for a block more than it fills
-        self._stream.update_into(bytes(size), drawn)
+        zeros = _ZEROS if size == len(_ZEROS) else bytes(size)
+        self._stream.update_into(zeros, drawn)
         return torch.frombuffer(drawn, dtype=dtype, count=count)
 
     def add_normal_(self, flat: Tensor, std: float) -> None:

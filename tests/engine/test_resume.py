@@ -72,9 +72,7 @@ def test_mistakes_on_resume_are_errors_before_any_step(tmp_path):
     engine, *_ = private(DP)
     state = engine.state_dict()
     changed, *_ = private([{"layers": "all", "clip": 1.0, "noise": 0.5}])
-    with pytest.raises(
-        UserError, match=r"the checkpoint is of plan .* expected the policy that"
-    ):
+    with pytest.raises(UserError, match=r"the checkpoint is of plan .* expected the policy that"):
         changed.load_state_dict(state)
     slower, *_ = private(DP, batch_size=3)
     with pytest.raises(UserError, match=r"made at sampling rate 0\.2, this training's is 0\.1"):
