@@ -19,7 +19,7 @@ from dpguard.policy.table import Policy
 from tests import tiny
 
 TEXTS = [
-    " ".join(tiny.WORDS[(7 * i) % 30 : (7 * i) % 30 + 2 + i % 6]) + f" {tiny.WORDS[40 + i % 20]}" for i in range(41)
+    " ".join(tiny.WORDS[(7 * i) % 30 : (7 * i) % 30 + 2 + i % 6]) + f" {tiny.WORDS[40 + i % 20]}" for i in range(43)
 ]
 FACTS = {"sampling_rate": 0.02, "steps": 200, "delta": 1e-5}
 
@@ -190,5 +190,5 @@ def test_only_bad_texts(texts):
     bad = tiny.module("bert")
     with torch.no_grad():
         bad.classifier.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="none of the 41 public texts has a finite gradient"):
+    with pytest.raises(UserError, match="none of the 43 public texts has a finite gradient"):
         fit(Policy([{"layers": "all", "clip": 1.0}]), bad, texts)

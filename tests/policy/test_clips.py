@@ -136,6 +136,22 @@ def test_tied_tensors_that_two_rows_name_differently_are_refused_with_the_row():
     assert error.value.loc[0] == "rows"
 
 
+@pytest.mark.parametrize(
+    ("group", "wrong"), [("block[0]", ("block[0].mlp",)), ("head", ("head", "block[0]")), ("head", ("pooler",))]
+)
+def test_a_wrong_split_never_passes(group, wrong, monkeypatch):
+    """The new table is planned and compared: whatever the selectors are, a plan that changed is an error."""
+    right = Selectors.cover
+    names = frozenset(slot.name for slot in select(group, MODELS["bert"]))
+    monkeypatch.setattr(Selectors, "cover", lambda self, asked: wrong if asked == names else right(self, asked))
+    policy = Policy([{"layers": "all", "clip": 1.0, "per": "block", "noise": 0.8}])
+    with pytest.raises(
+        UserError,
+        match=r"row 1 \(all\) cannot get one clip a group: .*(more than its clip|changes nothing|without a clip)",
+    ):
+        with_group_clips(policy, MODELS["bert"], distinct_clips(policy.plan(MODELS["bert"])))
+
+
 def test_an_unknown_group_is_named():
     with pytest.raises(UserError, match="row 1 heda"):
         with_group_clips(Policy([{"layers": "all", "clip": 1.0, "per": "block"}]), MODELS["bert"], {"row 1 heda": 1})
