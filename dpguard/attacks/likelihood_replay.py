@@ -113,6 +113,14 @@ class Replay:
         """Block of every channel, None outside the blocks."""
         return [self._slots[c.name].block for c in self.channels]
 
+    def is_token_table(self, channel: Channel) -> bool:
+        """Whether the tensor is the token-embedding table, which soft tokens have no row in."""
+        return self._slots[channel.name].role == "token_embedding"
+
+    def above_blocks(self, index: int) -> bool:
+        """Whether a channel belongs to what comes after the blocks: the pooler or the head."""
+        return self._slots[self.channels[index].name].role in {"pooler", "head"}
+
     def terms(self, batch: Batch, *, only: frozenset[int] | None = None) -> Terms:
         """Evidence about N candidate texts, in chunks; no derivative.
 

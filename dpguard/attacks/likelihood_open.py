@@ -1,0 +1,120 @@
+"""The open world, all of it: which label and length, the search under each, and the exact likelihood at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from dpguard.attacks.base import Budget
+from dpguard.attacks.likelihood_guide import Guide
+from dpguard.attacks.likelihood_prior import Neighbours
+from dpguard.attacks.likelihood_replay import Replay
+from dpguard.attacks.likelihood_search import Row, Search, Spent
+from dpguard.attacks.likelihood_texts import is_message, labels_of, score
+from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.inputs.family import family_of
+
+SAMPLE = 1000
+"""Public texts that say which label and which length are likely."""
+LENGTHS = 3
+"""Lengths that are tried when it is unknown."""
+FINAL = 64
+"""Best texts of every search that the exact likelihood decides between."""
+
+
+def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Reconstruction:
+    """The likeliest text that a search of ``budget.candidates`` finds; see `likelihood_search`.
+
+    With label or length unknown the most promising ones share a third of the budget, and the best goes on alone.
+    """
+    exact = Replay(seen)
+    quick = Replay(seen, dtype=torch.bfloat16)
+    words = Neighbours(seen.disclosed, len(quick.model.get_input_embeddings().weight))  # type: ignore[operator]
+    spent = Spent(max(1, budget.candidates))
+    ways = _ways(seen, quick, words, spent, rng)
+    searches = []
+    for label, length in ways:
+        public = sorted(words.rows, key=lambda row: abs(len(row) - length))  # the nearest in length first
+        guide = Guide(quick, label, seen.disclosed.tokenizer.pad_token_id, public)
+        draws = random.Random(int(torch.randint(2**62, (1,), generator=rng)))
+        searches.append(Search(guide, words, length, rng, draws, spent))
+    begun, share = spent.candidates, (spent.limit - spent.candidates) // 3 if len(ways) > 1 else 0
+    for index, search in enumerate(searches):
+        search.start([row for row in words.rows if len(row) == search.length])
+        if len(ways) > 1:
+            search.run(begun + share * (index + 1) // len(ways))
+    _, lead = max((_decide(exact, search)[1], -index) for index, search in enumerate(searches))
+    searches[-lead].run(spent.limit)
+    return _answer(seen, exact, searches, spent)
+
+
+def _ways(
+    seen: Observation, quick: Replay, words: Neighbours, spent: Spent, rng: torch.Generator
+) -> list[tuple[int, int]]:
+    """(label, length) pairs to try, the most promising first: by how likely public texts make them."""
+    told, labels = seen.disclosed, labels_of(seen)
+    longest = family_of(seen.model).max_tokens(seen.model.config)
+    if told.lengths is not None and len(labels) == 1:
+        return [(labels[0], told.lengths[0])]
+    rows = [row for row in words.rows if len(row) <= longest]
+    order = torch.randperm(len(rows), generator=rng).tolist()
+    sample = [rows[i] for i in order][: spent.take(min(SAMPLE, spent.limit // (4 * len(labels))))]
+    if not sample:
+        return [(labels[0], told.lengths[0] if told.lengths else len(words.rows[0]))]
+    table = {}
+    for label in labels:
+        spent.take(len(sample))
+        table[label] = score(quick, sample, label, told.tokenizer.pad_token_id).loglik
+    label = max(labels, key=lambda each: float(table[each].topk(min(50, len(sample))).values.mean()))
+    if told.lengths is not None:
+        return [(label, told.lengths[0])]
+    return [(label, length) for length in _lengths(sample, table[label])]
+
+
+def _lengths(sample: Sequence[Row], loglik: torch.Tensor) -> list[int]:
+    """The lengths whose public texts explain the message best, by the mean of the best few of each."""
+    by_length: dict[int, list[float]] = {}
+    for row, value in zip(sample, loglik.tolist(), strict=True):
+        by_length.setdefault(len(row), []).append(value)
+    means = {
+        length: sum(sorted(values, reverse=True)[:5]) / min(5, len(values))
+        for length, values in by_length.items()
+        if len(values) >= min(5, len(sample))
+    }
+    return sorted(means or by_length, key=lambda length: -means.get(length, -torch.inf))[:LENGTHS]
+
+
+def _decide(exact: Replay, search: Search) -> tuple[Row, float]:
+    """The likeliest of a search's best texts and its log-posterior, by the exact likelihood in float32."""
+    if not search.pool:
+        return (), -torch.inf
+    rows = sorted(search.pool, key=lambda row: -search.pool[row])[:FINAL]
+    found = score(exact, rows, search.guide.label, search.guide.padding).loglik
+    found = found + torch.tensor([search.prior[row] for row in rows], dtype=found.dtype)
+    best = int(found.argmax())
+    return rows[best], float(found[best])
+
+
+def _answer(seen: Observation, exact: Replay, searches: Sequence[Search], spent: Spent) -> Reconstruction:
+    ends = [_decide(exact, search) for search in searches]
+    which = max(range(len(ends)), key=lambda index: ends[index][1])
+    (row, posterior), search = ends[which], searches[which]
+    terms = score(exact, [row], search.guide.label, search.guide.padding)
+    return Reconstruction(
+        sequences=[list(row)],
+        certain=[is_message(seen, row, search.guide.label)],
+        candidates=spent.candidates,
+        notes={
+            "world": "open",
+            "loglik": float(terms.loglik[0]),
+            "log_posterior": posterior,
+            "misfit": float(terms.misfit[0]),
+            "score": search.pool[row],
+            "label": search.guide.label,
+            "lengths": [each.length for each in searches],
+            "compared": len(exact.channels),
+            "ignored": exact.ignored,
+        },
+    )

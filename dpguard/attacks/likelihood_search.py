@@ -1,0 +1,338 @@
+"""The open world: a text grown word by word on its likelihood, from public text of the same kind.
+
+Starts at the best public text of the length; asks of many words whether they are anywhere in the message; then, one
+place at a time, tries the words that the bigram model and the score's derivative with respect to the place's
+embedding propose. The derivative at one text is useless, because the score is far from linear in a word; averaged
+over random words at that place it puts the right one in the top hundreds of tens of thousands. Between places:
+other orders, a word dropped here and one put in there, stretches written anew, crossings of good texts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpguard.attacks.likelihood_guide import Guide
+from dpguard.attacks.likelihood_moves import crossings, reorderings
+from dpguard.attacks.likelihood_prior import NEVER, Neighbours
+
+Row = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Widths of the search.
+
+    Attributes:
+        fillings: random words that a derivative is averaged over.
+        words: words tried at one place.
+        bag: of them at most this many from the words that seem to be in the message.
+        scan: words looked for in the message at the start.
+        exact: of one place's words, how many get the full score.
+        beam: texts that are worked on.
+        orders: other orders tried at once.
+        hot: until this part of the budget is spent, a nat of prior counts at least ``heat`` squared.
+        heat: see ``hot``.
+    """
+
+    fillings: int = 32
+    words: int = 192
+    bag: int = 64
+    scan: int = 1500
+    exact: int = 40
+    beam: int = 6
+    orders: int = 160
+    hot: float = 0.4
+    heat: float = 0.03
+
+
+@dataclass
+class Spent:
+    """Candidates looked at so far, and how many may be."""
+
+    limit: int
+    candidates: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is used up."""
+        return self.candidates >= self.limit
+
+    def take(self, wanted: int) -> int:
+        """``wanted`` candidates, or as many as are left."""
+        count = max(0, min(wanted, self.limit - self.candidates))
+        self.candidates += count
+        return count
+
+
+@dataclass
+class Search:
+    """One text of a known length under one label.
+
+    Attributes:
+        guide: the score.
+        words: what public text says.
+        length: tokens with special tokens.
+        source: of the draws of words.
+        draws: of all other choices.
+        spent: the budget, which several searches may share.
+        pool: every text with a full score.
+    """
+
+    guide: Guide
+    words: Neighbours
+    length: int
+    source: torch.Generator
+    draws: random.Random
+    spent: Spent
+    setting: Setting = field(default_factory=Setting)
+    pool: dict[Row, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frame = self.words.frame
+        self.places = range(len(frame.prefix), self.length - len(frame.suffix))
+        self.prior: dict[Row, float] = {}
+        self.lines: dict[int, Tensor] = {}
+        self.bag: Tensor | None = None
+        self.base, self.spread = 0.0, 1.0
+        self.done: set[tuple[object, ...]] = set()
+        self.first = self.spent.candidates
+
+    # -- scores
+
+    def score(self, rows: Sequence[Row]) -> None:
+        """Full scores into the pool, for texts that have none, as far as the budget reaches."""
+        fresh = [row for row in dict.fromkeys(rows) if row not in self.pool]
+        fresh = fresh[: self.spent.take(len(fresh))]
+        if fresh:
+            self.pool |= dict(zip(fresh, self.guide.full(fresh), strict=True))
+            self.prior |= dict(zip(fresh, self.words.log_prior(fresh), strict=True))
+
+    def screened(self, rows: Sequence[Row], exact: int) -> Tensor | None:
+        """Full scores for the most promising ``exact`` texts; (N,) screening scores when there was a screening."""
+        if self.guide.upper is None or len(rows) <= exact:
+            self.score(rows)
+            return None
+        rows = rows[: self.spent.take(len(rows))]
+        if not rows:
+            return None
+        raw = self.guide.screen(rows)
+        both = raw + self.guide.nats * torch.tensor(self.words.log_prior(rows), dtype=raw.dtype)
+        self.score([rows[i] for i in both.topk(min(exact, len(rows))).indices.tolist()])
+        return raw
+
+    def best(self, count: int) -> list[Row]:
+        """The pool's best texts by score plus prior."""
+        part = (self.spent.candidates - self.first) / max(1, self.spent.limit - self.first)
+        nat = max(self.guide.nats, self.setting.heat**2) if part < self.setting.hot else self.guide.nats
+        top = heapq.nlargest(max(64, count), self.pool, key=lambda row: self.pool[row])
+        return sorted(top, key=lambda row: -(self.pool[row] + nat * self.prior[row]))[:count]
+
+    # -- proposals
+
+    def around(self, row: Row, place: int) -> tuple[int | None, int | None]:
+        """The neighbours of a place, None beyond an unframed end."""
+        return (row[place - 1] if place else None), (row[place + 1] if place + 1 < len(row) else None)
+
+    def body(self, row: Row) -> Row:
+        """A text without its special tokens."""
+        return row[self.places.start : self.places.stop]
+
+    def wrap(self, bodies: Sequence[Sequence[int]]) -> list[Row]:
+        """Texts with their special tokens, those with a score already left out."""
+        rows = [tuple(self.words.frame.wrap(body)) for body in bodies]
+        return [row for row in rows if row not in self.pool]
+
+    def line(self, row: Row, place: int, draw_from: Tensor, count: int) -> Tensor:
+        """(vocabulary,) score's derivative along each word's embedding, averaged over ``count`` drawn fillings."""
+        fillings = torch.multinomial(draw_from, self.spent.take(count) or 1, replacement=True, generator=self.source)
+        rows = [(*row[:place], int(token), *row[place + 1 :]) for token in fillings.tolist()]
+        slope = self.guide.slopes(rows)[:, place].mean(0)
+        line = (self.guide.table @ slope.to(self.guide.table.dtype)).float()
+        inside = line[self.words.allowed]
+        return ((line - inside.mean()) / inside.std().clamp(min=1e-30)).masked_fill(~self.words.allowed, NEVER)
+
+    def expand(self, row: Row, place: int) -> None:
+        """Try words at one place: by derivative and neighbours, and those that seem to be in the message."""
+        near = self.words.between(*self.around(row, place))
+        draw_from = 0.5 * torch.softmax(near.double(), 0) + 0.5 * self.words.frequency
+        line = self.lines[place] = self.line(row, place, draw_from, self.setting.fillings)
+        parts = self.setting.words // 4
+        chosen = [
+            _top(line + 0.35 * near.clamp(min=-25), self.words.allowed, 2 * parts),
+            _top(line + 0.15 * self.words.log_frequency, self.words.allowed, parts),
+            _top(near, self.words.allowed, parts),
+        ]
+        if self.bag is not None:
+            chosen.append(_top(self.bag, self.words.allowed, self.setting.bag))
+        tokens = torch.unique(torch.cat(chosen))
+        self.remember(tokens, self.screened(self.put(row, place, tokens), self.setting.exact))
+        self.done.add((row, place))
+
+    def put(self, row: Row, place: int, tokens: Tensor) -> list[Row]:
+        """A text with each of some words at one place."""
+        return [(*row[:place], token, *row[place + 1 :]) for token in tokens.tolist()]
+
+    def remember(self, tokens: Tensor, raw: Tensor | None) -> None:
+        """What a screening says about words, wherever they stand in the message."""
+        if self.bag is not None and raw is not None and len(raw) == len(tokens):
+            z = (raw - self.base) / self.spread
+            self.bag[tokens] = 0.7 * self.bag[tokens] + 0.3 * (z - z.median())
+
+    def scan(self, row: Row, place: int) -> None:
+        """Look for the public words at one place of a text: those that raise the score are somewhere in the message."""
+        line = self.line(row, place, self.words.frequency, 2 * self.setting.fillings)
+        seen = self.words.seen
+        tokens = seen[_top((line + 0.15 * self.words.log_frequency)[seen], None, self.setting.scan)]
+        rows = self.put(row, place, tokens)
+        rows = rows[: self.spent.take(len(rows))]
+        if len(rows) < 2:
+            return
+        raw = self.guide.screen(rows)
+        self.base, self.spread = float(raw.mean()), float(raw.std().clamp(min=1e-30))
+        self.bag = torch.full((len(self.words.allowed),), -1.0)
+        self.bag[tokens[: len(rows)]] = (raw - self.base) / self.spread
+        self.score([rows[i] for i in raw.topk(min(self.setting.exact, len(rows))).indices.tolist()])
+
+    def place_bag(self) -> None:
+        """One pass over the places in random order, with the words that seem to be in the message."""
+        for place in self.draws.sample(self.places, len(self.places)):
+            if self.bag is None or self.spent.over:
+                return
+            tokens = _top(self.bag, self.words.allowed, self.setting.bag)
+            self.remember(tokens, self.screened(self.put(self.best(1)[0], place, tokens), 24))
+
+    def reorder(self, row: Row) -> None:
+        """Other orders: when there are many, half by the prior and half at random."""
+        rows = self.wrap(reorderings(self.body(row)))
+        if len(rows) > self.setting.orders:
+            self.draws.shuffle(rows)
+            prior = self.words.log_prior(rows)
+            order = sorted(range(len(rows)), key=lambda i: -prior[i])
+            half = self.setting.orders // 2
+            rows = [rows[i] for i in (*order[:half], *self.draws.sample(order[half:], half))]
+        self.screened(rows, 24)
+        self.done.add((row, "orders"))
+
+    def slide(self, row: Row) -> None:
+        """Drop one word and put a fresh one elsewhere, for texts that are right but shifted."""
+        body: Row = self.body(row)
+        found: dict[Row, None] = {}
+        frame = self.words.frame
+        for out in range(len(body)):
+            rest = body[:out] + body[out + 1 :]
+            framed: Row = (*frame.prefix, *rest, *frame.suffix)
+            for into in range(len(body)):
+                if into == out:
+                    continue
+                at = self.places.start + into
+                near = self.words.between(framed[at - 1] if at else None, framed[at] if at < len(framed) else None)
+                line = self.lines.get(at)
+                both = near if line is None else 0.5 * near + line
+                for token in {*near.topk(2).indices.tolist(), *both.topk(3).indices.tolist()}:
+                    found[(*rest[:into], token, *rest[into:])] = None
+        rows = self.wrap(list(found))
+        self.draws.shuffle(rows)
+        self.screened(rows[:400], self.setting.exact)
+        self.done.add((row, "slide"))
+
+    def rewrite(self, row: Row, count: int = 160) -> None:
+        """Write two or three neighbouring places anew, left to right, by derivative times bigram model."""
+        width = min(self.draws.choice((2, 2, 3)), len(self.places))
+        start = self.draws.randint(self.places.start, self.places.stop - width)
+        temperature, known = self.draws.choice((1.0, 2.0)), {}
+        found: dict[Row, None] = {}
+        for _ in range(count):
+            new = list(row)
+            for place in range(start, start + width):
+                left, right = self.around(tuple(new), place)
+                last = place == start + width - 1
+                if (place, left) not in known:
+                    near = 0.5 * self.words.between(left, right) if last else 0.6 * self.words.after(left)
+                    line = self.lines.get(place)
+                    mixed = near if line is None else near + temperature * line
+                    top = mixed.masked_fill(~self.words.allowed, NEVER).topk(min(48, int(self.words.allowed.sum())))
+                    known[place, left] = (torch.softmax(top.values, 0).tolist(), top.indices.tolist())
+                weights, tokens = known[place, left]
+                new[place] = self.draws.choices(tokens, weights)[0]
+            found[tuple(new)] = None
+        self.screened([r for r in found if r not in self.pool], 24)
+
+    def cross(self, one: Row, two: Row) -> None:
+        """Mixtures of two good texts."""
+        self.score(self.wrap(crossings(self.body(one), self.body(two), self.draws, 24)))
+
+    # -- the search
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """From public texts of this length, or from drawn words where there is none."""
+        if not rows:
+            drawn = torch.multinomial(
+                self.words.frequency, 16 * len(self.places), replacement=True, generator=self.source
+            )
+            rows = [tuple(self.words.frame.wrap(body)) for body in drawn.reshape(16, -1).tolist()]
+        self.screened(list(rows), 64)
+        if self.pool and not self.spent.over:
+            first = self.best(1)[0]
+            self.scan(first, self.places[min(1, len(self.places) - 1)])
+            self.place_bag()
+
+    def run(self, until: int) -> None:
+        """Improve until ``until`` candidates were looked at or nothing more helps."""
+        since, turn, beam, rewritten = 0, 0, self.setting.beam, 0
+        while self.pool and self.places and self.spent.candidates < until:
+            before = self.spent.candidates
+            top = self.best(beam)
+            lead = top[0]
+            settled = all((lead, place) in self.done for place in self.places)
+            job = self._job(top, since >= 6 or settled)
+            if settled and (job is None or self.draws.random() < 0.5):
+                job = (self.draws.choice(top[:3]), "rewrite")
+                rewritten += 1
+            if job is None:
+                job, beam = (lead, "rewrite"), beam + 2
+            row, what = job
+            if what == "orders":
+                since = 0
+                self.reorder(row)
+            elif what == "slide":
+                self.slide(row)
+            elif what == "rewrite":
+                self.rewrite(row)
+            else:
+                self.expand(row, int(what))
+            since, turn = since + 1, turn + 1
+            if turn % 12 == 0 and len(top) > 1:
+                self.cross(lead, self.draws.choice(top[1:]))
+            if self.spent.candidates == before:
+                self.spent.candidates += 1  # a turn without a new text: a short text may have none left
+
+    def _job(self, top: Sequence[Row], reorder: bool) -> tuple[Row, str] | None:
+        """The next thing to try: the best text first, its places in random order, then orders, then shifts."""
+        for rank, row in enumerate(top):
+            if rank < 2 and reorder and (row, "orders") not in self.done:
+                return row, "orders"
+            open_places = [place for place in self.places if (row, place) not in self.done]
+            if rank:
+                open_places = [place for place in open_places if not self._like(top[0], row, place)]
+            if open_places:
+                return row, str(self.draws.choice(open_places))
+            if not rank and (row, "slide") not in self.done:
+                return row, "slide"
+        return None
+
+    def _like(self, lead: Row, row: Row, place: int) -> bool:
+        """Whether the best text answered this place already, between the same neighbours (half of the time)."""
+        same = self.around(lead, place) == self.around(row, place)
+        return same and (lead, place) in self.done and self.draws.random() < 0.5
+
+
+def _top(values: Tensor, allowed: Tensor | None, count: int) -> Tensor:
+    """Indices of the largest values, no more than there are (allowed) ones."""
+    most = len(values) if allowed is None else int(allowed.sum())
+    return values.topk(min(count, most)).indices
