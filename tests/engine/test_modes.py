@@ -284,6 +284,22 @@ def test_a_layer_that_nothing_can_handle_is_refused_before_any_step():
     assert collected(model, PARTITIONS["flat"], "loop").sums["pooled.gain"].norm() > 0
 
 
+def test_a_layer_that_gives_no_tensor_is_refused_at_its_first_use():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRU(12, 12, batch_first=True)
+
+        def forward(self, x):
+            return self.cell(x[:, None])[0][:, 0]
+
+    model = difficult()
+    model.pooled = First()
+    with pytest.raises(UserError, match=r"GRU has trained tensors and gives tuple, .* grad_mode='loop'"):
+        collected(model, PARTITIONS["flat"], "fast")
+    assert collected(model, PARTITIONS["flat"], "loop").sums["pooled.cell.weight_ih_l0"].norm() > 0
+
+
 def test_an_unknown_mode_names_the_nearest():
     model = difficult()
     with pytest.raises(UserError, match="unknown grad_mode 'fst'; did you mean 'fast'"):

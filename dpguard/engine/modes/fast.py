@@ -20,6 +20,7 @@ from dpguard.engine import wire
 from dpguard.engine.modes import layers
 from dpguard.engine.modes.base import GradientMode, trained_parameters
 from dpguard.engine.modes.contributions import Contribution, Grams, merge, squared_norm
+from dpguard.errors import UserError
 from dpguard.policy.table import Plan
 
 
@@ -87,6 +88,11 @@ class Fast(GradientMode):
     def _forward(self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         if not (layer.training and torch.is_grad_enabled()):
             return
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"{type(layer).__name__} has trained tensors and gives {type(output).__name__}, no tensor; expected it "
+                "frozen (train: false), or grad_mode='loop'"
+            )
         if not output.requires_grad:  # the lowest trained layer: the backward pass ends here
             output.requires_grad_(True)
         given: Tensor = arguments[0] if arguments else next(iter(named.values()))
