@@ -96,7 +96,7 @@ class Fast(GradientMode):
         if not output.requires_grad:  # the lowest trained layer: the backward pass ends here
             output.requires_grad_(True)
         given: Tensor = arguments[0] if arguments else next(iter(named.values()))
-        output.register_hook(partial(self._backward, layer, given.detach(), given._version))
+        output.register_hook(partial(self._backward, layer, given.detach(), given._version))  # type: ignore[no-untyped-call]
 
     def _backward(self, layer: nn.Module, given: Tensor, version: int, gradient: Tensor) -> None:
         self._uses.append(_Use(layer, given, version, gradient.detach()))
