@@ -1,12 +1,12 @@
-"""The span attack: one shared linear weight of any inner block says which hidden vectors were the client's.
+"""The span attack: shared linear weights of inner blocks say which hidden vectors were the client's.
 
 The gradient of a linear layer has the span of the layer's inputs as its row space (arXiv 2405.15586 uses
-that for the first two layers). Here it is used at any depth, for one text, without its label or length:
-the rank gives the length; a linear picture of the layer's inputs (`span_picture`) guesses token and position
-without a search; a discrete search (`span_search`) ends where every state lies in the span to the precision
-of the message, which no other text does, so that the attack knows when it is right; a continuous search
-(`span_relax`) gives new starts when it is stuck. The first block's attention inputs and decoders need no
-search (`span_exact`).
+that for the first two layers). Batches of encoders are read whole from the first block (`span_batch`). One
+text needs one weight of any inner block, and neither its label nor its length: the rank gives the length; a
+linear picture of the layer's inputs (`span_picture`) guesses token and position without a search; a discrete
+search (`span_search`) ends where every state lies in the span to the precision of the message, which no other
+text does, so that the attack knows when it is right; a continuous search (`span_relax`) gives new starts when
+it is stuck. The first block's attention inputs and decoders need no search (`span_exact`).
 
 What it cannot use: the final block under a classification head (rank of the batch), pruned or rounded
 weights (full rank), and noise above the signal's singular values (it says so and proposes nothing).
@@ -23,6 +23,7 @@ from torch import Tensor
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
+from dpguard.attacks.span_batch import BatchReader, batch_reason
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
 from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
@@ -82,24 +83,30 @@ class Span:
     """See the module's text."""
 
     name = "span"
-    cite = "any depth and certificate: this project; the span test of the first two layers: DAGER, arXiv 2405.15586"
+    cite = (
+        "any depth, batches and certificate: this project; the span test of the first two layers: DAGER, "
+        "arXiv 2405.15586"
+    )
     presets = {"default": Budget(steps=2000, candidates=20000, restarts=8), "quick": Budget(700, 2500, 4)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:
-        """Empty when one text's gradient of an inner block's linear weight is on the wire, else the reason."""
+        """Empty when a weight of an inner block that the attack can read is on the wire, else the reason."""
         told = seen.disclosed
-        if told.sequences != 1:
-            return f"needs a message of one text, this one has {told.sequences or 'an unknown number'}"
         if told.kind != "gradient":
             return f"needs a gradient, the message is {told.kind!r}"
+        if told.sequences != 1:
+            with left_as_found(seen.model):
+                return batch_reason(seen)
         return usable(seen, sites_of(seen.model))[1]
 
     def reconstruct(
         self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
     ) -> Reconstruction:
-        """Propose the text behind a message of one text; see `base.Attack`."""
+        """Propose the texts behind a message; see `base.Attack`."""
         budget = choose(self.name, self.presets, preset, budget)[1]
         with left_as_found(seen.model):
+            if seen.disclosed.sequences != 1:
+                return BatchReader(seen, rng, budget).read()
             case = _case(seen, rng, budget)
             evidence = gather(seen, usable(seen, case.sites)[0], causal=case.probe.family.causal, most=WITNESSES)
             return _judge(case, seen, evidence)

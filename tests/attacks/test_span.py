@@ -119,7 +119,7 @@ def test_a_space_that_no_text_spans_is_never_certain() -> None:
 
 def test_two_texts_in_one_message_are_not_taken_for_one() -> None:
     seen, _ = messages.observe(tiny.loaded("bert"), _only("block[1].mlp.in"), tiny.SENTENCES[:2], [1, 0], tell=())
-    assert "one text" in span.PLUGIN.applicable(seen)
+    assert "first block's MLP" in span.PLUGIN.applicable(seen)
     claimed = replace(seen, disclosed=replace(seen.disclosed, sequences=1))
     assert not any(_run(claimed, budget=Budget(steps=40, candidates=600, restarts=2)).certain)
 
@@ -162,7 +162,9 @@ def test_what_it_cannot_use_it_refuses_with_the_reason() -> None:
     assert "no attention or MLP weight" in reason(_only("head"))
     assert "pruned or rounded" in reason([{"layers": "all", "keep": 0.5}])
     assert "pruned or rounded" in reason([{"layers": "all", "bits": 8}])
-    assert "one text" in reason([], sequences=None)
+    assert reason([], sequences=None) == ""
+    assert "first block's MLP output" in reason(_only("block[0].attention.query"), sequences=None)
+    assert "query, key or value" in reason(_only("block[0].mlp.out"), sequences=2)
     assert "gradient" in reason([], kind="update")
 
 

@@ -1,0 +1,215 @@
+"""Whole batches from one message: every text exact, proven, and nothing else proven."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpguard.attacks import span
+from dpguard.attacks.base import Budget
+from dpguard.attacks.observation import Observation
+from dpguard.attacks.span_block import first_block
+from dpguard.attacks.span_evidence import gather
+from dpguard.attacks.span_members import members
+from dpguard.attacks.span_pool import pool_of
+from dpguard.attacks.span_sites import Probe, left_as_found, sites_of
+from dpguard.attacks.vocabulary import frame_of
+from tests import messages, tiny
+
+WITHHELD = [{"layers": "embeddings", "share": False}]
+LEAST = ("attention.query", "mlp.in", "mlp.out")
+"""What the recipe of the literature's strongest batch attack would need here: see span_batch."""
+TEXTS = (*tiny.SENTENCES[:2], "please call her", "the card is lost and found")
+WIDTH = 96
+"""Of the tiny models: more than the tokens of four texts."""
+
+
+def _only(*parts: str) -> list[dict]:
+    return [{"layers": "all", "share": False}, {"layers": [f"block[0].{p}.weight" for p in parts], "share": True}]
+
+
+def _seen(rows: list[dict], texts=TEXTS, family: str = "bert", *, told: bool = False, **options):
+    """A message of some texts, with their number withheld unless told, and the true token ids."""
+    model = tiny.loaded(family, width=WIDTH)
+    labels = [i % 2 for i in range(len(texts))]
+    seen, batch = messages.observe(model, rows, texts, labels, tell=(), **options)
+    seen = seen if told else replace(seen, disclosed=replace(seen.disclosed, sequences=None))
+    lengths = batch.attention_mask.sum(1).tolist()
+    return seen, [ids[:length].tolist() for ids, length in zip(batch.input_ids, lengths, strict=True)]
+
+
+def _run(seen: Observation, seed: int = 0, **options):
+    return span.PLUGIN.reconstruct(seen, rng=torch.Generator().manual_seed(seed), **options)
+
+
+def _exact(found, true: list[list[int]]) -> None:
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True] * len(true)
+    assert found.notes["complete"]
+    assert found.notes["explained"] == sum(map(len, true))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("rows", [WITHHELD, [], _only(*LEAST)], ids=["embeddings withheld", "all shared", "least"])
+def test_every_text_of_a_batch_is_found_and_proven(family: str, rows: list[dict]) -> None:
+    seen, true = _seen(rows, family=family)
+    assert span.PLUGIN.applicable(seen) == ""
+    _exact(_run(seen), true)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("attention.key", "attention.output", "mlp.in", "mlp.out"),
+        ("attention.value", "attention.output", "mlp.out"),
+        ("attention.query", "mlp.out"),
+    ],
+    ids="+".join,
+)
+def test_what_is_shared_is_used(parts: tuple[str, ...]) -> None:
+    seen, true = _seen(_only(*parts))
+    _exact(_run(seen), true)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("preset", list(span.PLUGIN.presets))
+def test_the_number_of_texts_is_found_too(count: int, preset: str) -> None:
+    seen, true = _seen(WITHHELD, TEXTS[:count])
+    _exact(_run(seen, preset=preset), true)
+
+
+def test_texts_that_share_words_and_places_are_told_apart() -> None:
+    seen, true = _seen(WITHHELD, ("the card is lost", "the card is found", "the test is lost", "is the card lost"))
+    _exact(_run(seen), true)
+
+
+def test_a_text_that_is_there_twice_is_found_once() -> None:
+    seen, true = _seen(WITHHELD, (TEXTS[0], TEXTS[1], TEXTS[0]), told=True)
+    _exact(_run(seen), true[:2])
+
+
+def test_a_message_in_bfloat16() -> None:
+    seen, true = _seen(WITHHELD, TEXTS[:2])
+    rounded = {name: value.bfloat16().float() for name, value in seen.message.items()}
+    found = _run(replace(seen, message=rounded))
+    assert sorted(found.sequences) == sorted(true)
+
+
+def test_a_clip_changes_weights_of_texts_and_hides_none() -> None:
+    seen, true = _seen([{"layers": "all", "clip": 1e-3}, *WITHHELD])
+    _exact(_run(seen), true)
+
+
+def test_more_tokens_than_the_model_is_wide_are_refused_in_words() -> None:
+    long = [" ".join(tiny.WORDS[i : i + 20]) for i in (0, 7, 14, 21, 28)]
+    found = _run(_seen(WITHHELD, long)[0])
+    assert found.sequences == []
+    assert "more tokens than" in found.notes["reason"]
+
+
+def test_a_space_that_no_text_spans_is_never_certain() -> None:
+    """Mixing the inputs' coordinates keeps ranks and spectra and makes every row wrong."""
+    for seed in range(3):
+        seen, _ = _seen(WITHHELD)
+        source = torch.Generator().manual_seed(seed)
+        mixed = {
+            name: value[:, torch.randperm(value.shape[1], generator=source)] if value.dim() == 2 else value
+            for name, value in seen.message.items()
+        }
+        found = _run(replace(seen, message=mixed), budget=Budget(steps=60, candidates=400))
+        assert not any(found.certain)
+
+
+def test_the_wrong_span_of_one_weight_leaves_nothing_proven() -> None:
+    """Weights of two different batches: whatever fits one of them contradicts the other."""
+    one, other = _seen(WITHHELD)[0], _seen(WITHHELD, ("no pain in arm", "please help her"))[0]
+    name = next(n for n in one.message if "layer.0.output.dense.weight" in n)
+    assert not any(_run(replace(one, message={**one.message, name: other.message[name]})).certain)
+
+
+def test_same_seed_same_answer_within_the_budget() -> None:
+    seen, _ = _seen(WITHHELD)
+    assert _run(seen, seed=3) == _run(seen, seed=3)
+    for budget in (Budget(steps=0, candidates=5), Budget(steps=9, candidates=60)):
+        found = _run(seen, budget=budget)
+        assert found.candidates <= budget.candidates + 20
+        assert found.steps <= budget.steps + 3
+
+
+def test_no_more_texts_than_the_message_is_known_to_have() -> None:
+    seen, _ = _seen(WITHHELD, told=True)
+    fewer = replace(seen, disclosed=replace(seen.disclosed, sequences=2))
+    assert len(_run(fewer).sequences) == 2
+
+
+def test_what_a_batch_cannot_be_read_from_is_refused_with_the_reason() -> None:
+    def reason(rows: list[dict], family: str = "bert") -> str:
+        return span.PLUGIN.applicable(_seen(rows, family=family)[0])
+
+    assert "first block's MLP output" in reason(_only("attention.query"))
+    assert "query, key or value" in reason(_only("mlp.out"))
+    assert "post-norm encoders" in reason([], "gpt2")
+    assert "pruned or rounded" in reason([{"layers": "all", "bits": 8}])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_the_block_in_plain_matrices_is_the_models(family: str) -> None:
+    model = tiny.loaded(family).module
+    with left_as_found(model):
+        probe, sites = Probe(model), sites_of(model)
+        block = first_block(probe, sites)
+        assert block is not None
+        ids = torch.tensor([2, 9, 30, 12, 3])
+        rows = block.embed(ids, torch.arange(5))
+        states = block.states(rows, block.mixtures(rows, rows))
+        site = sites.find(0, "mlp_out")
+        assert site is not None
+        theirs = probe.states(site.layer, ids[None])[0]
+        assert torch.allclose(block.act(block.mlp_in(states)).float(), theirs, atol=1e-5)
+
+
+def test_a_block_of_another_kind_is_none() -> None:
+    for family in ("gpt2", "llama"):
+        model = tiny.loaded(family).module
+        assert first_block(Probe(model), sites_of(model)) is None
+
+
+def test_the_pool_holds_every_true_pair_and_one_row_names_its_text() -> None:
+    seen, true = _seen(WITHHELD)
+    with left_as_found(seen.model):
+        probe, sites = Probe(seen.model), sites_of(seen.model)
+        block = first_block(probe, sites)
+        assert block is not None
+        tokenizer = seen.disclosed.tokenizer
+        readers = gather(seen, [s for s in sites.all if s.block == 0 and s.role == "query"], causal=False, most=1)
+        allowed = torch.arange(len(probe.embedding))
+        pool = pool_of(block, readers, allowed, frame_of(tokenizer), torch.Generator().manual_seed(0))
+    pairs = [pool.pair(i) for i in range(len(pool))]
+    assert {(p, t) for ids in true for p, t in enumerate(ids)} <= set(pairs)
+    assert len(pairs) < len(allowed) * max(map(len, true)) / 4
+    ids = torch.tensor(true[0])
+    rows = block.embed(ids, torch.arange(len(ids)))
+    for place in (0, 3):
+        mixture = block.mixtures(rows[place][None], rows)[0]
+        known = list(dict.fromkeys([pairs.index((place, true[0][place])), pairs.index((0, true[0][0]))]))
+        found = members(block, pool, rows[place], mixture, known)
+        assert found.text(frame_of(tokenizer)) == true[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "size", "batches"), [("cola", 8, 2), ("rotten_tomatoes", 4, 1)])
+def test_real_batches(minilm, data_folder, data: str, size: int, batches: int) -> None:
+    rows = [json.loads(line) for line in (data_folder / f"{data}.train.jsonl").read_text("utf-8").splitlines()]
+    random.Random(101).shuffle(rows)
+    for k in range(batches):
+        part = rows[k * size : (k + 1) * size]
+        seen, batch = messages.observe(
+            minilm, WITHHELD, [row["text"] for row in part], [row["label"] for row in part], tell=()
+        )
+        seen = replace(seen, disclosed=replace(seen.disclosed, sequences=None))
+        lengths = batch.attention_mask.sum(1).tolist()
+        _exact(_run(seen), [ids[:n].tolist() for ids, n in zip(batch.input_ids, lengths, strict=True)])
