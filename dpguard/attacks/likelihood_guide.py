@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpguard.attacks.likelihood_replay import Replay, Terms
 from dpguard.attacks.likelihood_texts import batch_of, score
 
 PUBLIC = 32
 """Public texts that the weights are measured on."""
-FREEDOM = 300.0
-"""Directions of noise that a candidate's gradient can follow in one tensor: about its width."""
+FREEDOM = 0.8
+"""Directions of noise that candidates' gradients can follow in one layer, in units of the model's width."""
 LEAST = 1e-3
 
 
@@ -38,18 +38,17 @@ class Guide:
 
     def __init__(self, replay: Replay, label: int, padding: int, public: Sequence[Sequence[int]]) -> None:
         self.replay, self.label, self.padding = replay, label, padding
+        self.table: Tensor = replay.model.get_input_embeddings().weight  # type: ignore[operator]
         squares = score(replay, list(public)[:PUBLIC], label, padding).squares
         self.energy = max(float(squares.sum(0).mean()), 1e-30)
         share = (squares / squares.sum(0).clamp(min=1e-30)).mean(1)
         # weight and bias of a layer together: a bias alone has too few entries to be told from noise
         owners = [c.name.rpartition(".")[0] for c in replay.channels]
         layer = torch.tensor([[a == b for b in owners] for a in owners]).to(share) @ share
-        weights = 1 / (layer + FREEDOM / self.energy + LEAST)
+        weights = 1 / (layer + FREEDOM * self.table.shape[1] / self.energy + LEAST)
         self.weights = weights / (weights * share).sum()
         self.nats = float((self.weights.square() * share).sum()) / self.energy
         self.upper = self._upper()
-        table = replay.model.get_input_embeddings()  # type: ignore[operator]
-        self.table: Tensor = table.weight if isinstance(table, nn.Embedding) else table
 
     def full(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The score of every row: about 1 at the truth, 0 for an unrelated gradient."""

@@ -37,3 +37,18 @@ def crossings(one: Body, two: Body, draws: random.Random, count: int) -> list[Bo
     for _ in range(count):
         found[tuple(a if a == b or draws.random() < 0.5 else b for a, b in zip(one, two, strict=True))] = None
     return [mixed for mixed in found if mixed not in (one, two)]
+
+
+def transplants(one: Body, two: Body) -> list[Body]:
+    """The first text with each stretch of the second (two places or more) put over it, at every place it fits.
+
+    >>> transplants((1, 2, 3), (4, 5, 6))
+    [(4, 5, 3), (1, 4, 5), (5, 6, 3), (1, 5, 6), (4, 5, 6)]
+    """
+    found: dict[Body, None] = {}
+    for width in range(2, len(two) + 1):
+        for start in range(len(two) - width + 1):
+            for into in range(len(one) - width + 1):
+                found[one[:into] + two[start : start + width] + one[into + width :]] = None
+    found.pop(one, None)
+    return list(found)

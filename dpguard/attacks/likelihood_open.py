@@ -20,6 +20,8 @@ SAMPLE = 1000
 """Public texts that say which label and which length are likely."""
 LENGTHS = 3
 """Lengths that are tried when it is unknown."""
+ISLANDS = 1
+"""Searches from different public texts before the last one."""
 FINAL = 64
 """Best texts of every search that the exact likelihood decides between."""
 
@@ -46,7 +48,7 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
         if len(ways) > 1:
             search.run(begun + share * (index + 1) // len(ways))
     _, lead = max((_decide(exact, search)[1], -index) for index, search in enumerate(searches))
-    searches[-lead].run(spent.limit)
+    searches[-lead].wide(spent.limit, ISLANDS)
     return _answer(seen, exact, searches, spent)
 
 

@@ -169,7 +169,9 @@ class Replay:
             backward = torch.zeros_like(output) if signal is None else signal
             found[name].append(_Use(*_steps(modules[name], given, backward, keep=embeddings is not None)))
         return {
-            name: _Use(torch.cat([u.given for u in uses], 1), torch.cat([u.signal for u in uses], 1))
+            name: uses[0]
+            if len(uses) == 1
+            else _Use(torch.cat([u.given for u in uses], 1), torch.cat([u.signal for u in uses], 1))
             for name, uses in found.items()
         }
 

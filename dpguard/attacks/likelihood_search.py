@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from dpguard.attacks.likelihood_guide import Guide
-from dpguard.attacks.likelihood_moves import crossings, reorderings
+from dpguard.attacks.likelihood_moves import crossings, reorderings, transplants
 from dpguard.attacks.likelihood_prior import NEVER, Neighbours
 
 Row = tuple[int, ...]
+STEP = 64
+"""Texts differentiated at once."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,25 @@ class Setting:
     """Widths of the search.
 
     Attributes:
-        fillings: random words that a derivative is averaged over.
-        words: words tried at one place.
-        bag: of them at most this many from the words that seem to be in the message.
-        scan: words looked for in the message at the start.
-        exact: of one place's words, how many get the full score.
+        fillings: texts that a survey draws.
+        redrawn: the part of a text that each of them has drawn anew.
+        words: about how many words are tried at one place.
+        exact: of them, how many get the full score.
+        near: words tried because their embedding is near the present word's (other forms of it).
         beam: texts that are worked on.
+        apart: places in which they differ at least.
         orders: other orders tried at once.
         hot: until this part of the budget is spent, a nat of prior counts at least ``heat`` squared.
         heat: see ``hot``.
     """
 
-    fillings: int = 32
-    words: int = 192
-    bag: int = 64
-    scan: int = 1500
-    exact: int = 40
+    fillings: int = 64
+    redrawn: float = 0.35
+    words: int = 256
+    exact: int = 24
+    near: int = 16
     beam: int = 6
+    apart: int = 2
     orders: int = 160
     hot: float = 0.4
     heat: float = 0.03
@@ -99,7 +103,8 @@ class Search:
         self.prior: dict[Row, float] = {}
         self.lines: dict[int, Tensor] = {}
         self.bag: Tensor | None = None
-        self.base, self.spread = 0.0, 1.0
+        self.general: dict[int, Tensor] = {}
+        self.surveyed: Row | None = None
         self.done: set[tuple[object, ...]] = set()
         self.first = self.spent.candidates
 
@@ -130,8 +135,15 @@ class Search:
         """The pool's best texts by score plus prior."""
         part = (self.spent.candidates - self.first) / max(1, self.spent.limit - self.first)
         nat = max(self.guide.nats, self.setting.heat**2) if part < self.setting.hot else self.guide.nats
-        top = heapq.nlargest(max(64, count), self.pool, key=lambda row: self.pool[row])
-        return sorted(top, key=lambda row: -(self.pool[row] + nat * self.prior[row]))[:count]
+        top = heapq.nlargest(max(256, count), self.pool, key=lambda row: self.pool[row])
+        top.sort(key=lambda row: -(self.pool[row] + nat * self.prior[row]))
+        chosen = top[:1]
+        for row in top[1:]:  # texts one word apart would do the same work twice
+            if len(chosen) == count:
+                break
+            if all(sum(a != b for a, b in zip(row, other, strict=True)) >= self.setting.apart for other in chosen):
+                chosen.append(row)
+        return chosen
 
     # -- proposals
 
@@ -148,31 +160,67 @@ class Search:
         rows = [tuple(self.words.frame.wrap(body)) for body in bodies]
         return [row for row in rows if row not in self.pool]
 
-    def line(self, row: Row, place: int, draw_from: Tensor, count: int) -> Tensor:
-        """(vocabulary,) score's derivative along each word's embedding, averaged over ``count`` drawn fillings."""
-        fillings = torch.multinomial(draw_from, self.spent.take(count) or 1, replacement=True, generator=self.source)
-        rows = [(*row[:place], int(token), *row[place + 1 :]) for token in fillings.tolist()]
-        slope = self.guide.slopes(rows)[:, place].mean(0)
-        line = (self.guide.table @ slope.to(self.guide.table.dtype)).float()
-        inside = line[self.words.allowed]
-        return ((line - inside.mean()) / inside.std().clamp(min=1e-30)).masked_fill(~self.words.allowed, NEVER)
+    def survey(self, rows: Sequence[Row], fresh: Sequence[Sequence[bool]] | None = None) -> dict[int, Tensor]:
+        """Place -> (vocabulary,) how each word's embedding lies along the score's derivative, standardised.
+
+        Args:
+            rows: texts that the derivative is averaged over.
+            fresh: (rows, T) where their words are drawn; a place is averaged over the rows that have it drawn.
+                None: everywhere.
+        """
+        rows = rows[: self.spent.take(len(rows))]
+        if not rows:
+            return {}
+        slopes = torch.cat([self.guide.slopes(rows[i : i + STEP]) for i in range(0, len(rows), STEP)])
+        counted = torch.ones(slopes.shape[:2]) if fresh is None else torch.tensor(fresh[: len(rows)]).float()
+        mean = (slopes * counted[:, :, None]).sum(0)[list(self.places)]
+        lines = (mean.to(self.guide.table.dtype) @ self.guide.table.T).float()
+        inside = lines[:, self.words.allowed]
+        lines = (lines - inside.mean(1, keepdim=True)) / inside.std(1, keepdim=True).clamp(min=1e-30)
+        return dict(zip(self.places, lines.masked_fill(~self.words.allowed, NEVER), strict=True))
+
+    def look_around(self, row: Row) -> None:
+        """Survey a text with a part of its words drawn anew, each row others."""
+        drawn = torch.multinomial(
+            self.words.frequency, self.setting.fillings * len(row), replacement=True, generator=self.source
+        )
+        rows, fresh = [], []
+        for tokens in drawn.reshape(-1, len(row)).tolist():
+            mask = [place in self.places and self.draws.random() < self.setting.redrawn for place in range(len(row))]
+            rows.append(tuple(new if m else old for new, old, m in zip(tokens, row, mask, strict=True)))
+            fresh.append(mask)
+        self.lines = self.survey(rows, fresh) or self.lines
+        self.surveyed = row
 
     def expand(self, row: Row, place: int) -> None:
-        """Try words at one place: by derivative and neighbours, and those that seem to be in the message."""
+        """Try words at one place: frequent ones, and by derivative, neighbours and what else seems to be there."""
+        if self.stale(row):
+            self.look_around(row)
         near = self.words.between(*self.around(row, place))
-        draw_from = 0.5 * torch.softmax(near.double(), 0) + 0.5 * self.words.frequency
-        line = self.lines[place] = self.line(row, place, draw_from, self.setting.fillings)
-        parts = self.setting.words // 4
-        chosen = [
-            _top(line + 0.35 * near.clamp(min=-25), self.words.allowed, 2 * parts),
-            _top(line + 0.15 * self.words.log_frequency, self.words.allowed, parts),
-            _top(near, self.words.allowed, parts),
-        ]
+        frequency, count = self.words.log_frequency, self.setting.words // 8
+        chosen = [_top(frequency, self.words.allowed, 3 * count), _top(near, self.words.allowed, count)]
+        for lines in (self.general, self.lines):
+            if place in lines:
+                line = lines[place]
+                chosen.append(_top(line + 0.15 * frequency, self.words.allowed, count))
+                chosen.append(_top(line + 0.35 * near.clamp(min=-25), self.words.allowed, count))
+        chosen.append(self.forms(row[place]))
         if self.bag is not None:
-            chosen.append(_top(self.bag, self.words.allowed, self.setting.bag))
+            chosen.append(_top(self.bag, self.words.allowed, count))
         tokens = torch.unique(torch.cat(chosen))
         self.remember(tokens, self.screened(self.put(row, place, tokens), self.setting.exact))
         self.done.add((row, place))
+
+    def stale(self, row: Row) -> bool:
+        """Whether the latest survey was of a text that differs in a quarter of its words."""
+        if self.surveyed is None:
+            return True
+        return sum(a != b for a, b in zip(row, self.surveyed, strict=True)) > len(self.places) / 4
+
+    def forms(self, token: int) -> Tensor:
+        """Words whose embeddings are nearest to a word's."""
+        near = torch.nn.functional.cosine_similarity(self.guide.table, self.guide.table[token], dim=1).float()
+        return _top(near.masked_fill(~self.words.allowed, NEVER), self.words.allowed, self.setting.near)
 
     def put(self, row: Row, place: int, tokens: Tensor) -> list[Row]:
         """A text with each of some words at one place."""
@@ -181,31 +229,8 @@ class Search:
     def remember(self, tokens: Tensor, raw: Tensor | None) -> None:
         """What a screening says about words, wherever they stand in the message."""
         if self.bag is not None and raw is not None and len(raw) == len(tokens):
-            z = (raw - self.base) / self.spread
-            self.bag[tokens] = 0.7 * self.bag[tokens] + 0.3 * (z - z.median())
-
-    def scan(self, row: Row, place: int) -> None:
-        """Look for the public words at one place of a text: those that raise the score are somewhere in the message."""
-        line = self.line(row, place, self.words.frequency, 2 * self.setting.fillings)
-        seen = self.words.seen
-        tokens = seen[_top((line + 0.15 * self.words.log_frequency)[seen], None, self.setting.scan)]
-        rows = self.put(row, place, tokens)
-        rows = rows[: self.spent.take(len(rows))]
-        if len(rows) < 2:
-            return
-        raw = self.guide.screen(rows)
-        self.base, self.spread = float(raw.mean()), float(raw.std().clamp(min=1e-30))
-        self.bag = torch.full((len(self.words.allowed),), -1.0)
-        self.bag[tokens[: len(rows)]] = (raw - self.base) / self.spread
-        self.score([rows[i] for i in raw.topk(min(self.setting.exact, len(rows))).indices.tolist()])
-
-    def place_bag(self) -> None:
-        """One pass over the places in random order, with the words that seem to be in the message."""
-        for place in self.draws.sample(self.places, len(self.places)):
-            if self.bag is None or self.spent.over:
-                return
-            tokens = _top(self.bag, self.words.allowed, self.setting.bag)
-            self.remember(tokens, self.screened(self.put(self.best(1)[0], place, tokens), 24))
+            z = (raw - raw.median()) / raw.std().clamp(min=1e-30)
+            self.bag[tokens] = 0.7 * self.bag[tokens] + 0.3 * z
 
     def reorder(self, row: Row) -> None:
         """Other orders: when there are many, half by the prior and half at random."""
@@ -264,8 +289,49 @@ class Search:
         self.screened([r for r in found if r not in self.pool], 24)
 
     def cross(self, one: Row, two: Row) -> None:
-        """Mixtures of two good texts."""
-        self.score(self.wrap(crossings(self.body(one), self.body(two), self.draws, 24)))
+        """Mixtures of two good texts, place by place and by stretches of one put over the other."""
+        bodies = self.body(one), self.body(two)
+        self.score(self.wrap(crossings(*bodies, self.draws, 24)))
+        rows = self.wrap([*transplants(*bodies), *transplants(*bodies[::-1])])
+        self.screened(self.draws.sample(rows, min(len(rows), self.setting.orders)), 16)
+
+    def island(self, start: Row) -> Search:
+        """Another search from one of this one's texts, that knows which words seem to be in the message."""
+        other = Search(
+            self.guide,
+            self.words,
+            self.length,
+            self.source,
+            random.Random(self.draws.random()),
+            self.spent,
+            self.setting,
+        )
+        other.pool, other.prior = {start: self.pool[start]}, {start: self.prior[start]}
+        other.bag = None if self.bag is None else self.bag.clone()
+        other.general, other.first = self.general, self.first
+        return other
+
+    def join(self, others: Sequence[Search]) -> None:
+        """Take over what other searches found, and cross their best texts."""
+        leads = [search.best(1)[0] for search in others if search.pool]
+        for other in others:
+            self.pool |= other.pool
+            self.prior |= other.prior
+            self.done |= other.done
+        for i, one in enumerate(leads):
+            for two in leads[i + 1 :]:
+                if not self.spent.over:
+                    self.cross(one, two)
+
+    def wide(self, until: int, islands: int) -> None:
+        """Several searches from far apart on three fifths of the way, then one from all that they found."""
+        starts = self.best(islands)
+        others = [self.island(row) for row in starts]
+        begun = self.spent.candidates
+        for index, other in enumerate(others):
+            other.run(begun + (until - begun) * 3 * (index + 1) // (5 * len(others)))
+        self.join(others)
+        self.run(until)
 
     # -- the search
 
@@ -277,10 +343,9 @@ class Search:
             )
             rows = [tuple(self.words.frame.wrap(body)) for body in drawn.reshape(16, -1).tolist()]
         self.screened(list(rows), 64)
-        if self.pool and not self.spent.over:
-            first = self.best(1)[0]
-            self.scan(first, self.places[min(1, len(self.places) - 1)])
-            self.place_bag()
+        self.general = self.survey(self.best(STEP))
+        if self.general:
+            self.bag = torch.stack(list(self.general.values())).amax(0)
 
     def run(self, until: int) -> None:
         """Improve until ``until`` candidates were looked at or nothing more helps."""
