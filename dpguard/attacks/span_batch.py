@@ -25,7 +25,7 @@ from dpguard.attacks.span_affine import family_of
 from dpguard.attacks.span_block import first_block
 from dpguard.attacks.span_descent import Descent
 from dpguard.attacks.span_evidence import Evidence, gather, usable
-from dpguard.attacks.span_members import Members, members
+from dpguard.attacks.span_members import Members, MemberSolver
 from dpguard.attacks.span_pool import READERS, pool_of
 from dpguard.attacks.span_search import Search
 from dpguard.attacks.span_sites import Probe, Site, sites_of
@@ -114,6 +114,7 @@ class BatchReader:
             return Reconstruction([], [], notes={"reason": reason})
         self.block, self.evidence, self.judge = block, evidence, by_role["mlp_out"]
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
+        self.solver = MemberSolver(block, self.pool)
         self.places = {self.pool.pair(i): i for i in range(len(self.pool))}
         outputs, inputs = (by_role[r].span if r in by_role else None for r in ("attention_output", "mlp_in"))
         self.family = family_of(block, self.pool.rows, self._average(), outputs, inputs)
@@ -225,12 +226,8 @@ class BatchReader:
                 return
 
     def _members(self, index: int, mixture: Tensor, context: Tensor) -> Members:
-        opening = [self.places[p, t] for p, t in enumerate(self.frame.prefix)]
-        sure = list(dict.fromkeys([index, *opening]))
-        rest = context[~torch.isin(context, torch.tensor(sure, device=context.device))]
-        chosen = torch.cat([torch.tensor(sure, device=context.device), rest])
-        row = self.pool.rows[index]
-        return members(self.block, self.pool.of(chosen), row, mixture, list(range(len(sure))))
+        opening = [self.places[pair] for pair in enumerate(self.frame.prefix)]
+        return self.solver.solve(mixture, list(dict.fromkeys([index, *opening])), context)
 
     def _propose(self, text: list[int], found: Members) -> bool:
         """Hold a text against the message; whether it stands."""

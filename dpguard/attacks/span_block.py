@@ -93,15 +93,15 @@ class FirstBlock:
         """(n, heads, d / heads) of (n, d)."""
         return x.reshape(len(x), self.heads, -1)
 
-    def weights(self, rows: Tensor, context: Tensor) -> Tensor:
-        """(n, heads, m) logarithms of what (n, d) rows' attention gives to (m, d) context, up to a constant a row."""
-        scores = torch.einsum("nhk,mhk->nhm", self.split(self.query(rows)), self.split(self.key(context)))
+    def attention(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """(n, heads, m) logarithms of what (n, d) rows' attention gives to (m, d) keys, up to a constant a row."""
+        scores = torch.einsum("nhk,mhk->nhm", self.split(self.query(rows)), self.split(keys))
         out: Tensor = scores / (self.width // self.heads) ** 0.5
         return out
 
     def mixtures(self, rows: Tensor, context: Tensor) -> Tensor:
         """(n, d) the attention's mixtures of values for (n, d) rows over one (m, d) context."""
-        share = self.weights(rows, context).softmax(-1)
+        share = self.attention(rows, self.key(context)).softmax(-1)
         out: Tensor = torch.einsum("nhm,mhk->nhk", share, self.split(self.value(context)))
         return out.flatten(1)
 

@@ -22,6 +22,9 @@ PASSES = 2
 """Solutions with the heads' weights as the one before them implies."""
 MEMBER = 0.3
 """Share of a full member that a candidate needs to be taken for one."""
+JOIN, GENERATIONS = 96, 40
+"""Columns that join a small problem at a time, and how often."""
+PRECISION = 1e-9
 LENGTH = 16
 """Tokens that a text is thought to have before anything is known."""
 
@@ -72,29 +75,68 @@ class Members:
         return torch.stack(rows)
 
 
-def members(block: FirstBlock, context: Pool, row: Tensor, mixture: Tensor, known: list[int]) -> Members:
-    """Solve for the text of one row.
+class MemberSolver:
+    """Finds the texts of rows.
 
     Args:
         block: in float64.
-        context: candidates that the text may consist of.
-        row: (d,) the row's embedding.
-        mixture: (d,) what its attention mixed.
-        known: indices into the context that are members for sure: the row itself, the opening token.
+        pool: candidates that texts may consist of.
     """
-    gaps = block.split(block.value(context.rows)) - block.split(mixture[None])
-    logs = block.weights(row[None], context.rows)[0].T
-    logs = logs - logs[known].mean(0)
-    weight = logs.clamp(max=50.0).exp()
-    scale = weight[known].sum(0) + weight.clamp(max=20.0).mean(0) * LENGTH
-    free = torch.ones(len(context), dtype=torch.bool, device=row.device)
-    free[known] = False
-    share = torch.zeros(len(context), dtype=torch.float64, device=row.device)
-    for _ in range(PASSES):
-        columns = ((weight / scale)[:, :, None] * gaps).flatten(1).T
-        target = -columns[:, known].sum(1)
-        solved = nnls(columns[:, free].cpu().numpy(), target.cpu().numpy(), maxiter=30 * len(context))[0]
-        share[free] = torch.as_tensor(solved, device=row.device)
-        share[known] = 1.0
-        scale = (weight * share[:, None]).sum(0)
-    return Members(share, context.tokens, context.places)
+
+    def __init__(self, block: FirstBlock, pool: Pool) -> None:
+        self.block, self.pool = block, pool
+        self.keys, self.values = block.key(pool.rows), block.split(block.value(pool.rows))
+
+    def solve(self, mixture: Tensor, known: list[int], context: Tensor) -> Members:
+        """The members of one row's text.
+
+        Args:
+            mixture: (d,) what the row's attention mixed.
+            known: candidates that are members for sure: the row itself, then the opening tokens.
+            context: (m,) other candidates that may be.
+        """
+        sure = torch.tensor(known, device=context.device)
+        chosen = torch.cat([sure, context[~torch.isin(context, sure)]])
+        gaps = self.values[chosen] - self.block.split(mixture[None])
+        logs = self.block.attention(self.pool.rows[known[:1]], self.keys[chosen])[0].T
+        logs = logs - logs[: len(known)].mean(0)
+        weight = logs.clamp(max=50.0).exp()
+        scale = weight[: len(known)].sum(0) + weight.clamp(max=20.0).mean(0) * LENGTH
+        share = weight.new_ones(len(chosen))
+        for _ in range(PASSES):
+            columns = ((weight / scale)[:, :, None] * gaps).flatten(1).T
+            share[len(known) :] = nonnegative(columns[:, len(known) :], -columns[:, : len(known)].sum(1))
+            scale = (weight * share[:, None]).sum(0)
+        return Members(share, self.pool.tokens[chosen], self.pool.places[chosen])
+
+
+def nonnegative(columns: Tensor, target: Tensor) -> Tensor:
+    """(n,) non-negative x with the least squared error of columns @ x, by column generation.
+
+    A small problem is solved at a time, and the columns that would still help most join it, until none would:
+    the optimality conditions then hold for all of them.
+
+    Args:
+        columns: (m, n) float64.
+        target: (m,).
+    """
+    x = torch.zeros(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    if not len(x):
+        return x
+    size = columns.norm(dim=0).clamp_min(1e-300)
+    missing, used = target, torch.zeros_like(x, dtype=torch.bool)
+    for _ in range(GENERATIONS):
+        gain = (missing @ columns) / size
+        gain[used] = -torch.inf
+        best = gain.topk(min(JOIN, len(gain)))
+        joining = best.indices[best.values > PRECISION * float(target.norm())]
+        if not len(joining) or float(missing.norm()) < PRECISION * float(target.norm()):
+            break
+        working = torch.cat([(x > 0).nonzero().flatten(), joining])
+        solved = nnls(columns[:, working].cpu().numpy(), target.cpu().numpy(), maxiter=100 * len(working))[0]
+        x = torch.zeros_like(x)
+        x[working] = torch.as_tensor(solved, device=x.device)
+        used = torch.zeros_like(used)
+        used[working] = True
+        missing = target - columns[:, working] @ x[working]
+    return x

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.optimize import nnls
 
 from dpguard.attacks import span
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation
 from dpguard.attacks.span_block import first_block
 from dpguard.attacks.span_evidence import gather
-from dpguard.attacks.span_members import members
+from dpguard.attacks.span_members import MemberSolver, nonnegative
 from dpguard.attacks.span_pool import pool_of
 from dpguard.attacks.span_sites import Probe, left_as_found, sites_of
 from dpguard.attacks.vocabulary import frame_of
@@ -192,12 +193,23 @@ def test_the_pool_holds_every_true_pair_and_one_row_names_its_text() -> None:
     assert {(p, t) for ids in true for p, t in enumerate(ids)} <= set(pairs)
     assert len(pairs) < len(allowed) * max(map(len, true)) / 4
     ids = torch.tensor(true[0])
-    rows = block.embed(ids, torch.arange(len(ids)))
+    rows, solver = block.embed(ids, torch.arange(len(ids))), MemberSolver(block, pool)
     for place in (0, 3):
         mixture = block.mixtures(rows[place][None], rows)[0]
         known = list(dict.fromkeys([pairs.index((place, true[0][place])), pairs.index((0, true[0][0]))]))
-        found = members(block, pool, rows[place], mixture, known)
+        found = solver.solve(mixture, known, torch.arange(len(pool)))
         assert found.text(frame_of(tokenizer)) == true[0]
+
+
+def test_non_negative_least_squares_by_column_generation_is_the_whole_problems() -> None:
+    source = torch.Generator().manual_seed(0)
+    columns = torch.randn((30, 400), generator=source, dtype=torch.float64)
+    for target in (columns[:, [3, 70, 311]].sum(1), torch.randn(30, generator=source, dtype=torch.float64)):
+        mine = nonnegative(columns, target)
+        theirs = torch.as_tensor(nnls(columns.numpy(), target.numpy())[0])
+        assert (mine >= 0).all()
+        assert (columns @ mine - target).norm() <= (columns @ theirs - target).norm() + 1e-8
+    assert nonnegative(columns[:, :0], columns[:, 0]).shape == (0,)
 
 
 @pytest.mark.slow
