@@ -20,7 +20,7 @@ SAMPLE = 1000
 """Public texts that say which label and which length are likely."""
 LENGTHS = 3
 """Lengths that are tried when it is unknown."""
-ISLANDS = 1
+ISLANDS = 3
 """Searches from different public texts before the last one."""
 FINAL = 64
 """Best texts of every search that the exact likelihood decides between."""
