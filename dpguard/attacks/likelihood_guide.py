@@ -2,7 +2,8 @@
 
 At low noise the exact likelihood is ruled by the few tensors with the largest gradients, and a search on it gets
 stuck; weighting each tensor by its public signal energy against its noise (a Wiener filter) spreads the evidence.
-When the noise is large the weights are equal and, under an active clip, the score is the likelihood.
+When the noise is large the weights are equal and, under an active clip, the score is the likelihood. The last steps
+of a search are guided by the likelihood itself.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ LEAST = 1e-3
 
 
 class Guide:
-    """Scores rows of one length under one label, in bfloat16.
+    """Scores rows of one length under one label.
 
     Args:
         replay: the message.
         label: class index.
         padding: id of the padding token.
         public: public texts of about that length, as token ids.
+        plain: the exact log-likelihood instead, in the same units.
 
     Attributes:
         energy: ||g||² / s² of a public text, in all.
         nats: what one nat of log-prior is worth in units of the score.
     """
 
-    def __init__(self, replay: Replay, label: int, padding: int, public: Sequence[Sequence[int]]) -> None:
-        self.replay, self.label, self.padding = replay, label, padding
+    def __init__(
+        self, replay: Replay, label: int, padding: int, public: Sequence[Sequence[int]], *, plain: bool = False
+    ) -> None:
+        self.replay, self.label, self.padding, self.plain = replay, label, padding, plain
         self.table: Tensor = replay.model.get_input_embeddings().weight  # type: ignore[operator]
         squares = score(replay, list(public)[:PUBLIC], label, padding).squares
         self.energy = max(float(squares.sum(0).mean()), 1e-30)
@@ -45,10 +49,10 @@ class Guide:
         # weight and bias of a layer together: a bias alone has too few entries to be told from noise
         owners = [c.name.rpartition(".")[0] for c in replay.channels]
         layer = torch.tensor([[a == b for b in owners] for a in owners]).to(share) @ share
-        weights = 1 / (layer + FREEDOM * self.table.shape[1] / self.energy + LEAST)
+        weights = torch.ones_like(layer) if plain else 1 / (layer + FREEDOM * self.table.shape[1] / self.energy + LEAST)
         self.weights = weights / (weights * share).sum()
         self.nats = float((self.weights.square() * share).sum()) / self.energy
-        self.upper = self._upper()
+        self.upper = None if plain else self._upper()
 
     def full(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The score of every row: about 1 at the truth, 0 for an unrelated gradient."""
@@ -73,6 +77,8 @@ class Guide:
 
     def _combine(self, terms: Terms, weights: Tensor | None) -> Tensor:
         dots, squares = terms.dots, terms.squares
+        if self.plain:
+            return (dots.sum(0) - squares.sum(0) / 2) / self.energy + 0.5
         if weights is not None:
             dots, squares = dots * weights[:, None], squares * weights[:, None]
         return dots.sum(0) / (squares.sum(0).clamp(min=1e-30) * self.energy).sqrt()

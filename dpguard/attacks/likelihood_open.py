@@ -20,6 +20,10 @@ SAMPLE = 1000
 """Public texts that say which label and which length are likely."""
 LENGTHS = 3
 """Lengths that are tried when it is unknown."""
+WIDE = 256
+"""Models narrower than this gain nothing from bfloat16."""
+PRECISE = 0.2
+"""The last part of the budget goes by the exact likelihood, in float32: bfloat16 can't tell hundredths apart."""
 ISLANDS = 3
 """Searches from different public texts before the last one."""
 FINAL = 64
@@ -32,8 +36,9 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     With label or length unknown the most promising ones share a third of the budget, and the best goes on alone.
     """
     exact = Replay(seen)
-    quick = Replay(seen, dtype=torch.bfloat16)
-    words = Neighbours(seen.disclosed, len(quick.model.get_input_embeddings().weight))  # type: ignore[operator]
+    table = exact.model.get_input_embeddings().weight  # type: ignore[operator]
+    quick = Replay(seen, dtype=torch.bfloat16) if table.shape[1] >= WIDE else exact
+    words = Neighbours(seen.disclosed, len(table))
     spent = Spent(max(1, budget.candidates))
     ways = _ways(seen, quick, words, spent, rng)
     searches = []
@@ -48,7 +53,13 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
         if len(ways) > 1:
             search.run(begun + share * (index + 1) // len(ways))
     _, lead = max((_decide(exact, search)[1], -index) for index, search in enumerate(searches))
-    searches[-lead].wide(spent.limit, ISLANDS)
+    search = searches[-lead]
+    rest = spent.limit - spent.candidates
+    search.wide(spent.limit - int(PRECISE * rest), ISLANDS)
+    public = sorted(words.rows, key=lambda row: abs(len(row) - search.length))
+    guide = Guide(exact, search.guide.label, search.guide.padding, public, plain=True)
+    searches.append(search.refined(guide, FINAL))
+    searches[-1].run(spent.limit)
     return _answer(seen, exact, searches, spent)
 
 

@@ -324,14 +324,21 @@ class Search:
                     self.cross(one, two)
 
     def wide(self, until: int, islands: int) -> None:
-        """Several searches from far apart on three fifths of the way, then one from all that they found."""
+        """Several searches from far apart on three quarters of the way, then one from all that they found."""
         starts = self.best(islands)
         others = [self.island(row) for row in starts]
         begun = self.spent.candidates
         for index, other in enumerate(others):
-            other.run(begun + (until - begun) * 3 * (index + 1) // (5 * len(others)))
+            other.run(begun + (until - begun) * 3 * (index + 1) // (4 * len(others)))
         self.join(others)
         self.run(until)
+
+    def refined(self, guide: Guide, count: int) -> Search:
+        """A search from the best texts under another, more precise guide of the same message."""
+        other = Search(guide, self.words, self.length, self.source, self.draws, self.spent, self.setting)
+        other.score(heapq.nlargest(count, self.pool, key=lambda row: self.pool[row]))
+        other.general, other.bag = self.general, self.bag
+        return other
 
     # -- the search
 
