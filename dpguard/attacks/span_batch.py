@@ -112,7 +112,10 @@ class BatchReader:
         if block is None or "mlp_out" not in by_role or not readers:
             reason = "no span of the first block rises above rounding or noise: more tokens than the model is wide"
             return Reconstruction([], [], notes={"reason": reason})
-        self.block, self.evidence, self.judge = block, evidence, by_role["mlp_out"]
+        self.block, self.judge = block, by_role["mlp_out"]
+        self.witnesses = [
+            e for e in evidence if not any(e is r for r in readers)
+        ]  # what readers say is in the pool already
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
         self.solver = MemberSolver(block, self.pool)
         self.places = {self.pool.pair(i): i for i in range(len(self.pool))}
@@ -255,7 +258,7 @@ class BatchReader:
         ids = torch.tensor(text, device=self.probe.device)
         states = self.probe.states(self.judge.site.layer, ids[None])[0]
         misfit = float(self.judge.span.outside(states)[0].mean())
-        fits = not any(e.contradicts(self.probe, ids) for e in self.evidence)
+        fits = not any(e.contradicts(self.probe, ids) for e in self.witnesses)
         return _Found(text, fits and self.judge.span.holds(states), fits, misfit)
 
     def _explain(self, text: list[int]) -> None:
