@@ -16,7 +16,11 @@ _HOME = {
     "guarantee": "dpguard.engine.accounting",
     "PrivacyEngine": "dpguard.engine.privacy_engine",
     "Client": "dpguard.engine.client",
-    "Update": "dpguard.engine.client",
+    "Update": "dpguard.engine.update",
+    "aggregate": "dpguard.engine.update",
+    "LocalTraining": "dpguard.engine.local",
+    "Ledger": "dpguard.policy.ledger",
+    "audit": "dpguard.engine.audit.run",
     "Observation": "dpguard.attacks.observation",
     "slots": "dpguard.inputs.family",
     "attack": "dpguard.attacks.panel",
@@ -28,11 +32,15 @@ if TYPE_CHECKING:
     from dpguard.attacks.observation import Observation as Observation
     from dpguard.attacks.panel import attack as attack
     from dpguard.engine.accounting import guarantee as guarantee
+    from dpguard.engine.audit.run import audit as audit
     from dpguard.engine.client import Client as Client
-    from dpguard.engine.client import Update as Update
+    from dpguard.engine.local import LocalTraining as LocalTraining
     from dpguard.engine.privacy_engine import PrivacyEngine as PrivacyEngine
+    from dpguard.engine.update import Update as Update
+    from dpguard.engine.update import aggregate as aggregate
     from dpguard.errors import UserError as UserError
     from dpguard.inputs.family import slots as slots
+    from dpguard.policy.ledger import Ledger as Ledger
     from dpguard.policy.table import Plan as Plan
     from dpguard.policy.table import Policy as Policy
 

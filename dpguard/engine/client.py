@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from dpguard.engine.local import LocalTraining
 from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
+from dpguard.inputs.family import slots
 from dpguard.policy.ledger import Ledger, Mechanism
-from dpguard.policy.table import Plan
+from dpguard.policy.table import Plan, Policy
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Client:
 
     Args:
         model: the public model; left as it was found after every call.
-        plan: the policy resolved against it.
+        plan: the policy resolved against it (a `Policy` is resolved here).
         seed: seed of the noise, for studies and tests only: whoever knows it can subtract the noise. None
             (the default) draws from a cryptographic source, see `noise.SecureSource`.
         batch_size: the PUBLIC batch size; the number of rows of the observed batch when None.
@@ -55,15 +57,18 @@ class Client:
     state: local.LocalState = field(default_factory=local.LocalState, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        clipping.check_mode(self.grad_mode)
         if self.mode not in ("eval", "train"):
             raise UserError(f"mode is {self.mode!r}; expected 'eval' or 'train'")
-        if self.grad_mode not in clipping.MODES:
-            clipping.attach(self.model, self.plan, grad_mode=self.grad_mode)
+        if isinstance(self.plan, Policy):
+            self.plan = self.plan.plan(slots(self.model))
+        if self.batch_size is not None and (isinstance(self.batch_size, bool) or self.batch_size < 1):
+            raise UserError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1")
         clipping.check_model(self.model, self.plan)
         self._source = noise.source(self.seed)
         self._mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate) if self.ledger else None
 
-    def observe(self, batch: Batch | Sequence[Batch]) -> Update:
+    def observe(self, batch: Batch | Mapping[str, Any] | Sequence[Batch | Mapping[str, Any]]) -> Update:
         """The message for one batch (a gradient), or for a list of batches (the change of weights after a local
         step on each).
 
@@ -73,8 +78,9 @@ class Client:
         Raises:
             BudgetSpent: the ledger's budget does not reach; nothing leaves, and nothing was noised.
         """
-        if not isinstance(batch, Batch):
-            return self._after_steps(list(batch))
+        if isinstance(batch, (list, tuple)):
+            return self._after_steps([Batch.of(one) for one in batch])
+        batch = Batch.of(batch)
         self.spend(1)
         message = self.message(batch, self._source)
         return Update(message.wire, self._divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
@@ -92,7 +98,7 @@ class Client:
         if len(batch) == 0:
             return self._empty()
         with running_as(self.model, self.mode), training_only(self.model, self.plan):
-            hooks = clipping.MODES[self.grad_mode](self.model, self.plan, "sum")
+            hooks = clipping.per_example(self.model, self.plan, "sum", self.grad_mode)
             try:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.dropout_seed + step)

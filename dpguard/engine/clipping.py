@@ -28,11 +28,21 @@ def attach(model: nn.Module, plan: Plan, *, loss_reduction: str = "mean", grad_m
     Raises:
         UserError: an unknown mode, or a trained layer that the mode cannot handle.
     """
-    if grad_mode not in MODES:
-        raise UserError(f"unknown grad_mode {grad_mode!r}{did_you_mean(grad_mode, list(MODES))}")
+    check_mode(grad_mode)
     if all(group.unit != "example" for group in plan.groups.values()):
         return PlainSum(model, plan, loss_reduction)
+    return per_example(model, plan, loss_reduction, grad_mode)
+
+
+def per_example(model: nn.Module, plan: Plan, loss_reduction: str, grad_mode: str) -> GradientMode:
+    """As `attach`, and per example also where nothing is clipped, so that a bad example is left out alone."""
     return MODES[grad_mode](model, plan, loss_reduction)
+
+
+def check_mode(grad_mode: str) -> None:
+    """Refuse an unknown gradient mode with a UserError."""
+    if grad_mode not in MODES:
+        raise UserError(f"unknown grad_mode {grad_mode!r}{did_you_mean(grad_mode, list(MODES))}")
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:

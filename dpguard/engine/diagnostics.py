@@ -50,6 +50,9 @@ class Diagnostics:
         self.dropped = 0
         self.steps = 0
 
+    def __repr__(self) -> str:
+        return f"Diagnostics({self.steps} steps, {self.dropped} examples dropped)\n{self.to_frame()}"
+
     def record(
         self, norms: Mapping[str, Tensor], sums: Mapping[str, Tensor], dropped: int, plan: Plan, batch_size: int
     ) -> None:

@@ -15,6 +15,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from dpguard.errors import UserError
+
 CHUNK = 1 << 17
 """Entries drawn at a time: the working set stays in the processor's cache."""
 
@@ -69,7 +71,13 @@ Source = torch.Generator | SecureSource
 
 
 def source(seed: int | None, device: str = "cpu") -> Source:
-    """A generator from a seed (studies and tests), or a `SecureSource` when the seed is None."""
+    """A generator from a seed (studies and tests), or a `SecureSource` when the seed is None.
+
+    Raises:
+        UserError: a seed that is no whole number of at least 0.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise UserError(f"seed is {seed!r}; expected a whole number of at least 0, or None for a secret one")
     return SecureSource() if seed is None else torch.Generator(device).manual_seed(seed)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -49,6 +52,9 @@ class PrivacyEngine:
         self._optimizer: PrivateOptimizer | None = None
         self._attached: tuple[GradientMode, ForwardHooks] | None = None
         self._ledger: tuple[Ledger, Mechanism, str] | None = None
+        self._loader: sampling.PartLoader | None = None
+        self._coins: noise.Source | None = None
+        self._epochs: set[int] = set()
 
     def close(self) -> None:
         """Take every hook off the module, which is then an ordinary model again (for saving, evaluating)."""
@@ -63,7 +69,7 @@ class PrivacyEngine:
         module: nn.Module,
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
-        policy: Policy | Plan,
+        policy: Policy | Plan | str,
         seed: int | None = None,
         poisson_sampling: bool = True,
         loss_reduction: str = "mean",
@@ -82,10 +88,11 @@ class PrivacyEngine:
             module: a Hugging Face model in train mode.
             optimizer: any optimizer over (some of) the module's parameters.
             data_loader: with a batch size and a dataset that has a length.
-            policy: a `Policy`, or a `Plan` of this very module.
+            policy: a `Policy`, a `Plan` of this very module, or what `Policy.load` reads (a file, a name).
             seed: seed of noise and sampling, for studies and tests only, and said in the statement: whoever
                 knows it can subtract the noise. None: a cryptographic source (`noise.SecureSource`).
-            poisson_sampling: False keeps the loader's own batches; no amplification is claimed then.
+            poisson_sampling: False keeps the loader's own batches; no amplification is claimed then, and every
+                pass over the loader counts as a whole one, however soon it is left.
             loss_reduction: ``mean`` or ``sum``, as your loss reduces over the batch.
             grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at different speeds.
             max_physical_batch_size: the loader hands out parts of at most this many examples; ``step`` clips
@@ -104,9 +111,17 @@ class PrivacyEngine:
         """
         if not module.training:
             raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
+        if loss_reduction not in ("mean", "sum"):
+            raise UserError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
+        if any(isinstance(getattr(hook, "__self__", None), ForwardHooks) for hook in module._forward_hooks.values()):
+            raise UserError("the model is private already; expected close() on the engine that made it so")
+        policy = Policy.load(policy) if isinstance(policy, str) else policy
         plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
         clipping.check_model(module, plan)
+        if not plan.trained:
+            raise UserError("the policy trains nothing of this model; expected at least one trained tensor")
         _check_optimizer(module, optimizer)
+        drawn_from = noise.source(seed)
         coins = noise.source(None if seed is None else seed + 1_000_003)
         loader = sampling.poisson_loader(data_loader, coins, physical=max_physical_batch_size, poisson=poisson_sampling)
         self.examples, batch_size = sampling.public_sizes(data_loader)
@@ -119,9 +134,10 @@ class PrivacyEngine:
         mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
         private = PrivateOptimizer(
             optimizer, module, plan, mode,
-            batch_size=batch_size, drawn_from=noise.source(seed), before_release=self._before_release,
+            batch_size=batch_size, drawn_from=drawn_from, before_release=self._before_release,
         )  # fmt: skip
         loader.on_part = private.begin_part
+        self._loader, self._coins, self._epochs = loader, coins, set()
         self._optimizer, self._attached = private, (mode, ForwardHooks(module, private))
         return module, private, loader
 
@@ -148,7 +164,10 @@ class PrivacyEngine:
         Raises:
             UserError: the file is another client's or model's, damaged, or in use.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot keep a ledger in {folder}: {error.strerror}; expected a folder") from None
         return Ledger(client, identity(module), delta, budget, Ledger.beside(folder), allow_change=allow_change)
 
     def _entered(self, ledger: Ledger | None, module: nn.Module, run: str) -> tuple[Ledger, Mechanism, str] | None:
@@ -162,22 +181,31 @@ class PrivacyEngine:
         sampling_word: Sampling = "poisson" if self.poisson else "shuffle"
         mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate, sampling=sampling_word)
         ledger.accepts(mechanism)
-        return ledger, mechanism, run
+        return ledger, mechanism, run if self.poisson else f"{run} {os.urandom(4).hex()}"
 
     def _before_release(self) -> None:
+        epoch = self._loader.batch_sampler.epoch if self._loader else 0  # type: ignore[union-attr]
         if self._ledger is not None:
             ledger, mechanism, run = self._ledger
+            # own batches: every pass over the loader is a run of its own, in which each example appears once
+            run = run if self.poisson else f"{run}, pass {epoch}"
             ledger.spend(mechanism, (run, ledger.next_number(run)))
+        self._epochs.add(epoch)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep beside the model's and the optimizer's: steps, policy and adaptive bounds."""
+        """What a checkpoint must keep beside the model's and the optimizer's: steps, policy and adaptive bounds.
+
+        With a seed also the generators, so that a resumed training draws what an uninterrupted one would have.
+        """
         plan = None if self._optimizer is None else self._optimizer.plan
         return {
             "plan": self.plan.hash if self.plan else "",
             "steps": self.steps,
             "sampling_rate": self.sampling_rate,
             "clips": {} if plan is None else {key: g.clip for key, g in plan.groups.items() if g.quantile},
+            "passes": len(self._epochs),
+            "generators": [g.get_state() for g in self._generators()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,7 +227,14 @@ class PrivacyEngine:
                 f"{self.sampling_rate:g}; expected the same batch size and number of examples"
             )
         self.steps = int(state["steps"])
+        self._epochs = {-k for k in range(1, int(state["passes"]) + 1)}
+        for generator, drawn in zip(self._generators(), state["generators"], strict=self.seeded):
+            generator.set_state(drawn)
         self._optimizer.adopt(self._optimizer.plan.with_clips(state["clips"]))
+
+    def _generators(self) -> list[torch.Generator]:
+        sources = [self._coins, self._optimizer.source if self._optimizer else None]
+        return [s for s in sources if isinstance(s, torch.Generator)]
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -217,12 +252,17 @@ class PrivacyEngine:
         return guarantee(
             self.plan,
             sampling_rate=self.sampling_rate,
-            steps=self.steps if steps is None else steps,
+            steps=self._counted() if steps is None else steps,
             delta=delta,
             sampling="poisson" if self.poisson else "shuffle",
             examples=self.examples,
             seeded=self.seeded,
         )
+
+    def _counted(self) -> int:
+        """Steps; of the caller's own batches those of whole passes, because each may begin with the same example."""
+        whole = math.ceil(len(self._epochs) / self.sampling_rate - 1e-9)
+        return self.steps if self.poisson else max(self.steps, whole)
 
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far at ``delta``; infinity when the policy supports no claim."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dpguard.engine import noise, wire
 from dpguard.engine.diagnostics import Diagnostics
 from dpguard.engine.modes.base import GradientMode
+from dpguard.engine.sampling import Part
 from dpguard.errors import UserError
 from dpguard.policy.table import Plan
 
@@ -49,13 +50,16 @@ class PrivateOptimizer(Optimizer):
         self.plan = plan
         self.mode = mode
         self.batch_size = batch_size
+        self.module = module
         self.parameters_by_name = dict(module.named_parameters())
         self.diagnostics = Diagnostics()
-        self._source = drawn_from
+        self.source = drawn_from
         self._before_release = before_release
         self._mask_seed = mask_seed
         self._open = False
         self._last_part = True
+        self._fetched = False
+        self._handed: int | None = None  # examples of the batch at hand; None before the loader is used
         self.empty = False
         self.last_message: dict[str, Tensor] = {}
 
@@ -93,25 +97,28 @@ class PrivateOptimizer(Optimizer):
         else:
             self.mode.discard()
         self.last_message = {}
+        self._fetched = False
         self.inner.zero_grad(set_to_none=set_to_none)
 
-    def begin_part(self, first: bool, last: bool) -> None:
+    def begin_part(self, part: Part) -> None:
         """The loader hands out the next physical part of a logical batch.
 
         Raises:
-            UserError: the batch before went backward, but no step was made: two batches in one step would
-                double what one example can change.
+            UserError: the part before was neither stepped on nor given up with zero_grad(): two batches in one
+                step would double what one example can change.
         """
-        if first:
-            if self.mode.pending():
-                raise UserError(
-                    "a second batch was fetched before step() or zero_grad(): gradients of two Poisson batches must "
-                    "not add up; expected one step a batch (larger batches: raise batch_size and give "
-                    "max_physical_batch_size)"
-                )
+        if not self.module.training:  # an evaluation over the training texts
+            return
+        if self._fetched:
+            raise UserError(
+                "a second batch was fetched before step() or zero_grad(): gradients of two batches must not add up; "
+                "expected one step a batch (larger batches: raise batch_size and give max_physical_batch_size)"
+            )
+        if part.first:
             self._open = False  # a logical batch that the caller left half-way is dropped whole
             self.mode.discard()
-        self._last_part = last
+        self._fetched, self._last_part = True, part.last
+        self._handed = part.rows if part.first else (self._handed or 0) + part.rows
 
     def fold(self) -> None:
         """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
@@ -127,6 +134,7 @@ class PrivateOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._fetched = False
         if not self._last_part:
             self._open = True
             self.mode.fold()
@@ -134,6 +142,7 @@ class PrivateOptimizer(Optimizer):
         self._open = False
         clipped = self._empty_sum() if self.empty else self.mode.collect()
         self.mode.discard()
+        self._check_rows(clipped.rows)
         self._before_release()
         self.diagnostics.record(clipped.norms, clipped.sums, clipped.dropped, self.plan, self.batch_size)
         self._emit(clipped)
@@ -141,6 +150,14 @@ class PrivateOptimizer(Optimizer):
         self.empty = False
         self._follow_quantiles(clipped.norms)
         return loss
+
+    def _check_rows(self, rows: int) -> None:
+        handed, self._handed = self._handed, None if self._handed is None else 0
+        if handed is not None and rows > handed:
+            raise UserError(
+                f"{rows} examples went backward for a batch of {handed}: an example that counts twice moves the sum by "
+                "twice its clip; expected one forward and one backward pass of each batch that the loader hands out"
+            )
 
     @property
     def stepped(self) -> bool:
@@ -150,7 +167,7 @@ class PrivateOptimizer(Optimizer):
     def _emit(self, clipped: wire.ClippedSum) -> None:
         self.last_message = {}
         for out in wire.emit(
-            clipped, self.plan, batch_size=self.batch_size, drawn_from=self._source, mask_seed=self._mask_seed
+            clipped, self.plan, batch_size=self.batch_size, drawn_from=self.source, mask_seed=self._mask_seed
         ):
             parameter = self.parameters_by_name[out.name]
             parameter.grad = (out.mean if out.wire is None else out.wire).to(parameter.dtype)
@@ -158,7 +175,7 @@ class PrivateOptimizer(Optimizer):
                 self.last_message[out.name] = out.wire
 
     def _follow_quantiles(self, norms: dict[str, Tensor]) -> None:
-        clips = wire.next_clips(norms, self.plan, self._source, batch_size=self.batch_size)
+        clips = wire.next_clips(norms, self.plan, self.source, batch_size=self.batch_size)
         if clips:
             self.adopt(self.plan.with_clips(clips))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from dpguard.engine import noise
 from dpguard.errors import UserError
@@ -40,6 +40,23 @@ class PoissonSampler(Sampler[list[int]]):
             yield coins.nonzero()[:, 0].tolist()
 
 
+@dataclass(frozen=True)
+class Part:
+    """A physical part of a logical batch, as it is handed out.
+
+    Attributes:
+        first: it begins a logical batch.
+        last: it ends one.
+        rows: its examples; private.
+        epoch: 1 in the first pass over the loader.
+    """
+
+    first: bool
+    last: bool
+    rows: int
+    epoch: int
+
+
 class PartSampler(Sampler[list[int]]):
     """Logical batches cut into physical parts of at most ``size`` examples; an empty batch is one empty part.
 
@@ -51,44 +68,50 @@ class PartSampler(Sampler[list[int]]):
     def __init__(self, batches: Sampler[list[int]], size: int | None) -> None:
         self.batches = batches
         self.size = size
-        self.places: deque[tuple[bool, bool]] = deque()
+        self.epoch = 0
+        self.parts: deque[Part] = deque()
 
     def __len__(self) -> int:
         """The number of LOGICAL batches."""
         return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
-        places: deque[tuple[bool, bool]] = deque()
-        self.places = places
+        parts: deque[Part] = deque()
+        self.parts, self.epoch = parts, self.epoch + 1
         for batch in self.batches:
             size = self.size or max(1, len(batch))
             starts = range(0, max(1, len(batch)), size)
             for start in starts:
-                places.append((start == 0, start == starts[-1]))
-                yield list(batch[start : start + size])
+                piece = list(batch[start : start + size])
+                parts.append(Part(start == 0, start == starts[-1], len(piece), self.epoch))
+                yield piece
 
 
 class PartLoader(DataLoader[Any]):
-    """A loader that says of every part it hands out whether it is the first and the last of its logical batch."""
+    """A loader that says of every part it hands out which place it has in its logical batch."""
 
-    on_part: Callable[[bool, bool], None] | None = None
+    on_part: Callable[[Part], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        parts = super().__iter__()
         sampler: PartSampler = self.batch_sampler  # type: ignore[assignment]
-        for part in parts:
-            first, last = sampler.places.popleft()
+        for value in super().__iter__():
+            part = sampler.parts.popleft()
             if self.on_part is not None:
-                self.on_part(first, last)
-            yield part
+                self.on_part(part)
+            yield value
 
 
 def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
     """(number of examples, batch size) of a caller's loader.
 
     Raises:
-        UserError: a loader without length, without a batch size, or with a batch size above N.
+        UserError: no loader, one that is private already, one with a sampler of its own, without length, without
+            examples, without a batch size, or with a batch size above N.
     """
+    if not isinstance(loader, DataLoader):
+        raise UserError(f"data_loader is a {type(loader).__name__}; expected a torch.utils.data.DataLoader")
+    if isinstance(loader, PartLoader):
+        raise UserError("the data loader is private already; expected the one that make_private was given")
     try:
         examples = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
@@ -100,6 +123,12 @@ def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
         raise UserError("the data loader has no batch size; expected DataLoader(..., batch_size=...)")
     if size > examples:
         raise UserError(f"batch size {size} is larger than the {examples} examples; expected at most {examples}")
+    once = isinstance(loader.sampler, RandomSampler) and not loader.sampler.replacement
+    if not (once or isinstance(loader.sampler, SequentialSampler)) or type(loader.batch_sampler) is not BatchSampler:
+        raise UserError(
+            f"the data loader has a sampler of its own ({type(loader.sampler).__name__}), which may draw an example "
+            "twice; expected shuffle=True or False and no sampler"
+        )
     return examples, int(size)
 
 

@@ -30,11 +30,13 @@ class ClippedSum:
         sums: parameter name -> tensor of the parameter's shape, float32 or wider, for every trained tensor.
         norms: clip group of unit ``example`` -> (B,) L2 norms before clipping; private, never sent.
         dropped: examples left out because a gradient entry was not finite; private, never sent.
+        rows: examples in all; private, never sent.
     """
 
     sums: dict[str, Tensor]
     norms: dict[str, Tensor]
     dropped: int = 0
+    rows: int = 0
 
     def plus(self, other: ClippedSum) -> ClippedSum:
         """The sum over two parts of one logical batch."""
@@ -43,7 +45,7 @@ class ClippedSum:
     def joined(self, other: ClippedSum) -> ClippedSum:
         """The other part's sums, which hold this one's already, with the norms and counts of both."""
         norms = {key: torch.cat([norms, other.norms[key]]) for key, norms in self.norms.items()}
-        return ClippedSum(other.sums, norms, self.dropped + other.dropped)
+        return ClippedSum(other.sums, norms, self.dropped + other.dropped, self.rows + other.rows)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
         # a weight of 0 does not silence NaN
         kept = g if factors.dropped == 0 else g.masked_fill(~factors.finite[:, None], 0.0)
         sums[name] = (factors.of(name, plan).to(g.dtype) @ kept).reshape(plan[name].slot.shape)
-    return ClippedSum(sums, factors.norms, factors.dropped)
+    return ClippedSum(sums, factors.norms, factors.dropped, len(factors.finite))
 
 
 @dataclass(frozen=True)

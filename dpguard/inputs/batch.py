@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpguard.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,24 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+    @staticmethod
+    def of(value: object) -> Batch:
+        """A batch as it is, or from a mapping with input_ids, labels and maybe attention_mask, as loaders give it.
+
+        Raises:
+            UserError: anything else.
+        """
+        if isinstance(value, Batch):
+            return value
+        if isinstance(value, Mapping) and {"input_ids", "labels"} <= set(value):
+            ids: Tensor = value["input_ids"]
+            mask = value.get("attention_mask")
+            return Batch(ids, torch.ones_like(ids) if mask is None else mask, value["labels"])
+        raise UserError(
+            f"a batch is a {type(value).__name__}; expected a Batch (dpguard.inputs.batch.collate makes one) or "
+            "a mapping with input_ids, attention_mask and labels"
+        )
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -225,6 +225,10 @@ class Ledger:
         if self._lock is not None:
             self._lock.close()
 
+    def __repr__(self) -> str:
+        limit = "no budget" if self.budget is None else f"budget {self.budget:g}"
+        return f"Ledger(client {self.client!r}, {self.messages} messages, delta {self.delta:g}, {limit})"
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -234,8 +238,6 @@ class Ledger:
         self.close()
 
     def _check(self, mechanism: Mechanism, run: str, number: int, count: int) -> None:
-        if self._lock is not None and not self._lock.held:
-            raise UserError(f"ledger {self.path} is closed, or another process opened it; expected an open one")
         if not run or not isinstance(run, str) or isinstance(number, bool) or number != int(number) or number < 1:
             raise UserError(f"key is {(run, number)!r}; expected a run's name and a message number from 1")
         if isinstance(count, bool) or count != int(count) or count < 1:
@@ -251,8 +253,10 @@ class Ledger:
         """Refuse a mechanism that `spend` would refuse whatever the message: worth asking before any work.
 
         Raises:
-            UserError: another policy than the latest's without ``allow_change``, or another unit.
+            UserError: another policy than the latest's without ``allow_change``, another unit, or a closed ledger.
         """
+        if self._lock is not None and not self._lock.held:
+            raise UserError(f"ledger {self.path} is closed, or another process opened it; expected an open one")
         units = {entry.mechanism.unit for entry in self._entries}
         if units - {mechanism.unit}:
             raise UserError(

@@ -202,7 +202,7 @@ def test_o11_the_message_that_trains_is_the_message_that_is_observed(rows):
     no_dropout(module)
     batch = collator(EXAMPLES[:3])
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
-    noise = optimizer._source.get_state()
+    noise = optimizer.source.get_state()
     sent = train_step(module, optimizer, batch)
     engine.close()
     twin = tiny.module("bert")

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.privacy_engine import PrivacyEngine
-from dpguard.engine.sampling import PoissonSampler
+from dpguard.engine.sampling import Part, PoissonSampler
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
@@ -199,7 +199,7 @@ def test_a_batch_left_half_way_is_dropped_whole():
         no_dropout(module)
         if interrupted:
             train_step(module, optimizer, next(iter(loader)))
-        optimizer.begin_part(True, True)
+        optimizer.begin_part(Part(True, True, 3, 1))
         train_step(module, optimizer, collator(EXAMPLES[:3]))
         return module.classifier.weight.detach(), _engine.steps
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from dpguard.engine import wire
+from dpguard.errors import UserError
 from dpguard.policy.table import Plan
+
+NOTHING = (
+    "step() found no gradient; expected a forward pass in train mode and backward() between zero_grad() and step()"
+)
 
 
 class GradientMode:
@@ -44,7 +49,7 @@ class GradientMode:
             self.fold()
         folded, self._folded = self._folded, None
         if folded is None:
-            raise RuntimeError("nothing went backward since the last step")
+            raise UserError(NOTHING)
         return folded
 
     def discard(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpguard.engine import wire
 from dpguard.engine.modes import layers
-from dpguard.engine.modes.base import GradientMode, trained_parameters
+from dpguard.engine.modes.base import NOTHING, GradientMode, trained_parameters
 from dpguard.engine.modes.contributions import Contribution, Grams, merge, squared_norm
 from dpguard.errors import UserError
 from dpguard.policy.table import Plan
@@ -105,9 +105,12 @@ class Fast(GradientMode):
         """The clipped sum of the latest backward pass, added to ``before`` in place.
 
         Raises:
+            UserError: nothing went backward.
             RuntimeError: a trained tensor took no part in the loss; an input that is not per example (a
                 broadcast row, Opacus issue #841); an input that was overwritten in place after its layer ran.
         """
+        if not self._uses:
+            raise UserError(NOTHING)
         with torch.no_grad():
             merged = {name: merge(uses) for name, uses in self._contributions().items()}
             self._uses.clear()
@@ -120,7 +123,7 @@ class Fast(GradientMode):
             sums = dict(before.sums) if before is not None else {}
             for name in list(merged):
                 sums[name] = self._sum(name, merged.pop(name), factors, scale, sums.get(name))
-        latest = wire.ClippedSum(sums, factors.norms, factors.dropped)
+        latest = wire.ClippedSum(sums, factors.norms, factors.dropped, rows)
         return latest if before is None else before.joined(latest)
 
     def _sum(

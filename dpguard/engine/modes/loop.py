@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpguard.engine import wire
-from dpguard.engine.modes.base import GradientMode, trained_parameters
+from dpguard.engine.modes.base import NOTHING, GradientMode, trained_parameters
+from dpguard.errors import UserError
 from dpguard.policy.table import Plan
 
 
@@ -74,7 +75,7 @@ class Loop(GradientMode):
                 latest = wire.clip_and_sum(one, self.plan)
                 total = latest if total is None else total.plus(latest)
         if total is None:
-            raise RuntimeError("nothing went backward since the last step")
+            raise UserError(NOTHING)
         return total
 
     def pending(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpguard.engine import wire
-from dpguard.engine.modes.base import GradientMode, trained_parameters
+from dpguard.engine.modes.base import NOTHING, GradientMode, trained_parameters
 from dpguard.engine.modes.layers import check_callable
 from dpguard.errors import UserError
 from dpguard.policy.table import Plan
@@ -65,6 +65,8 @@ class OpacusHooks(GradientMode):
             RuntimeError: a trained parameter got no per-example gradient (unused in the forward pass), or
                 one with the wrong batch dimension.
         """
+        if not self.pending():
+            raise UserError(NOTHING)
         per_example = {name: self._grad_sample(name, p) for name, p in self.parameters.items()}
         rows = {g.shape[0] for g in per_example.values()}
         if len(rows) > 1:

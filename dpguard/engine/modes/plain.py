@@ -39,7 +39,7 @@ class PlainSum(GradientMode):
         dropped = 0 if finite else self.rows
         if not finite:
             sums = {name: torch.zeros_like(g) for name, g in sums.items()}
-        latest = wire.ClippedSum({name: g.clone() for name, g in sums.items()}, {}, dropped)
+        latest = wire.ClippedSum({name: g.clone() for name, g in sums.items()}, {}, dropped, self.rows)
         return latest if before is None else before.plus(latest)
 
     def pending(self) -> bool:
