@@ -69,12 +69,7 @@ class Bench:
         }
         return {key: value.to(self.device) for key, value in fields.items()}
 
-    def plain(self, rows: list[dict[str, Any]]) -> Step:
-        module = self.model()
-        plan = Policy(rows).plan(slots(module))
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in plan.trained)
-        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+    def training_step(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
         batch = self.batch(module)
 
         def step() -> None:
@@ -83,6 +78,14 @@ class Bench:
             optimizer.step()
 
         return step
+
+    def plain(self, rows: list[dict[str, Any]]) -> Step:
+        module = self.model()
+        plan = Policy(rows).plan(slots(module))
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in plan.trained)
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+        return self.training_step(module, optimizer)
 
     def private(self, rows: list[dict[str, Any]], grad_mode: str, **more: Any) -> Step:
         module = self.model()
@@ -93,14 +96,7 @@ class Bench:
             module=module, optimizer=torch.optim.SGD(module.parameters(), lr=1e-4), data_loader=loader,
             policy=Policy(rows), grad_mode=grad_mode, **more,
         )  # fmt: skip
-        batch = self.batch(module)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            module(**batch).loss.backward()
-            optimizer.step()
-
-        return step
+        return self.training_step(module, optimizer)
 
     def ghost(self, rows: list[dict[str, Any]]) -> Step:
         """Opacus's own ghost clipping (flat clip only)."""
