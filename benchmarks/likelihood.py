@@ -26,6 +26,7 @@ import torch
 from rouge_score import rouge_scorer
 from scipy import stats
 
+import dpguard
 from dpguard.attacks import panel
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Disclosed, Observation
@@ -34,7 +35,6 @@ from dpguard.engine.client import Client
 from dpguard.inputs import models
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.family import slots
-from dpguard.policy.guarantee import guarantee
 from dpguard.policy.table import Plan, Policy
 
 DATA = Path(os.environ.get("DPGUARD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -92,7 +92,8 @@ def clopper(hits: int, total: int, level: float) -> float:
 
 def closed(options: argparse.Namespace, model: models.LoadedModel) -> None:
     """Identification among M candidates; every target is one of them."""
-    texts = cola(options.seed)[: options.m]
+    # of one label, so that the disclosed label says nothing about which
+    texts = [text for text in cola(options.seed) if text[1] == 1][: options.m]
     plain = policy(options.shared, 1e9, 0.0).plan(slots(model.module))
     vectors = torch.stack([flat(model, plain, text) for text in texts])
     norms = vectors.norm(dim=1)
@@ -118,7 +119,7 @@ def closed(options: argparse.Namespace, model: models.LoadedModel) -> None:
                 named = [encoded(model, texts[i]).input_ids[0].tolist() == guess for i in (index, written)]
                 hits, right, agree = hits + named[0], right + (written == index), agree + named[1]
                 total += 1
-        bound = guarantee(plan, sampling_rate=1.0, steps=1, delta=1e-5).bound(kappa=1 / options.m)
+        bound = dpguard.guarantee(plan, sampling_rate=1.0, steps=1, delta=1e-5).bound(kappa=1 / options.m)
         low = clopper(hits, total, 1e-3 / len(options.sigma))
         warning = "" if low <= bound else "  ABOVE THE BOUND"
         print(

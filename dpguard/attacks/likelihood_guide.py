@@ -52,7 +52,7 @@ class Guide:
         weights = torch.ones_like(layer) if plain else 1 / (layer + FREEDOM * self.table.shape[1] / self.energy + LEAST)
         self.weights = weights / (weights * share).sum()
         self.nats = float((self.weights.square() * share).sum()) / self.energy
-        self.upper = None if plain else self._upper()
+        self.upper = self._upper()
 
     def full(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The score of every row: about 1 at the truth, 0 for an unrelated gradient."""
@@ -77,7 +77,7 @@ class Guide:
 
     def _combine(self, terms: Terms, weights: Tensor | None) -> Tensor:
         dots, squares = terms.dots, terms.squares
-        if self.plain:
+        if self.plain and weights is not None:
             return (dots.sum(0) - squares.sum(0) / 2) / self.energy + 0.5
         if weights is not None:
             dots, squares = dots * weights[:, None], squares * weights[:, None]

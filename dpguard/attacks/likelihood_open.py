@@ -11,7 +11,8 @@ from dpguard.attacks.base import Budget
 from dpguard.attacks.likelihood_guide import Guide
 from dpguard.attacks.likelihood_prior import Neighbours
 from dpguard.attacks.likelihood_replay import Replay
-from dpguard.attacks.likelihood_search import Row, Search, Spent
+from dpguard.attacks.likelihood_search import Row, Search
+from dpguard.attacks.likelihood_setting import Spent
 from dpguard.attacks.likelihood_texts import is_message, labels_of, score
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.inputs.family import family_of
@@ -26,6 +27,10 @@ PRECISE = 0.2
 """The last part of the budget goes by the exact likelihood, in float32: bfloat16 can't tell hundredths apart."""
 ISLANDS = 3
 """Searches from different public texts before the last one."""
+RESTARTS = 4
+"""Searches from elsewhere when the first ones end before the budget does."""
+STRETCH = 3
+"""Words that the text may grow or shrink by in the end, when its length is unknown."""
 FINAL = 64
 """Best texts of every search that the exact likelihood decides between."""
 
@@ -43,8 +48,7 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     ways = _ways(seen, quick, words, spent, rng)
     searches = []
     for label, length in ways:
-        public = sorted(words.rows, key=lambda row: abs(len(row) - length))  # the nearest in length first
-        guide = Guide(quick, label, seen.disclosed.tokenizer.pad_token_id, public)
+        guide = Guide(quick, label, seen.disclosed.tokenizer.pad_token_id, _near(words, length))
         draws = random.Random(int(torch.randint(2**62, (1,), generator=rng)))
         searches.append(Search(guide, words, length, rng, draws, spent))
     begun, share = spent.candidates, (spent.limit - spent.candidates) // 3 if len(ways) > 1 else 0
@@ -56,11 +60,54 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     search = searches[-lead]
     rest = spent.limit - spent.candidates
     search.wide(spent.limit - int(PRECISE * rest), ISLANDS)
-    public = sorted(words.rows, key=lambda row: abs(len(row) - search.length))
-    guide = Guide(exact, search.guide.label, search.guide.padding, public, plain=True)
+    guide = Guide(exact, search.guide.label, search.guide.padding, _near(words, search.length), plain=True)
     searches.append(search.refined(guide, FINAL))
+    if seen.disclosed.lengths is None:
+        searches += _other_lengths(searches[-1], spent)
     searches[-1].run(spent.limit)
+    for _ in range(RESTARTS if not spent.over else 0):
+        searches.append(_afresh(searches[-1], exact, spent))
     return _answer(seen, exact, searches, spent)
+
+
+def _near(words: Neighbours, length: int) -> list[Row]:
+    """Public texts, the nearest in length first."""
+    return sorted(words.rows, key=lambda row: abs(len(row) - length))
+
+
+def _afresh(search: Search, exact: Replay, spent: Spent) -> Search:
+    """Another search of the same label and length, from drawn words: short texts leave budget for it."""
+    guide, words, length = search.guide, search.words, search.length
+    quick = Guide(exact, guide.label, guide.padding, _near(words, length))
+    other = Search(quick, words, length, search.source, search.draws, spent, search.setting)
+    other.start([])
+    other.run(spent.limit)
+    other = other.refined(guide, FINAL)
+    other.run(spent.limit)
+    return other
+
+
+def _other_lengths(search: Search, spent: Spent) -> list[Search]:
+    """Searches one word shorter or longer, for as long as that makes the text likelier; the last one is to go on."""
+    found: list[Search] = []
+    guide, words = search.guide, search.words
+    longest = family_of(guide.replay.model).max_tokens(guide.replay.model.config)
+    for _ in range(STRETCH):
+        row, posterior = _decide(guide.replay, search)
+        rows = [other for other in search.resized(row) if len(other) <= longest]
+        rows = rows[: spent.take(len(rows))]
+        if not rows:
+            break
+        loglik = score(guide.replay, rows, guide.label, guide.padding).loglik.tolist()
+        prior = {other: words.log_prior([other])[0] for other in rows}
+        best = max(range(len(rows)), key=lambda index: loglik[index] + prior[rows[index]])
+        if loglik[best] + prior[rows[best]] <= posterior:
+            break
+        search = Search(guide, words, len(rows[best]), search.source, search.draws, spent, search.setting)
+        search.score([other for other in rows if len(other) == search.length])
+        search.run(spent.candidates + (spent.limit - spent.candidates) // 2)
+        found.append(search)
+    return found
 
 
 def _ways(
@@ -103,7 +150,7 @@ def _decide(exact: Replay, search: Search) -> tuple[Row, float]:
     """The likeliest of a search's best texts and its log-posterior, by the exact likelihood in float32."""
     if not search.pool:
         return (), -torch.inf
-    rows = sorted(search.pool, key=lambda row: -search.pool[row])[:FINAL]
+    rows = search.top(FINAL, search.guide.nats)
     found = score(exact, rows, search.guide.label, search.guide.padding).loglik
     found = found + torch.tensor([search.prior[row] for row in rows], dtype=found.dtype)
     best = int(found.argmax())

@@ -20,58 +20,13 @@ from torch import Tensor
 from dpguard.attacks.likelihood_guide import Guide
 from dpguard.attacks.likelihood_moves import crossings, reorderings, transplants
 from dpguard.attacks.likelihood_prior import NEVER, Neighbours
+from dpguard.attacks.likelihood_setting import Setting, Spent
 
 Row = tuple[int, ...]
+FRESH, BARREN = 16, 12
+"""A search ends after this many turns that each found fewer new texts than this."""
 STEP = 64
 """Texts differentiated at once."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Widths of the search.
-
-    Attributes:
-        fillings: texts that a survey draws.
-        redrawn: the part of a text that each of them has drawn anew.
-        words: about how many words are tried at one place.
-        exact: of them, how many get the full score.
-        near: words tried because their embedding is near the present word's (other forms of it).
-        beam: texts that are worked on.
-        apart: places in which they differ at least.
-        orders: other orders tried at once.
-        hot: until this part of the budget is spent, a nat of prior counts at least ``heat`` squared.
-        heat: see ``hot``.
-    """
-
-    fillings: int = 64
-    redrawn: float = 0.35
-    words: int = 256
-    exact: int = 24
-    near: int = 16
-    beam: int = 6
-    apart: int = 2
-    orders: int = 160
-    hot: float = 0.4
-    heat: float = 0.03
-
-
-@dataclass
-class Spent:
-    """Candidates looked at so far, and how many may be."""
-
-    limit: int
-    candidates: int = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether the budget is used up."""
-        return self.candidates >= self.limit
-
-    def take(self, wanted: int) -> int:
-        """``wanted`` candidates, or as many as are left."""
-        count = max(0, min(wanted, self.limit - self.candidates))
-        self.candidates += count
-        return count
 
 
 @dataclass
@@ -131,12 +86,15 @@ class Search:
         self.score([rows[i] for i in both.topk(min(exact, len(rows))).indices.tolist()])
         return raw
 
+    def top(self, count: int, nat: float) -> list[Row]:
+        """The pool's best texts, a nat of prior counting ``nat``."""
+        return heapq.nlargest(count, self.pool, key=lambda row: self.pool[row] + nat * self.prior[row])
+
     def best(self, count: int) -> list[Row]:
-        """The pool's best texts by score plus prior."""
+        """The pool's best texts by score plus prior, some places apart."""
         part = (self.spent.candidates - self.first) / max(1, self.spent.limit - self.first)
         nat = max(self.guide.nats, self.setting.heat**2) if part < self.setting.hot else self.guide.nats
-        top = heapq.nlargest(max(256, count), self.pool, key=lambda row: self.pool[row])
-        top.sort(key=lambda row: -(self.pool[row] + nat * self.prior[row]))
+        top = self.top(256, nat)
         chosen = top[:1]
         for row in top[1:]:  # texts one word apart would do the same work twice
             if len(chosen) == count:
@@ -333,10 +291,25 @@ class Search:
         self.join(others)
         self.run(until)
 
+    def resized(self, row: Row) -> list[Row]:
+        """A text with one word less, or with one more that fits its neighbours or seems to be in the message."""
+        body: Row = self.body(row)
+        found: dict[Row, None] = {}
+        count = self.setting.words // 16
+        frequent = [] if self.bag is None else _top(self.bag, self.words.allowed, count).tolist()
+        for place in range(len(body) + 1):
+            at = self.places.start + place
+            near = self.words.between(row[at - 1] if at else None, row[at] if at < len(row) else None)
+            for token in (*_top(near, self.words.allowed, count).tolist(), *frequent):
+                found[(*body[:place], token, *body[place:])] = None
+        for place in range(len(body) if len(body) > 1 else 0):
+            found[body[:place] + body[place + 1 :]] = None
+        return [tuple(self.words.frame.wrap(other)) for other in found]
+
     def refined(self, guide: Guide, count: int) -> Search:
         """A search from the best texts under another, more precise guide of the same message."""
         other = Search(guide, self.words, self.length, self.source, self.draws, self.spent, self.setting)
-        other.score(heapq.nlargest(count, self.pool, key=lambda row: self.pool[row]))
+        other.score(self.top(count, self.guide.nats))
         other.general, other.bag = self.general, self.bag
         return other
 
@@ -356,7 +329,7 @@ class Search:
 
     def run(self, until: int) -> None:
         """Improve until ``until`` candidates were looked at or nothing more helps."""
-        since, turn, beam, rewritten = 0, 0, self.setting.beam, 0
+        since, turn, barren, beam = 0, 0, 0, self.setting.beam
         while self.pool and self.places and self.spent.candidates < until:
             before = self.spent.candidates
             top = self.best(beam)
@@ -365,7 +338,6 @@ class Search:
             job = self._job(top, since >= 6 or settled)
             if settled and (job is None or self.draws.random() < 0.5):
                 job = (self.draws.choice(top[:3]), "rewrite")
-                rewritten += 1
             if job is None:
                 job, beam = (lead, "rewrite"), beam + 2
             row, what = job
@@ -381,8 +353,9 @@ class Search:
             since, turn = since + 1, turn + 1
             if turn % 12 == 0 and len(top) > 1:
                 self.cross(lead, self.draws.choice(top[1:]))
-            if self.spent.candidates == before:
-                self.spent.candidates += 1  # a turn without a new text: a short text may have none left
+            barren = 0 if self.spent.candidates - before >= FRESH else barren + 1
+            if barren == BARREN:
+                return
 
     def _job(self, top: Sequence[Row], reorder: bool) -> tuple[Row, str] | None:
         """The next thing to try: the best text first, its places in random order, then orders, then shifts."""
