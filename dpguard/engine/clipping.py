@@ -45,17 +45,26 @@ def check_mode(grad_mode: str) -> None:
         raise UserError(f"unknown grad_mode {grad_mode!r}{did_you_mean(grad_mode, list(MODES))}")
 
 
-def check_model(model: nn.Module, plan: Plan) -> None:
+def check_layers(model: nn.Module) -> None:
     """Refuse what would couple examples or lose gradients.
 
     Raises:
-        UserError: batch normalisation, gradient checkpointing, or a plan of another model.
+        UserError: batch normalisation or gradient checkpointing.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"{name!r} is batch normalisation, which couples examples; expected layer normalisation")
         if getattr(module, "gradient_checkpointing", False):
             raise UserError(f"{name or 'the model'!r} has gradient checkpointing on; expected it off")
+
+
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """`check_layers`, and that the plan is this model's.
+
+    Raises:
+        UserError: see `check_layers`; or a plan of another model.
+    """
+    check_layers(model)
     known = {name for name, _ in model.named_parameters()}
     strange = [name for name in plan if name not in known]
     if strange or len(known) != len(plan):

@@ -115,6 +115,7 @@ class PrivacyEngine:
             raise UserError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
         if any(isinstance(getattr(hook, "__self__", None), ForwardHooks) for hook in module._forward_hooks.values()):
             raise UserError("the model is private already; expected close() on the engine that made it so")
+        clipping.check_layers(module)
         policy = Policy.load(policy) if isinstance(policy, str) else policy
         plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
         clipping.check_model(module, plan)

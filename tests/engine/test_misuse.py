@@ -156,6 +156,13 @@ def test_a_model_or_loader_that_is_private_already_is_refused():
     made_private(module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
 
 
+def test_batch_normalisation_anywhere_is_named_before_the_policy_is_read():
+    model = tiny.module("bert").train()
+    model.bert.pooler = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    with pytest.raises(UserError, match=r"'bert\.pooler\.1' is batch normalisation, which couples examples"):
+        made_private(module=model)
+
+
 def test_a_policy_may_be_given_by_name():
     module, optimizer, _loader = made_private(policy="dp-sgd")
     assert len(optimizer.plan.trained) == len(list(module.parameters()))
