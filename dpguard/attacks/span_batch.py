@@ -27,6 +27,7 @@ from dpguard.attacks.span_descent import Descent
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_members import Members, MemberSolver
 from dpguard.attacks.span_pool import READERS, pool_of
+from dpguard.attacks.span_rank import RESOLUTION
 from dpguard.attacks.span_search import Search
 from dpguard.attacks.span_sites import Probe, Site, sites_of
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
@@ -120,6 +121,8 @@ class BatchReader:
         self.solver = MemberSolver(block, self.pool)
         self.places = {self.pool.pair(i): i for i in range(len(self.pool))}
         outputs, inputs = (by_role[r].span if r in by_role else None for r in ("attention_output", "mlp_in"))
+        spans = [self.judge.span, *(span for span in (outputs, inputs) if span is not None)]
+        self.dimensions = max(span.rank for span in spans)  # rounding hides some from one weight or the other
         self.family = family_of(block, self.pool.rows, self._average(), outputs, inputs)
         self._search()
         return self._answer()
@@ -197,17 +200,17 @@ class BatchReader:
         loss, y = fine.descend(which, y, POLISH)
         mixtures = self.family.start[which] + y @ self.family.free
         states = self.block.states(self.pool.rows[which], mixtures)
-        residual, allowed = self.judge.span.outside(self.block.act(self.block.mlp_in(states)))
+        true = self._in_span(self.block.act(self.block.mlp_in(states)))
         for k in loss.argsort().tolist():
             if self._done():
                 return
             index = int(which[k])
-            if residual[k] <= allowed[k] and not self._is_explained(index, mixtures[k]):
+            if true[k] and not self._is_explained(index, mixtures[k]):
                 self._text_around(index, mixtures[k])
 
     def _done(self) -> bool:
         spent = self.steps >= self.budget.steps or self.solved + self.probe.scored >= self.budget.candidates
-        return spent or (not self.judge.span.blurred and self._covered() >= self.judge.span.rank)
+        return spent or self._covered() >= self.dimensions
 
     def _covered(self) -> int:
         """Dimensions of the span that the accepted texts explain."""
@@ -258,8 +261,17 @@ class BatchReader:
         ids = torch.tensor(text, device=self.probe.device)
         states = self.probe.states(self.judge.site.layer, ids[None])[0]
         misfit = float(self.judge.span.outside(states)[0].mean())
-        fits = not any(e.contradicts(self.probe, ids) for e in self.witnesses)
-        return _Found(text, fits and self.judge.span.holds(states), fits, misfit)
+        proven = self.judge.span.holds(states) and not any(e.contradicts(self.probe, ids) for e in self.witnesses)
+        return _Found(text, proven, proven or bool(self._in_span(states).all()), misfit)
+
+    def _in_span(self, activations: Tensor) -> Tensor:
+        """(n,) whether the MLP output's inputs may be the client's, as far as the message tells.
+
+        A coarse rounding hides whole directions, not only their precision: then it is what tells one text from
+        another that counts. Such a text fits, and is never proven by it.
+        """
+        residual, allowed = self.judge.span.outside(activations)
+        return residual <= (allowed.clamp_min(RESOLUTION) if self.judge.span.blurred else allowed)
 
     def _explain(self, text: list[int]) -> None:
         """Remember the rows of an accepted text."""
@@ -274,7 +286,7 @@ class BatchReader:
         certain = [t for t in self.texts.values() if t.certain]
         fitting = sorted((t for t in self.texts.values() if t.fits and not t.certain), key=lambda t: t.misfit)
         others = sorted((t for t in self.texts.values() if not t.fits), key=lambda t: t.misfit)
-        chosen, room = certain + fitting, self.judge.span.rank - self._covered()
+        chosen, room = certain + fitting, self.dimensions - self._covered()
         for text in others:
             if len(text.ids) <= room:
                 chosen.append(text)
@@ -283,9 +295,9 @@ class BatchReader:
         covered = sum(len(t.ids) for t in certain)
         notes: dict[str, Any] = {
             "weight": self.judge.site.name,
-            "rank": self.judge.span.rank,
+            "rank": self.dimensions,
             "explained": covered,
-            "complete": covered == self.judge.span.rank,
+            "complete": covered == self.dimensions,
             "pool": len(self.pool),
             "open": self.family.size,
         }
