@@ -66,9 +66,9 @@ class Search:
     # -- scores
 
     def score(self, rows: Sequence[Row]) -> None:
-        """Full scores into the pool, for texts that have none, as far as the budget reaches."""
+        """Full scores into the pool, for texts that have none, as far as the budget reaches; the first one always."""
         fresh = [row for row in dict.fromkeys(rows) if row not in self.pool]
-        fresh = fresh[: self.spent.take(len(fresh))]
+        fresh = fresh[: max(self.spent.take(len(fresh)), 0 if self.pool else 1)]
         if fresh:
             self.pool |= dict(zip(fresh, self.guide.full(fresh), strict=True))
             self.prior |= dict(zip(fresh, self.words.log_prior(fresh), strict=True))
@@ -78,9 +78,10 @@ class Search:
         if self.guide.upper is None or len(rows) <= exact:
             self.score(rows)
             return None
-        rows = rows[: self.spent.take(len(rows))]
-        if not rows:
+        if self.spent.over:
+            self.score(rows)
             return None
+        rows = rows[: self.spent.take(len(rows))]
         raw = self.guide.screen(rows)
         both = raw + self.guide.nats * torch.tensor(self.words.log_prior(rows), dtype=raw.dtype)
         self.score([rows[i] for i in both.topk(min(exact, len(rows))).indices.tolist()])

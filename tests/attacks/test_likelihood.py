@@ -146,6 +146,16 @@ def test_open_world_finds_what_is_at_least_as_likely_as_the_truth_under_noise() 
     assert found.notes["log_posterior"] >= posterior - 1e-3 * abs(posterior)
 
 
+@pytest.mark.parametrize("candidates", [1, 5, 40])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_any_budget_gives_one_text(family, candidates) -> None:
+    seen, _ = _seen(family, DP, 0, public=CANDIDATES[1:], tell=())
+    found = _run(seen, budget=Budget(0, candidates))
+    assert len(found.sequences) == 1
+    assert found.sequences[0]
+    assert found.candidates <= candidates
+
+
 @pytest.mark.parametrize("change", [{}, {"seed": 1}])
 def test_the_open_world_is_decided_by_the_seed(change) -> None:
     seen, _ = _seen("bert", DP, 0, public=CANDIDATES[1:])
