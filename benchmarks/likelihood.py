@@ -111,7 +111,8 @@ def closed(options: argparse.Namespace, model: models.LoadedModel) -> None:
             for index, text in enumerate(texts):
                 seed = 1_000 * draw + index
                 order = random.Random(seed).sample(range(options.m), options.m)
-                seen = observe(model, plan, text, seed, candidates=[texts[i][0] for i in order])
+                # the length would rule most candidates out, and the bound is on M of them
+                seen = observe(model, plan, text, seed, told="label", candidates=[texts[i][0] for i in order])
                 found = panel.attack("likelihood").reconstruct(seen, seed=seed)
                 guess = found.sequences[0]
                 message = torch.cat([seen.message[name].flatten() for name in plan.shared])
