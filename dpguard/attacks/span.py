@@ -1,7 +1,8 @@
 """The span attack: shared linear weights of inner blocks say which hidden vectors were the client's.
 
 The gradient of a linear layer has the span of the layer's inputs as its row space (arXiv 2405.15586 uses
-that for the first two layers). Batches of encoders are read whole from the first block (`span_batch`). One
+that for the first two layers). Batches are read whole: encoders from the first block (`span_batch`), decoders
+prefix by prefix (`span_tree`). One
 text needs one weight of any inner block, and neither its label nor its length: the rank gives the length; a
 linear picture of the layer's inputs (`span_picture`) guesses token and position without a search; a discrete
 search (`span_search`) ends where every state lies in the span to the precision of the message, which no other
@@ -32,6 +33,7 @@ from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
 from dpguard.attacks.span_search import Search, Trail
 from dpguard.attacks.span_sites import Probe, Sites, left_as_found, sites_of
+from dpguard.attacks.span_tree import TreeReader, tree_sites
 from dpguard.attacks.vocabulary import Frame, TokenTable, allowed_tokens, frame_of
 from dpguard.inputs.family import slots
 
@@ -96,7 +98,8 @@ class Span:
             return f"needs a gradient, the message is {told.kind!r}"
         if told.sequences != 1:
             with left_as_found(seen.model):
-                return batch_reason(seen)
+                causal = Probe(seen.model).family.causal
+                return tree_sites(seen, sites_of(seen.model))[1] if causal else batch_reason(seen)
         return usable(seen, sites_of(seen.model))[1]
 
     def reconstruct(
@@ -105,9 +108,12 @@ class Span:
         """Propose the texts behind a message; see `base.Attack`."""
         budget = choose(self.name, self.presets, preset, budget)[1]
         with left_as_found(seen.model):
+            case = _case(seen, rng, budget)
+            if seen.disclosed.sequences != 1 and case.probe.family.causal:
+                probe, frame = case.probe, case.frame
+                return TreeReader(seen, probe, case.sites, case.album, case.tokens, frame, budget).read()
             if seen.disclosed.sequences != 1:
                 return BatchReader(seen, rng, budget).read()
-            case = _case(seen, rng, budget)
             evidence = gather(seen, usable(seen, case.sites)[0], causal=case.probe.family.causal, most=WITNESSES)
             return _judge(case, seen, evidence)
 

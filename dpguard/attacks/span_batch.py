@@ -114,10 +114,10 @@ class BatchReader:
             reason = "no span of the first block rises above rounding or noise: more tokens than the model is wide"
             return Reconstruction([], [], notes={"reason": reason})
         self.block, self.judge = block, by_role["mlp_out"]
-        self.witnesses = [
-            e for e in evidence if not any(e is r for r in readers)
-        ]  # what readers say is in the pool already
+        self.witnesses = [e for e in evidence if not any(e is r for r in readers)]  # these made the pool
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
+        if not len(self.pool):
+            return Reconstruction([], [], notes={"reason": "no token's embedding lies in the first block's span"})
         self.solver = MemberSolver(block, self.pool)
         self.places = {self.pool.pair(i): i for i in range(len(self.pool))}
         outputs, inputs = (by_role[r].span if r in by_role else None for r in ("attention_output", "mlp_in"))

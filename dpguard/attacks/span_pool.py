@@ -82,6 +82,8 @@ def pool_of(
         if not len(candidates):
             break
         found.append(candidates)
+    if not found:
+        return _pairs(block, tokens[:0], 0)
     return Pool(*(torch.cat(column) for column in zip(*((p.tokens, p.places, p.rows) for p in found), strict=True)))
 
 

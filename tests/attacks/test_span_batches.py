@@ -172,7 +172,8 @@ def test_what_a_batch_cannot_be_read_from_is_refused_with_the_reason() -> None:
 
     assert "first block's MLP output" in reason(_only("attention.query"))
     assert "query, key or value" in reason(_only("mlp.out"))
-    assert "post-norm encoders" in reason([], "gpt2")
+    for family in ("llama", "gpt2"):
+        assert "what is left of it" in reason(_only("attention.qkv" if family == "gpt2" else "attention.query"), family)
     assert "pruned or rounded" in reason([{"layers": "all", "bits": 8}])
 
 
@@ -229,6 +230,35 @@ def test_non_negative_least_squares_by_column_generation_is_the_whole_problems()
         assert (mine >= 0).all()
         assert (columns @ mine - target).norm() <= (columns @ theirs - target).norm() + 1e-8
     assert nonnegative(columns[:, :0], columns[:, 0]).shape == (0,)
+
+
+@pytest.mark.parametrize("selector", ["block[0].mlp.in", "block[1].attention", "block[1].mlp.out"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_batches_of_decoders_grow_as_a_tree_of_prefixes(family: str, selector: str) -> None:
+    texts = (*TEXTS, "please call her about the test")  # two texts begin with the same three words
+    seen, true = _seen([{"layers": "all", "share": False}, {"layers": selector, "share": True}], texts, family)
+    found = _run(seen)
+    leaves = [ids for ids in true if ids != true[2]]  # the beginning of another text leaves no trace of its own
+    assert sorted(found.sequences) == sorted(leaves)
+    assert found.certain == [True] * len(leaves)
+    assert found.notes["complete"]
+
+
+def test_a_repeated_first_token_is_not_proven_where_positions_are_relative() -> None:
+    """Its state is the same however often it is repeated."""
+    rows = [{"layers": "all", "share": False}, {"layers": "block[1].mlp.in", "share": True}]
+    for text in ("card", "card card"):
+        seen, _ = _seen(rows, (text, "please call her"), "llama")
+        found = _run(seen)
+        for ids, certain in zip(found.sequences, found.certain, strict=True):
+            assert certain == (len(ids) == 3)
+
+
+@pytest.mark.parametrize("spoil", [messages.shuffled, messages.noise])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoders_message_that_says_nothing_proves_nothing(spoil, family: str) -> None:
+    for seed in range(3):
+        assert not any(_run(spoil(_seen([], family=family)[0], seed=seed)).certain)
 
 
 @pytest.mark.slow
