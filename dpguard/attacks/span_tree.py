@@ -17,14 +17,16 @@ from torch import Tensor
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.span_evidence import Evidence, gather, usable
-from dpguard.attacks.span_exact import CONTEXT_FREE, SHORTLIST
-from dpguard.attacks.span_guess import guess
+from dpguard.attacks.span_exact import CONTEXT_FREE
+from dpguard.attacks.span_guess import Guess, guess
 from dpguard.attacks.span_picture import Album
 from dpguard.attacks.span_rank import RESOLUTION
 from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, Site, Sites
 from dpguard.attacks.vocabulary import Frame
 
 WITNESSES = 2
+WIDTHS = (48, 400)
+"""Tokens tried after every prefix, by how well they fit the position whatever is around; in the end all of them."""
 SAME = 1e-4
 """Relative distance of two states that a message cannot tell apart."""
 FEW_TOKENS = 2000
@@ -76,18 +78,19 @@ class TreeReader:
             return Reconstruction([], [], notes={"reason": reason})
         self.judge, others = evidence[0], evidence[1:]
         self.states = torch.zeros((0, self.judge.span.inputs), device=self.probe.device, dtype=torch.float64)
-        self._grow(self._likely())
-        if self._nodes() < self.judge.span.rank:
-            self._grow(None)
+        table = self._table()
+        if table is not None:
+            for width in WIDTHS:
+                self._grow(table.best(width))
+        self._grow(None)
         return self._answer(others)
 
-    def _likely(self) -> Tensor | None:
-        """(L, k) tokens to try at each position, or None to try all."""
+    def _table(self) -> Guess | None:
+        """How badly each token fits at each position, where there are too many to try them all."""
         if len(self.tokens) <= FEW_TOKENS:
             return None
         length = min(self.judge.span.rank, self.probe.family.max_tokens(self.probe.config))
-        table = guess(self.judge, self.sites, self.album, length, self.tokens)
-        return None if table is None else table.best(SHORTLIST)
+        return guess(self.judge, self.sites, self.album, length, self.tokens)
 
     def _nodes(self) -> int:
         return sum(map(len, self.children.values()))
@@ -118,6 +121,8 @@ class TreeReader:
         found: list[int] = []
         for part in tokens.split(max(1, CHUNK_TOKENS // (place + 1))):  # type: ignore[no-untyped-call]
             part = part[: max(0, self.budget.candidates - self.probe.scored)]
+            if not len(part):
+                break
             texts = torch.cat([self.tokens.new_tensor(prefix).expand(len(part), -1), part[:, None]], dim=1)
             states = self.probe.states(self.judge.site.layer, texts)[:, -1].double()
             for k in self._true(states).nonzero().flatten().tolist():
