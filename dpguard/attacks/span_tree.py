@@ -9,6 +9,7 @@ same however often it is repeated: a leaf that could go on like that is not prov
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import CONTEXT_FREE
-from dpguard.attacks.span_guess import Guess, guess
+from dpguard.attacks.span_guess import guess
 from dpguard.attacks.span_picture import Album
 from dpguard.attacks.span_rank import RESOLUTION
 from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, Site, Sites
 from dpguard.attacks.vocabulary import Frame
 
 WITNESSES = 2
-WIDTHS = (48, 400)
+FIRST, SECOND = 48, 300
 """Tokens tried after every prefix, by how well they fit the position whatever is around; in the end all of them."""
 SAME = 1e-4
 """Relative distance of two states that a message cannot tell apart."""
@@ -78,46 +79,39 @@ class TreeReader:
             return Reconstruction([], [], notes={"reason": reason})
         self.judge, others = evidence[0], evidence[1:]
         self.states = torch.zeros((0, self.judge.span.inputs), device=self.probe.device, dtype=torch.float64)
-        table = self._table()
-        if table is not None:
-            for width in WIDTHS:
-                self._grow(table.best(width))
-        self._grow(None)
+        self._grow(self._lists())
         return self._answer(others)
 
-    def _table(self) -> Guess | None:
-        """How badly each token fits at each position, where there are too many to try them all."""
-        if len(self.tokens) <= FEW_TOKENS:
-            return None
+    def _lists(self) -> list[Tensor]:
+        """Each (L, k): tokens to try at each position, likely ones first; the last list has all the others."""
+        everything = torch.cat([self.tokens, self.tokens.new_tensor(self.frame.suffix)])
         length = min(self.judge.span.rank, self.probe.family.max_tokens(self.probe.config))
-        return guess(self.judge, self.sites, self.album, length, self.tokens)
+        few = len(everything) <= FEW_TOKENS
+        table = None if few else guess(self.judge, self.sites, self.album, length, everything)
+        if table is None:
+            return [everything.expand(length, -1)]
+        return list(table.best(len(everything)).split([FIRST, SECOND, len(everything) - FIRST - SECOND], dim=1))  # type: ignore[no-untyped-call]
 
     def _nodes(self) -> int:
         return sum(map(len, self.children.values()))
 
-    def _grow(self, likely: Tensor | None) -> None:
-        """Add children to every prefix that has none, level by level, until the rank is reached."""
-        level: list[tuple[int, ...]] = [()]
-        longest = self.probe.family.max_tokens(self.probe.config)
-        while level and len(level[0]) < longest:
-            deeper = []
-            for prefix in level:
-                if not self.children.get(prefix) and self._nodes() < self.judge.span.rank:
-                    self.children[prefix] = self._next(prefix, likely)
-                deeper += [(*prefix, token) for token in self.children.get(prefix, [])]
-            level = deeper
+    def _grow(self, lists: list[Tensor]) -> None:
+        """Try each list after every prefix, short lists and short prefixes first, until the rank is reached."""
+        waiting: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
+        while waiting and self._nodes() < self.judge.span.rank and self.probe.scored < self.budget.candidates:
+            level, place, prefix = heapq.heappop(waiting)
+            opening = place < len(self.frame.prefix)
+            tokens = self.tokens.new_tensor(self.frame.prefix[place : place + 1]) if opening else lists[level][place]
+            for token in self._next(prefix, tokens):
+                self.children.setdefault(prefix, []).append(token)
+                if place + 1 < len(lists[0]):
+                    heapq.heappush(waiting, (0, place + 1, (*prefix, token)))
+            if level + 1 < len(lists) and not opening:
+                heapq.heappush(waiting, (level + 1, place, prefix))
 
-    def _next(self, prefix: tuple[int, ...], likely: Tensor | None) -> list[int]:
-        """Tokens whose state after a prefix lies in the span and is nobody else's."""
+    def _next(self, prefix: tuple[int, ...], tokens: Tensor) -> list[int]:
+        """Those of some tokens whose state after a prefix lies in the span and is nobody else's."""
         place = len(prefix)
-        if place < len(self.frame.prefix):
-            tokens = self.tokens.new_tensor([self.frame.prefix[place]])
-        elif likely is None:
-            tokens = torch.cat([self.tokens, self.tokens.new_tensor(self.frame.suffix)])
-        elif place < len(likely):
-            tokens = likely[place]
-        else:
-            return []
         found: list[int] = []
         for part in tokens.split(max(1, CHUNK_TOKENS // (place + 1))):  # type: ignore[no-untyped-call]
             part = part[: max(0, self.budget.candidates - self.probe.scored)]
