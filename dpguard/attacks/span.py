@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
@@ -170,7 +170,16 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
         "witnesses": len(evidence),
     }
     certain = trail.certain and not any(e.contradicts(case.probe, trail.ids) for e in others)
+    certain = certain and not _order_unproven(seen.model)
     return Reconstruction([trail.ids.tolist()], [certain], case.steps, scored, notes)
+
+
+def _order_unproven(model: nn.Module) -> bool:
+    """Without position embeddings repeated words and the first block's inputs fit the span in more than one order.
+
+    A text may well be right there, and is never called certain.
+    """
+    return not any(slot.role == "position_embedding" for slot in slots(model))
 
 
 def _read(case: _Case, seen: Observation, evidence: Evidence) -> Trail | None:

@@ -9,6 +9,7 @@ from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_guess import Guess
 from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe
 from dpguard.attacks.vocabulary import Frame
+from dpguard.inputs.family import slots
 
 CONTEXT_FREE = frozenset({"query", "key", "value", "qkv"})
 FINALISTS = 4
@@ -61,19 +62,26 @@ def left_to_right(
     """
     text = torch.zeros(length, dtype=torch.int64, device=probe.device)
     words = frame.wrap([-1] * max(0, length - frame.size))
+    rotary = not any(slot.role == "position_embedding" for slot in slots(probe.model))
     likely = guess.best(SHORTLIST) if guess is not None else None
     for position in range(length):
         if words[position] >= 0:
             text[position] = words[position]
             continue
-        short = tokens[:SHORTLIST] if likely is None else likely[position]
+        fresh = _adding(tokens, text[:position]) if rotary else tokens
+        short = fresh[:SHORTLIST] if likely is None else _adding(likely[position], text[: position if rotary else 0])
         found, fits = _next(probe, evidence, text[:position], short)
-        if not fits and len(tokens) > len(short):
+        if not fits and len(fresh) > len(short):
             room = max(0, limit - probe.scored)
-            other, other_fits = _next(probe, evidence, text[:position], tokens[:room] if room else short)
+            other, other_fits = _next(probe, evidence, text[:position], fresh[:room] if room else short)
             found = other if other_fits or not fits else found
         text[position] = found
     return text
+
+
+def _adding(tokens: Tensor, prefix: Tensor) -> Tensor:
+    """Tokens that can add to the rank: without position embeddings the first token again has the state it had."""
+    return tokens[tokens != prefix[0]] if len(prefix) and bool((prefix == prefix[0]).all()) else tokens
 
 
 def _next(probe: Probe, evidence: Evidence, prefix: Tensor, tokens: Tensor) -> tuple[int, bool]:

@@ -123,7 +123,10 @@ def _heads(evidence: Evidence, seat: Site, probe: Probe) -> View | None:
     """Each head's context is a mixture of the texts' values, so the values of the head lie in its span too."""
     heads = int(probe.config.num_attention_heads)
     weight = seat.oriented(seat.layer.get_parameter("weight"))
-    bias = seat.layer.get_parameter("bias").detach().double()
+    if len(weight) < evidence.span.inputs:  # query groups share their values
+        return None
+    own = getattr(seat.layer, "bias", None)
+    bias = weight.new_zeros(len(weight)) if own is None else own.detach().double()
     width = evidence.span.inputs // heads
     weight, bias = weight[-evidence.span.inputs :], bias[-evidence.span.inputs :]  # the last third of a fused one
     matrices, offsets = [], []

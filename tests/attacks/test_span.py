@@ -204,3 +204,18 @@ def test_real_sentences_from_the_query_of_a_deep_block(minilm, data_folder) -> N
         found = _run(seen)
         assert found.sequences == [batch.input_ids[0].tolist()]
         assert found.certain == [True]
+
+
+@pytest.mark.parametrize("role", ["attention.query", "attention.value", "attention.output", "mlp.in"])
+@pytest.mark.parametrize("text", ["no no", "no no pain in the arm", "please call her about the card"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_without_position_embeddings_no_text_is_certified(role: str, text: str, block: int) -> None:
+    # a repeated first word has one state, and the first block's inputs know no order
+    seen, _ = _seen("llama", _only(f"block[{block}].{role}.weight"), text)
+    assert not any(_run(seen).certain)
+
+
+@pytest.mark.parametrize("role", ["attention.value", "mlp.in"])
+def test_a_rotary_decoder_is_read_all_the_same(role: str) -> None:
+    seen, true = _seen("llama", _only(f"block[1].{role}.weight"), "please call her about the card")
+    assert _run(seen).sequences == [true]
