@@ -14,8 +14,7 @@ Tensors of which only some entries arrive are formed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpguard.attacks.likelihood_channels import Channel, channels
 from dpguard.attacks.observation import Observation
+from dpguard.attacks.replay import recording
 from dpguard.engine import wire
 from dpguard.engine.gradients import per_example_losses
 from dpguard.inputs.batch import Batch
@@ -158,7 +158,7 @@ class Replay:
     def _record(self, batch: Batch, wanted: set[str], embeddings: Tensor | None) -> dict[str, _Use]:
         """One forward and one backward pass: module -> what it read and what it passes back."""
         modules = {name: module for name, module in self.model.named_modules() if name in wanted}
-        with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), _recording(modules) as calls:
+        with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), recording(modules, start=True) as calls:
             losses = per_example_losses(self.model, batch, embeddings=embeddings)
             flat = [(name, given, output) for name in modules for given, output in calls[name]]
             signals = torch.autograd.grad(
@@ -305,24 +305,3 @@ def _unscaled(module: nn.Module, given: Tensor) -> Tensor:
     one, zero = (functional_call(module, {"weight": like}, (given,)) for like in likes)
     difference: Tensor = one - zero
     return difference
-
-
-@contextmanager
-def _recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Collect (input, output) of every call; differentiation starts at the first output that nothing led to."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
-
-    def hook(name: str) -> object:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            calls[name].append((inputs[0], output))
-
-        return keep
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]  # type: ignore[arg-type]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

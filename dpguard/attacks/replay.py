@@ -118,7 +118,7 @@ def record(
     if not embeddings.requires_grad:
         embeddings = embeddings.detach().requires_grad_()
     modules = {tap.module: model.get_submodule(tap.module) for tap in taps.values() if tap.module}
-    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), _recording(modules) as calls:
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), recording(modules) as calls:
         losses = per_example_losses(model, batch, embeddings=embeddings)
         outputs = [output for name in modules for _, output in calls[name]]
         found = torch.autograd.grad(losses.sum(), [embeddings, *outputs], create_graph=create_graph, allow_unused=True)
@@ -141,12 +141,19 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Collect (input, output) of every call of the modules; the hooks are gone afterwards."""
+def recording(
+    modules: Mapping[str, nn.Module], *, start: bool = False
+) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Collect (input, output) of every call of the modules; the hooks are gone afterwards.
+
+    With ``start`` differentiation starts at the first output that nothing led to.
+    """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
 
     def hook(name: str) -> object:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if start and not output.requires_grad:
+                output.requires_grad_(True)
             calls[name].append((inputs[0], output))
 
         return keep

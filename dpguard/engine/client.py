@@ -83,20 +83,20 @@ class Client:
         batch = Batch.of(batch)
         self.spend(1)
         message = self.message(batch, self._source)
-        return Update(message.wire, self._divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
+        return Update(message.wire, self.divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
 
     def message(self, batch: Batch, generator: noise.Source) -> wire.Message:
         """Noised sum and wire for a given source of noise: for audits, which judge the noised tensors."""
         clipped = self.clipped(batch)
         self.dropped = clipped.dropped
         return wire.make_message(
-            clipped, self.plan, batch_size=self._divisor(batch), generator=generator, mask_seed=self.mask_seed
+            clipped, self.plan, batch_size=self.divisor(batch), generator=generator, mask_seed=self.mask_seed
         )
 
     def clipped(self, batch: Batch, *, step: int = 0) -> wire.ClippedSum:
         """The private clipped sum, before noise."""
         if len(batch) == 0:
-            return self._empty()
+            return wire.empty_sum(dict(self.model.named_parameters()), self.plan)
         with running_as(self.model, self.mode), training_only(self.model, self.plan):
             hooks = clipping.per_example(self.model, self.plan, "sum", self.grad_mode)
             try:
@@ -120,17 +120,12 @@ class Client:
         self.spend(1 if self.plan.unit == "update" else len(batches))
         tensors = local.delta(self, batches, self._source)
         return Update(
-            tensors, self._divisor(batches[0]), kind="delta", mode=self.mode, mask_seed=self.mask_seed,
+            tensors, self.divisor(batches[0]), kind="delta", mode=self.mode, mask_seed=self.mask_seed,
             local_steps=len(batches), training=self.training,
         )  # fmt: skip
 
-    def _empty(self) -> wire.ClippedSum:
-        parameters = dict(self.model.named_parameters())
-        zeros = {name: torch.zeros_like(parameters[name], requires_grad=False) for name in self.plan.trained}
-        groups = {key: group for key, group in self.plan.groups.items() if group.unit == "example"}
-        return wire.ClippedSum(zeros, {key: torch.zeros(0) for key in groups})
-
-    def _divisor(self, batch: Batch) -> int:
+    def divisor(self, batch: Batch) -> int:
+        """The public batch size: the client's, or the rows of the batch where it has none."""
         return self.batch_size if self.batch_size is not None else max(1, len(batch))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from dpguard.engine import noise, wire
+from dpguard.engine.modes.base import trained_parameters
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.batch import Batch
 from dpguard.policy.columns import number
@@ -83,7 +84,7 @@ def delta(client: Client, batches: Sequence[Batch], drawn_from: noise.Source) ->
     The model ends with the weights that it began with; withheld tensors go on from `LocalState.personal`.
     """
     plan, state = client.plan, client.state
-    parameters = {name: p for name, p in client.model.named_parameters() if name in set(plan.trained)}
+    parameters = trained_parameters(client.model, plan)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         with torch.no_grad():
@@ -108,7 +109,7 @@ def _steps(
     if training.keep_state and state.moments is not None:
         optimizer.load_state_dict(state.moments)
     for step, batch in enumerate(batches):
-        size = client.batch_size if client.batch_size is not None else max(1, len(batch))
+        size = client.divisor(batch)
         clipped = client.clipped(batch, step=step)
         client.dropped = clipped.dropped
         for name, total in clipped.sums.items():

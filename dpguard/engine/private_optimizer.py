@@ -140,7 +140,7 @@ class PrivateOptimizer(Optimizer):
             self.mode.fold()
             return loss
         self._open = False
-        clipped = self._empty_sum() if self.empty else self.mode.collect()
+        clipped = wire.empty_sum(self.parameters_by_name, self.plan) if self.empty else self.mode.collect()
         self.mode.discard()
         self._check_rows(clipped.rows)
         self._before_release()
@@ -182,7 +182,3 @@ class PrivateOptimizer(Optimizer):
     def adopt(self, plan: Plan) -> None:
         """Go on under other bounds of the same groups."""
         self.plan = self.mode.plan = plan
-
-    def _empty_sum(self) -> wire.ClippedSum:
-        zeros = {n: torch.zeros_like(self.parameters_by_name[n], requires_grad=False) for n in self.plan.trained}
-        return wire.ClippedSum(zeros, {key: torch.zeros(0) for key in self.plan.groups})

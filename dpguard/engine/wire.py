@@ -48,6 +48,13 @@ class ClippedSum:
         return ClippedSum(other.sums, norms, self.dropped + other.dropped, self.rows + other.rows)
 
 
+def empty_sum(parameters: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
+    """The clipped sum of a batch without examples: zeros in the shapes of ``parameters`` (name -> tensor)."""
+    zeros = {name: torch.zeros_like(parameters[name], requires_grad=False) for name in plan.trained}
+    groups = [key for key, group in plan.groups.items() if group.unit == "example"]
+    return ClippedSum(zeros, {key: torch.zeros(0) for key in groups})
+
+
 @dataclass(frozen=True)
 class Message:
     """One step's tensors.
