@@ -24,13 +24,16 @@ class Disclosed:
         plan: the policy resolved against the model.
         batch_size: the public batch size, the divisor of the message.
         sequences: how many texts were in the batch (batch 1 attacks need it), or None when unknown.
-        kind: "gradient" (one step); updates after local steps and aggregates come later.
+        kind: "gradient" (one step) or "delta" (weights after some local steps minus weights before them).
         mode: "eval" (dropout off) or "train", as the client ran.
         public_texts: texts of the same kind that anybody has; decontaminated by whoever builds the panel.
         labels: (sequences,) class indices when the threat model discloses them, else None.
         lengths: (sequences,) token counts with special tokens when disclosed, else None.
         candidates: shuffled candidate texts of the closed world, index hidden; empty in the open world.
         mask_seed: public seed of random pruning masks.
+        local_steps: how many steps a delta holds, each over the same texts.
+        learning_rate: of those steps (plain SGD); None for a gradient or another optimizer.
+        clients: how many clients' messages were averaged; the message holds the texts of all of them.
     """
 
     tokenizer: Any
@@ -44,6 +47,9 @@ class Disclosed:
     lengths: tuple[int, ...] | None = None
     candidates: Sequence[str] = ()
     mask_seed: int = 0
+    local_steps: int = 1
+    learning_rate: float | None = None
+    clients: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,18 @@ class Observation:
             pruned and quantised). Withheld and frozen parameters are absent.
         model: the public model at the weights that the client used; attacks never change it.
         disclosed: what the threat model gives away besides.
+        earlier: (attack, what it proposed) of the panel's cheaper attacks on this very message.
     """
 
     message: Mapping[str, Tensor]
     model: nn.Module
     disclosed: Disclosed
+    earlier: tuple[tuple[str, Reconstruction], ...] = ()
+
+    @property
+    def proposals(self) -> tuple[tuple[int, ...], ...]:
+        """Distinct texts (token ids) that cheaper attacks proposed, in the order in which they ran."""
+        return tuple(dict.fromkeys(tuple(ids) for _, found in self.earlier for ids in found.sequences))
 
 
 @dataclass(frozen=True)

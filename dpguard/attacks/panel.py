@@ -9,7 +9,7 @@ import ast
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,8 +124,8 @@ def attack(name: str) -> BoundAttack:
 def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcome]:
     """Every attack of a panel on one message, the floor first.
 
-    The floor runs whether it is named or not. When an attack is certain of every text of the message,
-    the later ones inherit its answer.
+    The floor runs whether it is named or not; each attack is told what the ones before it proposed. When an attack
+    is certain of every text of the message, the later ones inherit its answer.
 
     Args:
         seen: what the adversary holds.
@@ -149,6 +149,7 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
         started = time.perf_counter()
         found = each.reconstruct(seen, seed=seed)
         outcomes.append(Outcome(each.name, found, seconds=time.perf_counter() - started))
+        seen = replace(seen, earlier=(*seen.earlier, (each.name, found)))
         if _complete(found, seen):
             answer = found
     return outcomes

@@ -10,11 +10,12 @@ import numpy as np
 
 from dpguard.attacks.observation import Disclosed, Observation, Reconstruction
 from dpguard.attacks.panel import Outcome, run_panel
-from dpguard.engine.client import Client, Update
+from dpguard.engine.update import Update
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus, Example
 from dpguard.measure import metrics
+from dpguard.measure.threat import Threat
 from dpguard.measure.truth import Truth
 from dpguard.policy.table import Plan
 
@@ -97,6 +98,7 @@ def observation(
     lengths: Sequence[int] | None = None,
 ) -> Observation:
     """What the server holds after one message; ``labels`` and ``lengths`` only where the threat model gives them."""
+    training = update.training
     disclosed = Disclosed(
         tokenizer=model.tokenizer,
         plan=plan,
@@ -108,6 +110,9 @@ def observation(
         labels=None if labels is None else tuple(labels),
         lengths=None if lengths is None else tuple(lengths),
         mask_seed=update.mask_seed,
+        local_steps=update.local_steps,
+        learning_rate=training.learning_rate if training and training.optimizer == "sgd" else None,
+        clients=update.clients,
     )
     return Observation(update.tensors, model.module, disclosed)
 
@@ -121,28 +126,30 @@ def attack_message(
     attacks: Sequence[str],
     seed: int,
     noise_seed: int | None,
-    know: Sequence[str] = (),
+    threat: Threat = Threat(),  # noqa: B008 (frozen)
 ) -> Leak:
-    """One client's message of some training texts, attacked and judged.
+    """One message of some training texts, attacked and judged.
 
     Args:
         model: at the weights that the client uses.
         plan: the policy.
         corpus: where the texts come from.
-        indices: the texts of the message.
+        indices: the texts of the message, the first client's first.
         attacks: the panel's attacks, cheapest first.
         seed: of the attacks.
         noise_seed: of the client's noise.
-        know: what else is disclosed: ``labels``, ``lengths``.
+        threat: what the message is, and what else is disclosed.
     """
     examples = [corpus.train[i] for i in indices]
-    batch = encode(model, examples)
-    update = Client(model.module, plan, seed=noise_seed, batch_size=len(batch)).observe(batch)
+    each = len(examples) // threat.clients
+    batches = [encode(model, examples[i : i + each]) for i in range(0, len(examples), each)]
+    update = threat.message(model, plan, batches, noise_seed=noise_seed)
+    lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(1)]
     seen = observation(
         model, plan, update,
-        public=corpus.public, sequences=len(examples),
-        labels=[e.label for e in examples] if "labels" in know else None,
-        lengths=[int(n) for n in batch.attention_mask.sum(1)] if "lengths" in know else None,
+        public=corpus.public, sequences=len(examples) if threat.knows("count") else None,
+        labels=[e.label for e in examples] if threat.knows("labels") else None,
+        lengths=lengths if threat.knows("lengths") else None,
     )  # fmt: skip
     truth = Truth.of(examples, model.tokenizer)
     outcomes = run_panel(seen, attacks, seed)

@@ -1,0 +1,84 @@
+"""The threat model of the leakage leg: what the server knows besides the message, and what the message is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpguard.engine.client import Client
+from dpguard.engine.local import LocalTraining
+from dpguard.engine.update import Update, aggregate
+from dpguard.errors import UserError, did_you_mean
+from dpguard.inputs.batch import Batch
+from dpguard.inputs.models import LoadedModel
+from dpguard.policy.table import Plan
+
+KNOWLEDGE = ("count", "labels", "lengths")
+MODES = ("eval", "train")
+
+
+@dataclass(frozen=True)
+class Threat:
+    """Switches of the threat model.
+
+    Attributes:
+        know: what is disclosed: ``count`` (how many texts a message holds), ``labels``, ``lengths`` (each of
+            the last two tells the count too).
+        mode: ``eval`` = the client ran without dropout, ``train`` = with it.
+        local_steps: 0 = the message is a gradient; k = the change of the weights after k steps of plain SGD, all
+            over the same texts.
+        learning_rate: of those steps.
+        clients: 1 = one client's message; n = the mean of n clients', with ``batch_size`` texts each.
+
+    >>> Threat(know=("labels",)).knows("count")
+    True
+    """
+
+    know: tuple[str, ...] = ("count",)
+    mode: str = "eval"
+    local_steps: int = 0
+    learning_rate: float = 1e-3
+    clients: int = 1
+
+    def __post_init__(self) -> None:
+        for word in self.know:
+            if word not in KNOWLEDGE:
+                raise UserError(f"unknown knowledge {word!r}{did_you_mean(word, KNOWLEDGE)}")
+        if self.mode not in MODES:
+            raise UserError(f"unknown mode {self.mode!r}{did_you_mean(self.mode, MODES)}")
+        if self.local_steps < 0 or self.clients < 1 or not self.learning_rate > 0:
+            raise UserError(
+                f"a threat of {self.local_steps} local steps at learning rate {self.learning_rate:g} and "
+                f"{self.clients} clients; expected 0 or more, above 0, and 1 or more"
+            )
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Threat:
+        """From a cell's settings; what is missing has its default."""
+        names = ("mode", "local_steps", "learning_rate", "clients")
+        given = {name: settings[name] for name in names if name in settings}
+        return Threat(know=tuple(settings.get("know", ("count",))), **given)
+
+    def knows(self, what: str) -> bool:
+        """Whether something is disclosed."""
+        return what in self.know or (what == "count" and bool(self.know))
+
+    def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
+        """What the server receives of these batches, one a client.
+
+        Args:
+            model: at the weights that the clients use.
+            plan: the policy.
+            batches: `clients` of them.
+            noise_seed: of the first client's noise; the next has the next one. None draws from the secure source.
+        """
+        sent = []
+        for number, batch in enumerate(batches):
+            seed = None if noise_seed is None else noise_seed + 7_919 * number
+            client = Client(
+                model.module, plan, seed=seed, batch_size=len(batch), mode=self.mode, dropout_seed=(seed or 0) + 1,
+                training=LocalTraining("sgd", learning_rate=self.learning_rate),
+            )  # fmt: skip
+            sent.append(client.observe([batch] * self.local_steps if self.local_steps else batch))
+        return aggregate(sent) if len(sent) > 1 else sent[0]
