@@ -20,6 +20,7 @@ from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
 from dpguard.measure import leakage
 from dpguard.measure.leakage import Leak, Score
+from dpguard.measure.threat import Threat
 from dpguard.policy.table import Policy
 
 JSON_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "token_recall")
@@ -34,6 +35,7 @@ def attack_once(
     batch_size: int,
     seed: int,
     attacks: Sequence[str] | None,
+    threat: Threat,
     text: str,
     label: str,
     as_json: bool,
@@ -45,19 +47,27 @@ def attack_once(
     plan = rows.plan(slots(loaded.module))
     if not plan.shared:
         raise UserError(f"policy {policy!r} shares nothing, so there is no message to attack")
-    if targets * batch_size > len(corpus.train):
+    texts_each = batch_size * threat.clients
+    if targets * texts_each > len(corpus.train):
         raise UserError(
-            f"{targets} messages of {batch_size} texts are more than the {len(corpus.train)} texts of {data!r}; "
+            f"{targets} messages of {texts_each} texts are more than the {len(corpus.train)} texts of {data!r}; "
             f"expected at most {len(corpus.train)}"
         )
-    messages = leakage.pick_targets(corpus, targets=targets, batch_size=batch_size, seed=seed)
+    messages = leakage.pick_targets(corpus, targets=targets, batch_size=texts_each, seed=seed)
     texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
     names = list(attacks) if attacks else [name for name in PANELS["panel-0"] if name != "prior"]
     found = []
     for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
         started = time.perf_counter()
         leak = leakage.attack_message(
-            loaded, plan, corpus, indices, attacks=names, seed=seed * 1_000_003 + number, noise_seed=seed + number
+            loaded,
+            plan,
+            corpus,
+            indices,
+            attacks=names,
+            seed=seed * 1_000_003 + number,
+            noise_seed=seed + number,
+            threat=threat,
         )
         found.append((leak, time.perf_counter() - started))
     best = [(best_of(leak, names), leak, seconds) for leak, seconds in found]

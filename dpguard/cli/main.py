@@ -80,16 +80,28 @@ def attack(
     attacks: Annotated[
         Optional[list[str]], typer.Option("--attack", help="Only this attack, e.g. span or match:partial (repeatable).")  # noqa: UP045
     ] = None,
+    know: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--know", help="The server knows it: count [default], labels, lengths (repeatable)."),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="eval, or train: the client runs with dropout.")] = "eval",
+    local_steps: Annotated[
+        int, typer.Option("--local-steps", min=0, help="0: a gradient is sent; else the update after so many steps.")
+    ] = 0,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the local steps (SGD).")] = 1e-3,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="The server sees the mean of so many.")] = 1,
     text: Annotated[str, typer.Option("--text", help="Column of the texts.")] = "text",
     label: Annotated[str, typer.Option("--label", help="Column of the labels.")] = "label",
     as_json: Json = False,
 ) -> None:
     """Show what one policy gives away: true text beside recovered text."""
     from dpguard.cli.look import attack_once
+    from dpguard.measure.threat import Threat
 
+    threat = Threat(tuple(know or ("count",)), mode, local_steps, learning_rate, clients)
     attack_once(
-        policy, model, data,
-        targets=targets, batch_size=batch_size, seed=seed, attacks=attacks, text=text, label=label, as_json=as_json,
+        policy, model, data, targets=targets, batch_size=batch_size, seed=seed, attacks=attacks, threat=threat,
+        text=text, label=label, as_json=as_json,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def _training(study: Study, examples: int) -> dict[str, Any]:
 def _attack(study: Study, panel: dict[str, Any] | None) -> dict[str, Any]:
     if study.leakage is None:
         return {}
-    kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size"})
+    kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "threat"})
     asked = study.leakage.attacks
     return {**kept, "panel": panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}}
 

@@ -23,6 +23,7 @@ from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.measure import defence, leakage, utility
+from dpguard.measure.threat import Threat
 from dpguard.policy.table import Plan, Policy
 from dpguard.study.record import Cell, Record, TextRow
 
@@ -161,7 +162,10 @@ def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
     plan = _plan(cell, model)
     if not plan.shared:
         raise SkippedError("the policy shares nothing, so there is no message to attack")
-    messages = leakage.pick_targets(corpus, targets=given["targets"], batch_size=given["batch_size"], seed=cell.seed)
+    threat = Threat.of(given["threat"])
+    messages = leakage.pick_targets(
+        corpus, targets=given["targets"], batch_size=given["batch_size"] * threat.clients, seed=cell.seed
+    )
     effect = _effect(model, plan, corpus, messages[0])
     scores: list[dict[str, Any]] = []
     rows: list[TextRow] = []
@@ -169,7 +173,7 @@ def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
     for number, indices in enumerate(messages):
         seed = cell.seed * 1_000_003 + number
         leak = leakage.attack_message(
-            model, plan, corpus, indices, attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed
+            model, plan, corpus, indices, attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat
         )
         scores += [score.plain() for score in leak.scores]
         rows += [TextRow(t, "truth", text) for t, text in leak.truths.items()]

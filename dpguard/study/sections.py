@@ -85,6 +85,9 @@ Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 Moments = Annotated[tuple[Moment, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
+Knowledge = Annotated[
+    tuple[Literal["count", "labels", "lengths"], ...], BeforeValidator(_listed), AfterValidator(_distinct)
+]
 Attacks = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_distinct), AfterValidator(_attacks)]
 
 _COUNT = "a whole number above 0"
@@ -117,6 +120,26 @@ class Source(Section):
     entities: Text | None = Field(default=None, description="the name of the column of marked entities")
 
 
+class ThreatModel(Section):
+    """What the server knows besides the message, and what the message is (see `measure.threat.Threat`).
+
+    Attributes:
+        know: what is disclosed; labels and lengths tell the count too.
+        mode: ``train`` = clients run with dropout.
+        local_steps: 0 = the message is a gradient; k = the change of the weights after k steps of plain SGD.
+        learning_rate: of those steps.
+        clients: how many clients' messages the server sees only the mean of.
+    """
+
+    know: Knowledge = Field(default=("count",), description="a list of count, labels and lengths")
+    mode: Literal["eval", "train"] = Field(default="eval", description="eval or train")
+    local_steps: Annotated[int, BeforeValidator(_number), Field(ge=0)] = Field(
+        default=0, description="a whole number from 0 on"
+    )
+    learning_rate: Positive = Field(default=1.0e-3, description=_ABOVE_0)
+    clients: Count = Field(default=1, description=_COUNT)
+
+
 class Leakage(Section):
     """The leg that attacks what a client shares.
 
@@ -128,6 +151,7 @@ class Leakage(Section):
         at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training.
         seeds: one cell a seed.
         attacks: only these of the panel (``prior`` is always among them); None = the whole panel.
+        threat: what the server knows, and what the message is.
     """
 
     panel: Text = Field(default="panel-0", description="the name of a panel, such as panel-0")
@@ -137,6 +161,7 @@ class Leakage(Section):
     at: Moments = Field(default=("start",), description="start, end or [start, end]")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     attacks: Attacks | None = Field(default=None, description="a list of attacks such as [span, match]")
+    threat: ThreatModel = Field(default=ThreatModel(), description="a mapping such as {know: [count, labels]}")
 
 
 class Utility(Section):
