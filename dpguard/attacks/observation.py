@@ -6,6 +6,7 @@ Nothing here can hold the truth: `Observation` has no field for it, and this roo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,19 @@ class Observation:
     model: nn.Module
     disclosed: Disclosed
     earlier: tuple[tuple[str, Reconstruction], ...] = ()
+
+    def noise_std(self, name: str) -> float:
+        """Standard deviation of the noise on one entry of a tensor of the message, as it arrived; 0 = none."""
+        told = self.disclosed
+        rule = told.plan[name]
+        if told.kind == "gradient":
+            std = rule.std(told.batch_size) / told.batch_size
+        elif rule.unit == "update" or not rule.noise:
+            std = rule.std(1) if rule.noise else rule.noise_std
+        else:
+            steps = (told.learning_rate or 0.0) * math.sqrt(told.local_steps)
+            std = steps * rule.std(told.batch_size) / told.batch_size
+        return std / math.sqrt(told.clients)
 
     @property
     def proposals(self) -> tuple[tuple[int, ...], ...]:

@@ -1,4 +1,4 @@
-"""Embedding rows: the tokens that got a gradient, put in order by the position rows that got the same one.
+"""Embedding and head rows: the tokens that got a gradient, put in order by the position rows that got the same one.
 
 A text's gradient on the token table is zero but in the rows of its own tokens, and row v is the sum, over
 the positions that hold v, of the very vectors that the position table receives (their lookups are added,
@@ -9,15 +9,18 @@ al., NeurIPS 2022) starts from it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, norm
 from torch import Tensor
 
 from dpguard.attacks.base import Budget
 from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.presets import choose
+from dpguard.attacks.rows_head import NextTokens, head_tables, next_tokens, predicts_tokens
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
 from dpguard.inputs.family import family_of, slots
 
@@ -35,12 +38,11 @@ class Rows:
     presets = {"default": Budget(steps=0, candidates=20_000)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:
-        """Empty when the token table is shared and its rows are not those of a tied head, else the reason."""
-        token = _table(seen, "token_embedding")
-        if token is None:
-            return "the token embedding is not shared"
-        if any(slot.tied_to == token for slot in slots(seen.model)):
-            return "the token embedding is tied to the head, which gives every row a gradient"
+        """Empty when the token table or a language model's head is shared, else the reason."""
+        if seen.disclosed.kind != "gradient" and seen.disclosed.learning_rate is None:
+            return "the update was not made by plain SGD, whose rows are sums of gradients"
+        if _table(seen, "token_embedding") is None and head_tables(seen) == (None, None):
+            return "neither the token embedding nor a head over the vocabulary is shared"
         return ""
 
     def reconstruct(
@@ -51,22 +53,25 @@ class Rows:
         Certain when, without noise, every position's vector is accounted for by its token's row. Several
         texts in one message give one bag. ``notes``: ``tokens``, ``positions`` seen, ``residual``.
         """
-        limit = (budget or self.presets["default"]).candidates
-        token = _read(seen, "token_embedding")
-        position = _read(seen, "position_embedding")
-        if token is None or not len(token.rows):
-            return Reconstruction([], [], notes={"tokens": 0})
+        limit = choose(self.name, self.presets, preset, budget)[1].candidates
         frame = frame_of(seen.disclosed.tokenizer)
-        allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
-        allowed[[*frame.prefix, *frame.suffix]] = True
-        token = token.only(allowed[token.rows])
-        if position is None or not len(position.rows) or seen.disclosed.sequences != 1:
-            bag = _chain(token, seen, frame)
-            return Reconstruction([bag], [False], notes={"tokens": len(token.rows), "positions": 0})
+        labels = next_tokens(seen, FALSE_ALARMS) if predicts_tokens(seen) else None
+        token = _tokens(seen, frame)
+        found = token.rows.tolist() if token else []
+        if not found and not (labels and labels.counts):
+            return Reconstruction([], [], notes={"tokens": 0})
+        position = _read(seen, "position_embedding")
+        if token is None or not found or position is None or not len(position.rows) or seen.disclosed.sequences != 1:
+            bag = [*(labels.bag if labels else []), *(t for t in found if not labels or t not in labels.counts)]
+            text = _chain(bag, seen, frame)
+            return Reconstruction([text], [False], notes={"tokens": len(set(bag)), "positions": 0})
         places = _places(position, seen)
         text, residual, tried = _assign(token, places, frame, limit)
         clean = not token.std and not position.std and bool(_whole(seen, token) and _whole(seen, position))
         certain = clean and residual < EXACT and len(places.rows) > frame.size
+        if predicts_tokens(seen):  # the last token is read by nobody: it is only a label
+            last = _last(text, labels)
+            text, certain = [*text, *last], certain and len(last) == 1
         notes = {"tokens": len(token.rows), "positions": len(places.rows), "residual": residual}
         return Reconstruction([text], [certain], candidates=tried, notes=notes)
 
@@ -92,6 +97,25 @@ class Read:
         return Read(self.name, self.rows[keep], self.vectors[keep], self.std)
 
 
+def _tokens(seen: Observation, frame: Frame) -> Read | None:
+    """The token table's rows, of tokens that a text can hold; None when it is not shared or is the head as well."""
+    name = _table(seen, "token_embedding")
+    token = None if name is None or name in head_tables(seen) else _read(seen, "token_embedding", _filtered(seen))
+    if token is None:
+        return None
+    allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
+    allowed[[*frame.prefix, *frame.suffix]] = True
+    return token.only(allowed[token.rows])
+
+
+def _last(text: list[int], labels: NextTokens | None) -> list[int]:
+    """What the labels hold besides the tokens after the first: the last token, where every sign is exact."""
+    if labels is None or not labels.sure:
+        return []
+    left = Counter(labels.bag) - Counter(text[1:])
+    return list(left) if left.total() == 1 else []
+
+
 def _table(seen: Observation, role: str) -> str | None:
     for slot in slots(seen.model):
         if slot.role == role and not slot.tied_to and slot.name in seen.message:
@@ -99,19 +123,34 @@ def _table(seen: Observation, role: str) -> str | None:
     return None
 
 
-def _read(seen: Observation, role: str) -> Read | None:
-    """Rows whose energy noise alone would exceed in `FALSE_ALARMS` rows of the whole table."""
+def _filtered(seen: Observation) -> Tensor | None:
+    """(V,) bool, token rows that match a position's row: each position's vector is in its token's row again.
+
+    The two tables have noise of their own, so under no signal every inner product is Gaussian and the number of
+    rows that pass is `FALSE_ALARMS` in all. None without noise or without position rows.
+    """
+    name, position = _table(seen, "token_embedding"), _read(seen, "position_embedding")
+    if name is None or position is None or not len(position.rows) or not (std := seen.noise_std(name)):
+        return None
+    match = seen.message[name].double() @ _unit(position.vectors).T / std
+    passed: Tensor = (match > norm.isf(FALSE_ALARMS / match.numel())).any(1)
+    return passed
+
+
+def _read(seen: Observation, role: str, also: Tensor | None = None) -> Read | None:
+    """Rows whose energy noise alone would exceed in `FALSE_ALARMS` rows of the whole table, and those of ``also``."""
     name = _table(seen, role)
     if name is None:
         return None
     table = seen.message[name].double()
-    std = seen.disclosed.plan[name].std(seen.disclosed.batch_size) / seen.disclosed.batch_size
+    std = seen.noise_std(name)
     energy: Tensor = table.pow(2).sum(1)
     if std == 0:
         found = (energy > 0).nonzero()[:, 0]
     else:
         freedom = table.shape[1] * seen.disclosed.plan[name].keep
-        found = (energy / std**2 > chi2.isf(FALSE_ALARMS / len(table), max(1.0, freedom))).nonzero()[:, 0]
+        loud = energy / std**2 > chi2.isf(FALSE_ALARMS / len(table), max(1.0, freedom))
+        found = (loud if also is None else loud | also).nonzero()[:, 0]
     return Read(name, found, table[found], std)
 
 
@@ -194,11 +233,10 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / norms.clamp(min=1e-30)
 
 
-def _chain(token: Read, seen: Observation, frame: Frame) -> list[int]:
+def _chain(bag: list[int], seen: Observation, frame: Frame) -> list[int]:
     """The bag in the order that a bigram model of the public texts finds likeliest, word by word."""
-    special = {*frame.prefix, *frame.suffix}
-    bag = [t for t in token.rows.tolist() if t not in special]
-    model = bigram(Corpus.of(seen.disclosed), seen.message[token.name].shape[0])
+    bag = [t for t in bag if t not in {*frame.prefix, *frame.suffix}]
+    model = bigram(Corpus.of(seen.disclosed), int(seen.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     if model is None:
         return frame.wrap(bag)
     out = list(frame.prefix)

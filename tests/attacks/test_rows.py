@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dpguard.attacks.rows import PLUGIN
+from dpguard.attacks.rows import PLUGIN, _filtered, _read
+from dpguard.attacks.rows_head import _counts, next_tokens
+from dpguard.inputs.batch import Batch, collate
+from dpguard.inputs.family import slots
+from dpguard.measure.leakage import observation
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Policy
 from tests import tiny
 from tests.messages import observe
 
@@ -66,4 +74,74 @@ def test_small_noise_is_seen_through():
 def test_where_it_cannot_work_it_says_so():
     model = tiny.loaded("bert")
     seen, _batch = observe(model, [{"layers": "embeddings", "share": False}], [TEXTS[1]], [0])
-    assert PLUGIN.applicable(seen) == "the token embedding is not shared"
+    assert PLUGIN.applicable(seen) == "neither the token embedding nor a head over the vocabulary is shared"
+
+
+def language_message(family, text, hide=(), *, noise=0.0, local_steps=0):
+    """A language model's message of one text, and its token ids."""
+    model = tiny.loaded(family)
+    rows = [{"layers": "all", "clip": 1.0, "noise": noise}] if noise else []
+    plan = Policy([*rows, *({"layers": name, "share": False} for name in hide)]).plan(slots(model.module))
+    batch = collate([text], [0], model.tokenizer)
+    batch = Batch(batch.input_ids, batch.attention_mask, batch.input_ids)
+    update = Threat(local_steps=local_steps, learning_rate=1e-3).message(model, plan, [batch], noise_seed=0)
+    return observation(model, plan, update, sequences=1), batch.input_ids[0].tolist()
+
+
+WITHOUT = "block[*]"
+REPEATED = "the nurse asked the doctor about the test"
+
+
+def test_the_head_of_a_language_model_shows_the_next_tokens_with_their_number():
+    seen, text = language_message("llama-lm", REPEATED, [WITHOUT, "embeddings"])
+    labels = next_tokens(seen, 0.01)
+    assert labels is not None
+    assert set(labels.counts) == set(text[1:])
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator())
+    assert set(found.sequences[0]) == set(text[1:])
+    assert found.certain == [False]
+
+
+def test_a_head_bias_counts_its_labels():
+    strength = torch.tensor([0.5, -0.1, 0.24, 0.26, -0.2])
+    assert _counts(strength, torch.tensor([0, 2, 3])) == {0: 2, 2: 1, 3: 1}
+
+
+def test_a_tied_head_shows_the_next_tokens_too():
+    seen, text = language_message("gpt2-lm", REPEATED, [WITHOUT])
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator())
+    assert set(text[1:]) <= set(found.sequences[0]) | {0}
+    assert found.certain == [False]
+
+
+def test_local_steps_turn_the_signs_round():
+    seen, text = language_message("llama-lm", REPEATED, [WITHOUT, "embeddings"], local_steps=2)
+    labels = next_tokens(seen, 0.01)
+    assert labels is not None
+    assert set(labels.counts) == set(text[1:])
+    assert not labels.sure
+
+
+def test_noise_on_the_head_lets_about_no_row_through():
+    counts = []
+    for seed in range(20):
+        seen, _ = language_message("llama-lm", REPEATED, [WITHOUT, "embeddings"], noise=1e6)
+        source = torch.Generator().manual_seed(seed)
+        noise = {k: torch.randn(v.shape, generator=source) * seen.noise_std(k) for k, v in seen.message.items()}
+        counts.append(len(next_tokens(replace(seen, message=noise), 0.01).counts))
+    assert sum(counts) <= 3
+
+
+def test_position_rows_find_words_that_energy_alone_misses():
+    model = tiny.loaded("bert", width=256)
+    found = [0, 0]
+    for seed in range(5):
+        rows = [{"layers": "all", "clip": 1.0, "noise": 0.006}]
+        seen, batch = observe(model, rows, [TEXTS[0]], [0], tell=(), seed=seed)
+        true = set(batch.input_ids[0].tolist())
+        alone = _read(seen, "token_embedding")
+        both = _read(seen, "token_embedding", _filtered(seen))
+        found[0] += len(true & set(alone.rows.tolist()))
+        found[1] += len(true & set(both.rows.tolist()))
+        assert set(both.rows.tolist()) <= true
+    assert found[1] > found[0] > 0
