@@ -1,7 +1,8 @@
 """The floor: what a guesser scores who knows public text of the same kind and never looks at the message.
 
-The guess is the word sequence with the highest expected ROUGE-L against public texts: it starts at the
-public text that is nearest to all others and is then edited word by word. It is fitted on one half of
+The guess is the word sequence with the highest expected ROUGE-L against public texts: it starts at the best of
+the public texts themselves, of their commonest words (a unigram model) and of the likeliest chains of words
+(a bigram model), and is then edited word by word. It is fitted on one half of
 the public texts and has to win on the other half. The message is not read, so the floor is the same
 under every policy.
 """
@@ -28,6 +29,7 @@ Words = tuple[str, ...]
 REFERENCES = 256
 COMMON = 40
 MINIMUM = 64
+LONGEST = 20
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def fit(corpus: Corpus, length: int | None, candidates: int) -> Fit:
     texts = [(corpus.texts[index], words(corpus.texts[index])) for index in order]
     train, held = texts[0::2][:REFERENCES], (texts[1::2] or texts)[:REFERENCES]
     references, judges = [w for _, w in train], [w for _, w in held]
-    entrants = train[: max(1, candidates)]
+    modelled = [(" ".join(text), text) for text in (*unigram_texts(references), *bigram_texts(references))]
+    entrants = [*train, *modelled][: max(1, candidates)]
     scores = expected_score([w for _, w in entrants], references)
     ranked = [entrants[index] for index in np.argsort(-scores, kind="stable")]
     start = ranked[0][1]
@@ -105,6 +108,35 @@ def fit(corpus: Corpus, length: int | None, candidates: int) -> Fit:
     wins = bool(edited > plain)
     guesses = ([" ".join(best)] if wins else []) + [t for t, _ in ranked]
     return Fit(tuple(dict.fromkeys(guesses)), float(max(plain, edited)), len(entrants) + scored, wins)
+
+
+def unigram_texts(references: list[Words]) -> list[Words]:
+    """The commonest words, commonest first, one text a length up to `LONGEST`.
+
+    >>> unigram_texts([("a", "b"), ("a",)])
+    [('a',), ('a', 'b')]
+    """
+    common = [word for word, _ in Counter(w for ref in references for w in ref).most_common(LONGEST)]
+    return [tuple(common[:size]) for size in range(1, len(common) + 1)]
+
+
+def bigram_texts(references: list[Words]) -> list[Words]:
+    """The likeliest next word after each word from the likeliest first one on, one text a length.
+
+    >>> bigram_texts([("a", "b", "c"), ("a", "b")])
+    [('a',), ('a', 'b'), ('a', 'b', 'c')]
+    """
+    pairs: dict[str, Counter[str]] = {}
+    for ref in references:
+        for left, right in zip(("", *ref), ref, strict=False):
+            pairs.setdefault(left, Counter())[right] += 1
+    chain: list[str] = []
+    out: list[Words] = []
+    while len(chain) < LONGEST and (following := pairs.get(chain[-1] if chain else "")):
+        chain.append(min(following, key=lambda word: (-following[word], word)))
+        following[chain[-1]] = 0  # a circle goes on another way the next time
+        out.append(tuple(chain))
+    return out
 
 
 def _nearest(corpus: Corpus, length: int | None) -> list[int]:

@@ -22,7 +22,7 @@ from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
-from dpguard.measure import defence, leakage, utility
+from dpguard.measure import defence, kappa, leakage, utility
 from dpguard.measure.threat import Threat
 from dpguard.policy.table import Plan, Policy
 from dpguard.study.record import Cell, Record, TextRow
@@ -99,7 +99,9 @@ def _plan(cell: Cell, model: LoadedModel) -> Plan:
 
 def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
     """Epsilon, statement and bounds: computed once, stored, never recomputed by a report."""
-    plan = _plan(cell, models.load(context["model"], labels=corpus_of(context).classes, seed=0))
+    corpus = corpus_of(context)
+    model = models.load(context["model"], labels=corpus.classes, seed=0)
+    plan = _plan(cell, model)
     given = cell.settings
     found = guarantee(
         plan,
@@ -119,6 +121,15 @@ def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
         "reasons": list(found.reasons),
         "bound": bounds[-1] if found.formal else None,
         "bounds": bounds if found.formal else [],
+        "kappa": {
+            metric: {
+                "value": k.value,
+                "upper": k.upper,
+                "texts": k.texts,
+                "bound": found.bound(min(k.upper, 1 - 1e-9)) if found.formal else None,
+            }
+            for metric, k in kappa.measure(corpus.public, model.tokenizer).items()
+        },
         "shared_fraction": plan.shared_fraction,
         "plan_hash": plan.hash,
         "table": table_of(plan),

@@ -74,8 +74,10 @@ class Record:
 
     guarantee: {"epsilon", "sigma_eff", "delta", "sampling_rate", "steps", "statement" (text),
         "reasons" (list, why epsilon is inf), "bound" ({"kappa", "success"} or None), "shared_fraction",
+        "kappa" (metric -> {"value", "upper", "texts", "bound"}: what a guess scores without the message, and
+        the most that one message can raise it to, None without a guarantee),
         "table" (list of {"parameters", "share", "train", "clip", "noise", "std", "release"} for print)}
-    leakage: {"at": "start"|"end", "kappa_floor": .., "scores": [{"target": int, "attack": "span",
+    leakage: {"at": "start"|"end", "scores": [{"target": int, "attack": "span",
         "metrics": {"rouge1","rouge2","rougeL","exact_match","token_recall","entity_recall"(or None)},
         "certain": bool, "inherited": bool (a cheaper attack was certain, this one did not run),
         "seconds", "steps", "candidates"}], "skipped": {attack: reason},

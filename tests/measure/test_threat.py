@@ -17,7 +17,9 @@ from tests import tiny
 
 def _case(rows=()):
     model = tiny.loaded("bert")
-    batches = [collate([text], [label], model.tokenizer) for text, label in zip(tiny.SENTENCES[:2], (1, 0), strict=True)]
+    batches = [
+        collate([text], [label], model.tokenizer) for text, label in zip(tiny.SENTENCES[:2], (1, 0), strict=True)
+    ]
     return model, Policy(list(rows)).plan(slots(model.module)), batches
 
 
