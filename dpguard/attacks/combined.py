@@ -1,0 +1,164 @@
+"""One answer from all: of what the cheaper attacks proposed, what explains the message best.
+
+An answer that is certain of every text wins; else the one whose own message, replayed under the policy, has the
+largest whitened correlation with what was seen: the Gaussian likelihood with its scale left open, so that it also
+ranks answers to updates and means of several clients. The truth plays no part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpguard.attacks.base import Budget
+from dpguard.attacks.likelihood_replay import frozen_copy
+from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.presets import choose
+from dpguard.attacks.rows_head import predicts_tokens
+from dpguard.attacks.vocabulary import frame_of
+from dpguard.engine import wire
+from dpguard.engine.gradients import gradient
+from dpguard.inputs.batch import Batch
+from dpguard.inputs.family import family_of
+
+ROUNDING = 1e-3
+"""Error of a tensor relative to its size that counts like noise: without any, tensors weigh alike."""
+ENTRIES = 3_000_000
+"""Entries compared for several texts, whose gradients are held side by side; one text is compared on all."""
+FLOOR = ("prior",)
+"""Attacks that never read the message; their proposals are weighed like any other."""
+
+
+class Combined:
+    """See the module's docstring."""
+
+    name = "combined"
+    cite = "this project; the profile likelihood of a Gaussian with unknown scale"
+    presets = {"default": Budget(steps=0, candidates=2_000)}  # noqa: RUF012
+
+    def applicable(self, seen: Observation) -> str:
+        """Empty when attacks that read the message proposed something, else the reason."""
+        proposed = [name for name, found in seen.earlier if found.sequences and name.partition(":")[0] not in FLOOR]
+        return "" if proposed else "no attack before it in the panel read a text off the message"
+
+    def reconstruct(
+        self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
+    ) -> Reconstruction:
+        """The best of the earlier answers, as it stands. ``notes``: ``attack``, ``correlation``. Draws nothing."""
+        limit = choose(self.name, self.presets, preset, budget)[1].candidates
+        offers = [(name, found) for name, found in seen.earlier if found.sequences]
+        sure = [(name, found) for name, found in offers if found.certain and all(found.certain)]
+        if sure:
+            name, found = sure[0]
+            return Reconstruction(found.sequences, found.certain, notes={"attack": name})
+        judge, spent = _Judge.of(seen), 0
+        ranked: list[tuple[float, int]] = []
+        for index, (_, found) in enumerate(offers):
+            if spent >= limit:
+                break
+            value, tried = judge.correlation(seen, found.sequences)
+            spent += tried
+            ranked.append((value, -index))
+        value, place = max(ranked)
+        name, found = offers[-place]
+        return Reconstruction(
+            found.sequences, found.certain, candidates=spent, notes={"attack": name, "correlation": value}
+        )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What answers are compared with.
+
+    Attributes:
+        targets: tensor -> what arrived, in the direction of a gradient.
+        weights: tensor -> one over the variance of an entry.
+        classes: labels that a text may have.
+        model: a private copy of the public model.
+    """
+
+    targets: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    classes: Sequence[int]
+    model: nn.Module
+
+    @staticmethod
+    def of(seen: Observation) -> _Judge:
+        told = seen.disclosed
+        way = 1.0 if told.kind == "gradient" else -1.0
+        largest = max(float(value.float().norm()) for value in seen.message.values())
+        names = [n for n, v in seen.message.items() if n in told.plan and float(v.float().norm()) > 1e-6 * largest]
+        if told.sequences != 1:
+            names = sorted(names, key=lambda n: seen.message[n].numel())
+            totals = itertools.accumulate(seen.message[n].numel() for n in names)
+            names = [n for n, total in zip(names, totals, strict=True) if total <= ENTRIES] or names[:1]
+        targets = {n: way * seen.message[n].float() for n in names}
+        weights = {}
+        for name, value in targets.items():
+            rounding = ROUNDING * float(value.norm()) / math.sqrt(value.numel())
+            weights[name] = 1 / max(seen.noise_std(name) ** 2 + rounding**2, 1e-30)
+        classes = 1 if predicts_tokens(seen) else int(getattr(seen.model.config, "num_labels", 1))
+        return _Judge(targets, weights, range(classes), frozen_copy(seen.model, torch.float32).requires_grad_(True))
+
+    def correlation(self, seen: Observation, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """Whitened correlation of an answer's message with the one seen, and how many candidates that took.
+
+        Labels that are not disclosed are chosen one text after the other, twice round.
+        """
+        rows = [row for row in (_framed(seen, text) for text in texts) if row]
+        if not rows:
+            return -1.0, 0
+        known = seen.disclosed.labels
+        told = known if known is not None and len(known) == len(rows) else None
+        options = [[told[i]] if told else list(self.classes) for i in range(len(rows))]
+        table = [
+            {label: self._clipped(seen, row, label) for label in labels}
+            for row, labels in zip(rows, options, strict=True)
+        ]
+        labels = [each[0] for each in options]
+        best = self._score(seen, [table[i][label] for i, label in enumerate(labels)])
+        for _ in range(2):
+            for i, each in enumerate(options):
+                for label in each:
+                    trial = [*labels[:i], label, *labels[i + 1 :]]
+                    value = self._score(seen, [table[k][name] for k, name in enumerate(trial)])
+                    if value > best:
+                        best, labels = value, trial
+        return best, sum(map(len, options))
+
+    def _clipped(self, seen: Observation, row: list[int], label: int) -> dict[str, Tensor]:
+        """One text's clipped gradient over what is compared."""
+        told = seen.disclosed
+        batch = Batch(torch.tensor([row]), torch.ones((1, len(row)), dtype=torch.int64), torch.tensor([label]))
+        if predicts_tokens(seen):
+            batch = Batch(batch.input_ids, batch.attention_mask, batch.input_ids)
+        found = gradient(self.model, batch, told.plan.trained)
+        sums = wire.clip_and_sum({name: g[None] for name, g in found.items()}, told.plan).sums
+        return {name: sums[name].detach() for name in self.targets}
+
+    def _score(self, seen: Observation, parts: Sequence[Mapping[str, Tensor]]) -> float:
+        dot, square = 0.0, 0.0
+        for name, target in self.targets.items():
+            sent = sum((part[name] for part in parts[1:]), parts[0][name])
+            if seen.disclosed.plan[name].keep < 1:
+                sent = sent * (target != 0)
+            dot += self.weights[name] * float((sent * target).sum())
+            square += self.weights[name] * float(sent.pow(2).sum())
+        size = sum(self.weights[n] * float(t.pow(2).sum()) for n, t in self.targets.items())
+        return dot / math.sqrt(max(square * size, 1e-30))
+
+
+def _framed(seen: Observation, text: Sequence[int]) -> list[int]:
+    """The text with its special tokens, no longer than the model reads."""
+    frame, special = frame_of(seen.disclosed.tokenizer), set(seen.disclosed.tokenizer.all_special_ids)
+    inner = [token for token in text if token not in special or token == seen.disclosed.tokenizer.unk_token_id]
+    most = family_of(seen.model).max_tokens(seen.model.config) - frame.size
+    return frame.wrap(inner[:most]) if inner else []
+
+
+PLUGIN = Combined()

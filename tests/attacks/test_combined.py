@@ -1,0 +1,87 @@
+"""The combined answer is chosen by certainty, then by what explains the message, and by nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpguard.attacks.combined import PLUGIN
+from dpguard.attacks.observation import Reconstruction
+from dpguard.inputs.batch import collate
+from dpguard.inputs.family import slots
+from dpguard.measure.leakage import observation
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Policy
+from tests import tiny
+
+TRUTH = ["the nurse called about her test result", "card is not blocked"]
+NEAR = ["the nurse called about her new result", "card is not lost"]
+FAR = ["two bank card money", "yes please help with pain"]
+
+
+def _seen(rows=(), texts=1, family="bert", **threat):
+    model = tiny.loaded(family)
+    plan = Policy(list(rows)).plan(slots(model.module))
+    options = Threat(**threat)
+    each = texts // options.clients
+    batches = [collate(TRUTH[i : i + each], [1, 0][i : i + each], model.tokenizer) for i in range(0, texts, each)]
+    update = options.message(model, plan, batches, noise_seed=1)
+    return model, observation(model, plan, update, sequences=texts)
+
+
+def _offer(model, texts, sure=False):
+    ids = [list(model.tokenizer(text)["input_ids"]) for text in texts]
+    return Reconstruction(ids, [sure] * len(ids))
+
+
+def _chosen(model, seen, offers):
+    seen = replace(seen, earlier=tuple(offers.items()))
+    return PLUGIN.reconstruct(seen, rng=torch.Generator()).notes["attack"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"layers": "all", "clip": 0.1, "noise": 0.02}],
+        [{"layers": "all", "keep": 0.1}],
+        [{"layers": "all", "bits": 1}],
+        [{"layers": "embeddings", "share": False}],
+    ],
+)
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_answer_that_explains_the_message_wins(rows, texts) -> None:
+    model, seen = _seen(rows, texts)
+    offers = {name: _offer(model, side[:texts]) for name, side in (("a", FAR), ("b", TRUTH), ("c", NEAR))}
+    assert _chosen(model, seen, offers) == "b"
+    del offers["b"]
+    assert _chosen(model, seen, offers) == "c"
+
+
+@pytest.mark.parametrize("threat", [{"local_steps": 3, "learning_rate": 1e-3}, {"clients": 2}])
+def test_updates_and_means_of_clients_are_ranked_too(threat) -> None:
+    model, seen = _seen(texts=2, **threat)
+    offers = {name: _offer(model, side) for name, side in (("a", FAR), ("b", TRUTH), ("c", NEAR))}
+    assert _chosen(model, seen, offers) == "b"
+
+
+def test_a_certain_answer_goes_first() -> None:
+    model, seen = _seen()
+    offers = {"a": _offer(model, TRUTH[:1]), "b": _offer(model, NEAR[:1], sure=True)}
+    assert _chosen(model, seen, offers) == "b"
+
+
+def test_it_needs_an_answer_that_was_read_off_the_message() -> None:
+    model, seen = _seen()
+    assert PLUGIN.applicable(seen)
+    assert PLUGIN.applicable(replace(seen, earlier=(("prior", _offer(model, FAR[:1])),)))
+    assert not PLUGIN.applicable(replace(seen, earlier=(("match:demo", _offer(model, FAR[:1])),)))
+
+
+def test_answers_with_missing_or_odd_texts_are_ranked_last_not_refused() -> None:
+    model, seen = _seen(texts=2)
+    odd = Reconstruction([[2, 3], []], [False, False])
+    long = Reconstruction([[7] * 500], [False])
+    assert _chosen(model, seen, {"a": odd, "b": _offer(model, TRUTH), "c": long}) == "b"
