@@ -9,6 +9,9 @@ search (`span_search`) ends where every state lies in the span to the precision 
 text does, so that the attack knows when it is right; a continuous search (`span_relax`) gives new starts when
 it is stuck. The first block's attention inputs and decoders need no search (`span_exact`).
 
+The change of weights after local steps is read like a gradient whose precision its own spectrum shows; an
+average over clients is read as the batch of all their texts. Nothing is certain after local steps.
+
 What it cannot use: the final block under a classification head (rank of the batch), pruned or rounded
 weights (full rank), and noise above the signal's singular values (it says so and proposes nothing).
 """
@@ -37,6 +40,7 @@ from dpguard.attacks.span_tree import TreeReader, tree_sites
 from dpguard.attacks.vocabulary import Frame, TokenTable, allowed_tokens, frame_of
 from dpguard.inputs.family import slots
 
+KINDS = ("gradient", "delta")
 WITNESSES = 3
 """Weights whose spectrum is computed: one to search with, the others to try next and to confirm."""
 SUBSTITUTES = 80
@@ -94,8 +98,8 @@ class Span:
     def applicable(self, seen: Observation) -> str:
         """Empty when a weight of an inner block that the attack can read is on the wire, else the reason."""
         told = seen.disclosed
-        if told.kind != "gradient":
-            return f"needs a gradient, the message is {told.kind!r}"
+        if told.kind not in KINDS:
+            return f"needs a gradient or a change of weights, the message is {told.kind!r}"
         if told.sequences != 1:
             with left_as_found(seen.model):
                 causal = Probe(seen.model).family.causal
@@ -112,13 +116,18 @@ class Span:
             if seen.disclosed.sequences != 1 and case.probe.family.causal:
                 probe, frame = case.probe, case.frame
                 return TreeReader(seen, probe, case.sites, case.album, case.tokens, frame, budget).read()
-            if seen.disclosed.sequences != 1:
+            if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
                 return BatchReader(seen, rng, budget).read()
             evidence = gather(seen, usable(seen, case.sites)[0], causal=case.probe.family.causal, most=WITNESSES)
             return _judge(case, seen, evidence)
 
 
 PLUGIN = Span()
+
+
+def _rank_is_no_length(seen: Observation, case: _Case) -> bool:
+    """Whether one text is better read as a batch of unknown size: local steps raise the rank above its length."""
+    return seen.disclosed.kind == "delta" and not case.probe.family.causal and not batch_reason(seen)
 
 
 def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> _Case:

@@ -42,8 +42,11 @@ class Evidence:
 
     @property
     def lengths(self) -> list[int]:
-        """Lengths in tokens that the rank allows, likeliest first; under noise a rank may be too low."""
+        """Lengths in tokens that the rank allows, likeliest first; under noise a rank may be too low, and where
+        the weights moved too high as well."""
         exact = self.span.rank + self.first
+        if self.span.drifted:
+            return [exact, exact + 1, exact - 1, exact + 2, exact - 2]
         return [exact, exact + 1, exact + 2] if self.span.blurred else [exact]
 
     def vectors(self, states: Tensor) -> Tensor:
@@ -107,18 +110,13 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     return sorted(whole, key=lambda s: (s.block, LINEAR.index(s.role))), ""
 
 
-def noise_on(seen: Observation, site: Site) -> float:
-    """Standard deviation of the noise on one entry of a weight as it was sent."""
-    size = seen.disclosed.batch_size
-    return seen.disclosed.plan[site.name].std(size) / size
-
-
 def gather(seen: Observation, sites: list[Site], *, causal: bool, most: int) -> list[Evidence]:
     """Evidence of the first ``most`` sites whose gradient has a span that leaves room for a test."""
     found: list[Evidence] = []
     message: Mapping[str, Tensor] = seen.message
     for site in sites:
-        span = span_of(site.oriented(message[site.name]), noise_on(seen, site))
+        gradient, drifted = site.oriented(message[site.name]), seen.disclosed.kind == "delta"
+        span = span_of(gradient, seen.noise_std(site.name), drifted=drifted)
         if span is not None:
             found.append(Evidence(site, span, causal))
         if len(found) == most:

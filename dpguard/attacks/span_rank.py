@@ -6,6 +6,10 @@ section 4). What a perturbation E of the gradient (rounding, or noise) does to t
 first order it moves the input x out of the span by E restricted to the rest, applied to c = S⁻¹ V x, so its
 squared residual is |c|² times the energy of the gradient's tail per output. A candidate is held against
 that figure and no hand-set tolerance.
+
+The change of weights after some local steps is nearly a sum of gradients: every step saw slightly other
+weights, and float32 weights keep few digits of a small change. Both show as a floor under the spectrum whose
+level is read off the spectrum itself (`floor`). The rank is what rises above it, and nothing is proven there.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class Span:
         tail: squared perturbation per output (see the module's text), in squared units of the gradient.
         inputs: width of the layer's inputs.
         blurred: noise or a coarse rounding may hide inputs; the rank is then a lower bound.
+        drifted: the weights moved while the message was made; the span is not quite that of any one model's
+            inputs, so the rank may be off either way, and the span proves nothing.
     """
 
     basis: Tensor
@@ -48,6 +54,7 @@ class Span:
     tail: float
     inputs: int
     blurred: bool = False
+    drifted: bool = False
 
     @property
     def rank(self) -> int:
@@ -77,13 +84,13 @@ class Span:
 
     def holds(self, vectors: Tensor) -> bool:
         """Whether every vector lies in the span as far as this message can tell, and it can tell well."""
-        if self.inputs - self.rank < SPARE or not len(vectors):
+        if self.drifted or self.inputs - self.rank < SPARE or not len(vectors):
             return False
         residual, allowed = self.outside(vectors)
         return bool((residual <= allowed).all() and (allowed <= RESOLUTION).all())
 
 
-def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
+def span_of(gradient: Tensor, noise: float = 0.0, *, drifted: bool = False) -> Span | None:
     """The span behind a gradient, or None when nothing low-dimensional rises above rounding or noise.
 
     How coarse the rounding was is read off the entries' binary digits.
@@ -91,6 +98,7 @@ def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
     Args:
         gradient: (outputs, inputs) float64.
         noise: standard deviation that the policy claims for each entry on the wire.
+        drifted: the message is a change of weights after local steps, in any unit.
     """
     if not gradient.isfinite().all() or not gradient.any():
         return None
@@ -98,13 +106,36 @@ def span_of(gradient: Tensor, noise: float = 0.0) -> Span | None:
     if noise and _largest(gradient) <= _edge(outputs, inputs, noise):
         return None
     values, directions = torch.linalg.svd(gradient, full_matrices=False)[1:]
+    noise = max(noise, floor(values, outputs, inputs)) if drifted else noise
     coarse = _digits(gradient) < _DIGITS[torch.float32]
     rank = int((values > _edge(outputs, inputs, noise)).sum()) if noise else _above_rounding(gradient, values)
     if rank == 0 or rank > len(values) - SPARE:
         return None
     left = values[rank:].pow(2).sum() / max(1, outputs - rank)
     tail = max(float(left), noise**2 * (inputs - rank))
-    return Span(directions[:rank], values[:rank], tail, inputs, blurred=noise > 0 or coarse)
+    return Span(directions[:rank], values[:rank], tail, inputs, blurred=noise > 0 or coarse, drifted=drifted)
+
+
+def floor(values: Tensor, outputs: int, inputs: int) -> float:
+    """Standard deviation of a white error that explains the bottom of a spectrum.
+
+    The highest level that agrees with itself: the root mean square per remaining degree of freedom once the
+    singular values above the edge of that very level are taken out.
+
+    Args:
+        values: singular values of an (outputs, inputs) matrix, falling.
+        outputs: rows.
+        inputs: columns.
+    """
+    above = 0
+    while above < len(values):
+        freedom = (outputs - above) * (inputs - above)
+        level = math.sqrt(float(values[above:].pow(2).sum()) / freedom)
+        found = int((values > _edge(outputs, inputs, level)).sum())
+        if found <= above:
+            return level
+        above = found
+    return 0.0
 
 
 def _largest(gradient: Tensor) -> float:

@@ -165,7 +165,8 @@ def test_what_it_cannot_use_it_refuses_with_the_reason() -> None:
     assert reason([], sequences=None) == ""
     assert "first block's MLP output" in reason(_only("block[0].attention.query"), sequences=None)
     assert "query, key or value" in reason(_only("block[0].mlp.out"), sequences=2)
-    assert "gradient" in reason([], kind="update")
+    assert "gradient" in reason([], kind="weights")
+    assert reason([], kind="delta") == ""
 
 
 def test_same_seed_same_answer_and_the_picture_that_is_kept_changes_none() -> None:

@@ -8,7 +8,7 @@ import torch
 from dpguard.attacks import span
 from dpguard.attacks.span_evidence import gather
 from dpguard.attacks.span_guess import guess
-from dpguard.attacks.span_rank import span_of
+from dpguard.attacks.span_rank import floor, span_of
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_sites import left_as_found, sites_of
 from tests import messages, tiny
@@ -146,3 +146,22 @@ def test_layers_of_a_model_by_block_and_role() -> None:
             weight = site.layer.get_parameter("weight")
             expected = weight.shape[0] if site.transposed else weight.shape[1]
             assert site.oriented(weight).shape[1] == expected
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(80, 60), (60, 80), (300, 60)])
+def test_the_floor_of_a_spectrum_is_the_level_of_its_noise(outputs: int, inputs: int) -> None:
+    gradient = _product(20, outputs, inputs)[0].double()
+    error = 1e-3 * torch.randn((outputs, inputs), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    level = floor(torch.linalg.svdvals(gradient + error), outputs, inputs)
+    assert level == pytest.approx(1e-3, rel=0.1)
+    found = span_of(gradient + error, drifted=True)
+    assert found is not None
+    assert found.rank == 20
+    assert found.blurred
+    assert not found.holds(_product(20, outputs, inputs)[1])
+
+
+def test_nothing_but_floor_has_no_span() -> None:
+    source = torch.Generator().manual_seed(0)
+    for shape in ((60, 60), (200, 60)):
+        assert span_of(torch.randn(shape, generator=source).double(), drifted=True) is None
