@@ -28,6 +28,42 @@ class Budget:
     restarts: int = 1
 
 
+@dataclass(frozen=True)
+class Capability:
+    """An attack's row in the table of capabilities: what it reads and what it cannot do (docs/attacks.md).
+
+    The fields that a program can check decide, with their reason, whether the attack runs at all; what only the
+    tensors can tell is left to `Attack.applicable`.
+
+    Attributes:
+        reads: the tensors that it needs, in words.
+        cannot: what it cannot do, in words.
+        kinds: kinds of message that it can read.
+        several: whether it reads messages of several texts (or of an unknown number).
+        blind: whether it never reads the message.
+    """
+
+    reads: str
+    cannot: str
+    kinds: tuple[str, ...] = ("gradient",)
+    several: bool = True
+    blind: bool = False
+
+    def reason(self, seen: Observation) -> str:
+        """Why the attack cannot say anything about a message of this sort; empty when it may."""
+        told = seen.disclosed
+        if self.blind:
+            return ""
+        if not seen.message:
+            return "the message holds no tensor"
+        if told.kind not in self.kinds:
+            return f"the message is a {told.kind}; expected a {' or '.join(self.kinds)}"
+        count = told.sequences if told.sequences is not None else told.batch_size * told.clients
+        if count != 1 and not self.several:
+            return "the message holds several texts (or their number is unknown); expected one text"
+        return ""
+
+
 class Attack(Protocol):
     """What every attack offers (see tests/contracts/test_attacks.py for the suite that it must pass).
 
@@ -35,11 +71,13 @@ class Attack(Protocol):
         name: the file's name.
         cite: where it comes from (paper, section).
         presets: preset name -> Budget; the first is the default.
+        capability: what it needs and cannot do; decides with a reason before `applicable` looks at the tensors.
     """
 
     name: str
     cite: str
     presets: dict[str, Budget]
+    capability: Capability
 
     def applicable(self, seen: Observation) -> str:
         """Empty when the attack can say something about this message, else the reason why it cannot."""

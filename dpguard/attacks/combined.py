@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.likelihood_replay import frozen_copy
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
@@ -39,6 +39,11 @@ class Combined:
 
     name = "combined"
     cite = "this project; the profile likelihood of a Gaussian with unknown scale"
+    capability = Capability(
+        "what the attacks before it proposed, and every tensor",
+        "propose a text of its own",
+        kinds=("gradient", "delta"),
+    )
     presets = {"default": Budget(steps=0, candidates=2_000)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.likelihood_channels import channels
 from dpguard.attacks.likelihood_replay import Replay, Terms
 from dpguard.attacks.likelihood_texts import is_message, labels_of, score
@@ -37,6 +37,12 @@ class Likelihood:
 
     name = "likelihood"
     cite = "Gaussian likelihood; closed world: Hayes, Mahloujifar, Balle (arXiv 2302.07225); open world: this project"
+
+    capability = Capability(
+        "any tensor; candidates, or public texts to grow them from",
+        "several texts, updates, release operations without a likelihood; certainty in the open world under noise",
+        several=False,
+    )
 
     def __init__(self) -> None:
         self.presets = {"default": Budget(steps=0, candidates=40_000)}

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.guesses import Guesses, draw, label_guesses, length_guesses
 from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.objective import Objective, targets
@@ -87,6 +87,12 @@ class Match:
 
     name = "match"
     cite = "Li, Xu, Dras, EMNLP 2024 (arXiv 2406.00999); LAMP, NeurIPS 2022 (arXiv 2202.08827)"
+
+    capability = Capability(
+        "any tensor but the token embedding",
+        "replay several local steps (it takes an update for one gradient); prove anything under noise",
+        kinds=("gradient", "delta"),
+    )
 
     def __init__(self) -> None:
         self.presets = {

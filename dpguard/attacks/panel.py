@@ -59,7 +59,7 @@ class BoundAttack:
 
     def applicable(self, seen: Observation) -> str:
         """Empty when the attack can say something about this message, else the reason why it cannot."""
-        return self.plugin.applicable(seen)
+        return self.plugin.capability.reason(seen) or self.plugin.applicable(seen)
 
     def reconstruct(
         self,

@@ -19,7 +19,7 @@ import torch
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.language import Corpus, public_lengths
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
@@ -54,6 +54,10 @@ class Prior:
 
     name = "prior"
     cite = "the floor of every study: no message is read"
+
+    capability = Capability(
+        "nothing: public texts of the same kind", "read the message", kinds=("gradient", "delta"), blind=True
+    )
 
     def __init__(self) -> None:
         self.presets = {"default": Budget(steps=0, candidates=20_000)}

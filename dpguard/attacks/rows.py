@@ -16,7 +16,7 @@ import torch
 from scipy.stats import chi2, norm
 from torch import Tensor
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
@@ -35,6 +35,11 @@ class Rows:
 
     name = "rows"
     cite = "Melis et al., IEEE S&P 2019 (arXiv 1805.04049); Gupta et al., NeurIPS 2022 (arXiv 2205.08514)"
+    capability = Capability(
+        "rows of the token embedding (positions put them in order) or of a head over the vocabulary",
+        "read anything without them; several texts come as one bag",
+        kinds=("gradient", "delta"),
+    )
     presets = {"default": Budget(steps=0, candidates=20_000)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:

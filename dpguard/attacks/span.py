@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.span_batch import BatchReader, batch_reason
@@ -92,6 +92,11 @@ class Span:
     cite = (
         "any depth, batches and certificate: this project; the span test of the first two layers: DAGER, "
         "arXiv 2405.15586"
+    )
+    capability = Capability(
+        "the weight of a linear layer of an inner block, or LoRA's A",
+        "read a last block under a class head (rank = texts), noise above the singular values, tokens beyond the width",
+        kinds=("gradient", "delta"),
     )
     presets = {"default": Budget(steps=2000, candidates=20000, restarts=8), "quick": Budget(700, 2500, 4)}  # noqa: RUF012
 

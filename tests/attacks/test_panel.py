@@ -12,7 +12,7 @@ import torch
 
 from dpguard import registry
 from dpguard.attacks import panel
-from dpguard.attacks.base import Budget
+from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.observation import Reconstruction
 from dpguard.errors import UserError
 from tests import messages, tiny
@@ -28,6 +28,7 @@ class Fake:
     def __init__(self, name, certain=(False,), reason=""):
         self.name, self.certain, self.reason, self.calls = name, list(certain), reason, 0
         self.presets = {"default": Budget(1, 1), "long": Budget(9, 9)}
+        self.capability = Capability("anything", "nothing")
 
     def applicable(self, seen):
         return self.reason

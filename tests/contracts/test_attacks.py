@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def _seen(family: str, texts: int = 1, **options):
 
 def _run(name: str, seen: Observation, seed: int = 0, budget: Budget = SMALL):
     """A reconstruction, or a skip with the attack's own reason."""
-    attack = panel.attack(name).plugin
+    attack = panel.attack(name)
     reason = attack.applicable(seen)
     assert isinstance(reason, str)
     if reason:
@@ -118,7 +119,7 @@ def test_it_is_never_certain_of_a_message_that_says_nothing(name: str, spoil, fa
 def test_a_message_of_nothing_is_refused_with_a_reason(name: str) -> None:
     if name in BLIND:
         pytest.skip(f"{name} never reads the message")
-    reason = panel.attack(name).plugin.applicable(replace(_seen("bert"), message={}))
+    reason = panel.attack(name).applicable(replace(_seen("bert"), message={}))
     assert len(reason.split()) >= 3
 
 
@@ -142,3 +143,30 @@ def test_an_observation_has_no_room_for_the_truth() -> None:
     assert {f.name for f in fields(Observation)} == {"message", "model", "disclosed"}
     known = {"tokenizer", "plan", "batch_size", "sequences", "kind", "mode", "public_texts", "labels", "lengths"}
     assert {f.name for f in fields(Disclosed)} == known | {"candidates", "mask_seed"}
+
+
+@every_attack
+def test_its_row_of_capabilities_decides_with_a_reason(name: str) -> None:
+    attack = panel.attack(name)
+    row = attack.plugin.capability
+    assert row.reads.strip()
+    assert row.cannot.strip()
+    assert row.blind == (name in BLIND)
+    seen = _seen("bert")
+    told = seen.disclosed
+    for changed, able in (
+        (replace(told, kind="delta"), "delta" in row.kinds),
+        (replace(told, kind="video"), row.blind),
+        (replace(told, sequences=3), row.several),
+        (replace(told, sequences=None, batch_size=2), row.several),
+    ):
+        assert able or attack.applicable(replace(seen, disclosed=changed))
+
+
+def test_the_documented_table_of_capabilities_is_the_one_that_decides() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text("utf-8")
+    for name in ATTACKS:
+        row = panel.attack(name).plugin.capability
+        kinds = ", ".join("update" if kind == "delta" else kind for kind in row.kinds)
+        several = "any number" if row.several else "one"
+        assert f"| `{name}` | {row.reads} | {kinds} | {several} | {row.cannot} |" in page, name
