@@ -33,12 +33,14 @@ class Example:
         label: class index from 0.
         entities: marked entities (names, numbers, dates ...), or None when the data marks none.
         where: ``file:line``.
+        owner: value of the column that says whose text it is, None when no such column was asked for.
     """
 
     text: str
     label: int
     entities: tuple[str, ...] | None = None
     where: str = ""
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Corpus:
         digest = hashlib.sha256()
         for part in (self.train, self.test):
             digest.update(json.dumps([[e.text, e.label, e.entities] for e in part]).encode())
+            if any(e.owner is not None for e in part):
+                digest.update(json.dumps([e.owner for e in part]).encode())
         digest.update(json.dumps(self.public).encode())
         return digest.hexdigest()[:16]
 
@@ -88,6 +92,7 @@ def load(
     test: str | None = None,
     public: str | None = None,
     entities: str | None = None,
+    owner: str | None = None,
     locate: Callable[[str], Path] = Path,
 ) -> Corpus:
     """Read a corpus.
@@ -98,6 +103,7 @@ def load(
         test: file of held-out texts; without it 15 % of ``path`` are held out.
         public: file of public texts (column ``text`` is enough); without it 20 % of ``path`` are set apart.
         entities: column of lists of marked entities; ``entities`` is used when it is there.
+        owner: column whose value says whose text it is; of the training and the held-out texts.
         locate: turns a file named in a study into a path.
 
     Raises:
@@ -107,23 +113,31 @@ def load(
     if path == "demo":
         files = bundle.paths()
         return replace(
-            _read_all("demo", files["train"], files["test"], files["public"], text, label, entities), synthetic=True
+            _read_all("demo", files["train"], files["test"], files["public"], text, label, entities, owner),
+            synthetic=True,
         )
     main = locate(path)
     if not main.is_file():
-        return _from_hub(path, text, label) if _is_hub_name(path, main) else _missing(path, main, "path")
+        return _from_hub(path, text, label, owner) if _is_hub_name(path, main) else _missing(path, main, "path")
     extra = {
         key: None if name is None else _existing(name, locate(name), key)
         for key, name in (("test", test), ("public", public))
     }
-    return _read_all(path, main, extra["test"], extra["public"], text, label, entities)
+    return _read_all(path, main, extra["test"], extra["public"], text, label, entities, owner)
 
 
 def _read_all(
-    name: str, main: Path, test: Path | None, public: Path | None, text: str, label: str, entities: str | None
+    name: str,
+    main: Path,
+    test: Path | None,
+    public: Path | None,
+    text: str,
+    label: str,
+    entities: str | None,
+    owner: str | None,
 ) -> Corpus:
-    train = list(examples(main, text=text, label=label, entities=entities))
-    held = list(examples(test, text=text, label=label, entities=entities)) if test else None
+    train = list(examples(main, text=text, label=label, entities=entities, owner=owner))
+    held = list(examples(test, text=text, label=label, entities=entities, owner=owner)) if test else None
     known = list(_texts(public, text)) if public else None
     return _assemble(name, train, held, known)
 
@@ -147,18 +161,21 @@ def _assemble(name: str, train: list[Example], test: list[Example] | None, publi
     return Corpus(name, tuple(train), tuple(test), tuple(public), held_out=tuple(held_out))
 
 
-def examples(path: Path, *, text: str = "text", label: str = "label", entities: str | None = None) -> Iterator[Example]:
+def examples(
+    path: Path, *, text: str = "text", label: str = "label", entities: str | None = None, owner: str | None = None
+) -> Iterator[Example]:
     """The examples of one file, in its order.
 
     Raises:
         UserError: see `load`.
     """
-    for where, row in _rows(path, [text, label, *([entities] if entities else [])]):
+    for where, row in _rows(path, [text, label, *(column for column in (entities, owner) if column)]):
         yield Example(
             text=_text(row[text], text, where),
             label=_label(row[label], label, where),
             entities=_entities(row.get(entities or "entities"), where),
             where=where,
+            owner=None if owner is None else str(row[owner]),
         )
 
 
@@ -269,7 +286,7 @@ def _is_hub_name(name: str, path: Path) -> bool:
     return not path.suffix and not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
-def _from_hub(name: str, text: str, label: str) -> Corpus:
+def _from_hub(name: str, text: str, label: str, owner: str | None) -> Corpus:
     from dpguard.inputs.models import hub_reachable
 
     if importlib.util.find_spec("datasets") is None:
@@ -286,20 +303,23 @@ def _from_hub(name: str, text: str, label: str) -> Corpus:
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"data {name!r} cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
     splits = {
-        key: list(_hub_rows(name, key, part, text, label)) for key, part in found.items() if key != "unsupervised"
+        key: list(_hub_rows(name, key, part, text, label, owner))
+        for key, part in found.items()
+        if key != "unsupervised"
     }
     if "train" not in splits:
         raise UserError(f"data {name!r} has splits {', '.join(splits)}; expected one called 'train'")
     return _assemble(name, splits["train"], splits.get("validation") or splits.get("test"), None)
 
 
-def _hub_rows(name: str, split: str, rows: Any, text: str, label: str) -> Iterator[Example]:
+def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: str | None) -> Iterator[Example]:
     for index, row in enumerate(rows, 1):
         where = f"{name}/{split}:{index}"
-        for column in (text, label):
+        for column in (text, label, *([owner] if owner else [])):
             if column not in row:
                 raise UserError(f"no column {column!r}{did_you_mean(column, list(row))}", where=where)
-        yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where)
+        whose = None if owner is None else str(row[owner])
+        yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where, whose)
 
 
 def check_lengths(items: Iterable[Example], tokenizer: Any, most: int) -> None:
