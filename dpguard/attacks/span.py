@@ -35,7 +35,7 @@ from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
 from dpguard.attacks.span_search import Search, Trail
-from dpguard.attacks.span_sites import Probe, Sites, left_as_found, sites_of
+from dpguard.attacks.span_sites import Probe, Site, Sites, left_as_found, sites_of
 from dpguard.attacks.span_tree import TreeReader, tree_sites
 from dpguard.attacks.vocabulary import Frame, TokenTable, allowed_tokens, frame_of
 from dpguard.inputs.family import slots
@@ -123,8 +123,11 @@ class Span:
                 return TreeReader(seen, probe, case.sites, case.album, case.tokens, frame, budget).read()
             if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
                 return BatchReader(seen, rng, budget).read()
-            evidence = gather(seen, usable(seen, case.sites)[0], causal=case.probe.family.causal, most=WITNESSES)
-            return _judge(case, seen, evidence)
+            sites = usable(seen, case.sites)[0]
+            evidence = gather(seen, sites, causal=case.probe.family.causal, most=WITNESSES)
+            return (
+                _judge(case, seen, evidence) if evidence else Reconstruction([], [], notes={"reason": _silent(sites)})
+            )
 
 
 PLUGIN = Span()
@@ -160,9 +163,6 @@ def _positions(probe: Probe) -> Tensor:
 
 def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstruction:
     """Read the weights one after the other until one is certain; let the others confirm."""
-    if not evidence:
-        reason = "no shared weight has a spectrum that rises above its noise or rounding with room to test in"
-        return Reconstruction([], [], notes={"reason": reason})
     best: tuple[Trail, Evidence] | None = None
     for index, witness in enumerate(evidence[:2]):
         case.limit = case.budget.candidates if index or len(evidence) == 1 else case.budget.candidates // 2
@@ -186,6 +186,13 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
     certain = trail.certain and not any(e.contradicts(case.probe, trail.ids) for e in others)
     certain = certain and not _order_unproven(seen.model)
     return Reconstruction([trail.ids.tolist()], [certain], case.steps, scored, notes)
+
+
+def _silent(sites: list[Site]) -> str:
+    """Why no weight has a span."""
+    if any(site.adapter for site in sites):
+        return "the text has as many tokens as LoRA's A matrices have rows, or more, or noise hides their spectrum"
+    return "no shared weight has a spectrum that rises above its noise or rounding with room to test in"
 
 
 def _order_unproven(model: nn.Module) -> bool:

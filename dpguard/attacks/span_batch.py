@@ -55,6 +55,11 @@ def batch_reason(seen: Observation) -> str:
     inner, reason = usable(seen, sites)
     if reason:
         return reason
+    inner = [site for site in inner if not site.adapter]
+    if not inner:
+        return (
+            "several texts have more tokens than LoRA's A matrices have rows; their layers' own weights are not shared"
+        )
     roles = {site.role for site in inner if site.block == 0}
     if first_block(Probe(seen.model), sites) is None:
         return "messages of several texts are read for post-norm encoders (BERT, RoBERTa, DistilBERT) only"
@@ -129,7 +134,7 @@ class BatchReader:
 
     def _evidence(self) -> list[Evidence]:
         """Spans of the first block, and of one weight of a later block as a second opinion."""
-        inner = usable(self.seen, self.sites)[0]
+        inner = [site for site in usable(self.seen, self.sites)[0] if not site.adapter]
         first = [site for site in inner if site.block == 0]
         later = [site for site in inner if site.block > 0]
         found = gather(self.seen, first, causal=False, most=len(first))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,14 +110,19 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
 
 
 def gather(seen: Observation, sites: list[Site], *, causal: bool, most: int) -> list[Evidence]:
-    """Evidence of the first ``most`` sites whose gradient has a span that leaves room for a test."""
+    """Evidence of the first ``most`` sites whose gradient has a span that leaves room for a test.
+
+    Each A of LoRA shows as many dimensions as it has rows, so those that read the same vectors are read as one.
+    """
     found: list[Evidence] = []
-    message: Mapping[str, Tensor] = seen.message
-    for site in sites:
-        gradient, drifted = site.oriented(message[site.name]), seen.disclosed.kind == "delta"
-        span = span_of(gradient, seen.noise_std(site.name), drifted=drifted)
+    drifted = seen.disclosed.kind == "delta"
+    left = list(sites)
+    while left and len(found) < most:
+        site = left[0]
+        together = [s for s in left if s is site or (s.adapter and site.adapter and s.beside(site))]
+        left = [s for s in left if s not in together]
+        gradient = torch.cat([s.oriented(seen.message[s.name]) for s in together])
+        span = span_of(gradient, max(seen.noise_std(s.name) for s in together), drifted=drifted)
         if span is not None:
             found.append(Evidence(site, span, causal))
-        if len(found) == most:
-            break
     return found

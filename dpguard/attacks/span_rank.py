@@ -109,8 +109,8 @@ def span_of(gradient: Tensor, noise: float = 0.0, *, drifted: bool = False) -> S
     noise = max(noise, floor(values, outputs, inputs)) if drifted else noise
     coarse = _digits(gradient) < _DIGITS[torch.float32]
     rank = int((values > _edge(outputs, inputs, noise)).sum()) if noise else _above_rounding(gradient, values)
-    if rank == 0 or rank > len(values) - SPARE:
-        return None
+    if rank == 0 or rank > len(values) - max(1, min(SPARE, len(values) // 8)):
+        return None  # the inputs may well be more than these dimensions
     left = values[rank:].pow(2).sum() / max(1, outputs - rank)
     tail = max(float(left), noise**2 * (inputs - rank))
     return Span(directions[:rank], values[:rank], tail, inputs, blurred=noise > 0 or coarse, drifted=drifted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import Family, family_of, slots
 from dpguard.policy.layers import Slot
 
-LINEAR = ("value", "qkv", "query", "mlp_in", "key", "attention_output", "mlp_out")
+LINEAR = ("value", "qkv", "query", "mlp_in", "mlp_gate", "key", "attention_output", "mlp_out")
 """Roles whose gradient spans the layer's inputs, those that say most about a text first."""
+SAME_INPUTS = ({"value", "qkv", "query"}, {"mlp_in", "mlp_gate"})
+"""Roles of a block whose layers read the very same vectors."""
 CHUNK_TOKENS = 4096
+_LORA_A = re.compile(r"\.lora_A\.[^.]+(?=\.weight$)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Site:
         block: index of its block, from 0.
         layer: the module.
         transposed: the weight is stored (inputs, outputs), as in GPT-2's Conv1D.
+        adapter: LoRA's A beside the layer of this role: it reads the layer's inputs, and its gradient shows as many
+            dimensions of their span as it has rows.
     """
 
     name: str
@@ -37,6 +43,12 @@ class Site:
     block: int
     layer: nn.Module
     transposed: bool
+    adapter: bool = False
+
+    def beside(self, other: Site) -> bool:
+        """Whether another site's layer reads the very same vectors."""
+        together = self.role == other.role or any({self.role, other.role} <= roles for roles in SAME_INPUTS)
+        return self.block == other.block and together
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as (outputs, inputs), float64."""
@@ -56,13 +68,14 @@ class Sites:
     last_block: int
 
     def find(self, block: int, *roles: str) -> Site | None:
-        """The block's first site with one of these roles."""
-        return next((s for role in roles for s in self.all if s.block == block and s.role == role), None)
+        """The block's first layer with one of these roles, adapters apart."""
+        plain = [s for s in self.all if s.block == block and not s.adapter]
+        return next((s for role in roles for s in plain if s.role == role), None)
 
 
 def sites_of(model: nn.Module) -> Sites:
-    """Every linear weight inside a block."""
-    found = [_site(model, slot) for slot in slots(model) if slot.role in LINEAR and len(slot.shape) == 2]
+    """Every linear weight inside a block, LoRA's A matrices among them."""
+    found = [_site(model, slot) for slot in slots(model) if len(slot.shape) == 2]
     inside = sorted((s for s in found if s is not None), key=lambda s: (s.block, LINEAR.index(s.role)))
     return Sites(tuple(inside), max((s.block for s in inside), default=-1))
 
@@ -70,8 +83,13 @@ def sites_of(model: nn.Module) -> Sites:
 def _site(model: nn.Module, slot: Slot) -> Site | None:
     if slot.block is None or not slot.name.endswith(".weight"):
         return None
+    role, adapter = slot.role, slot.role == "adapter_a"
+    if adapter:
+        role = (family_of(model).role(_LORA_A.sub("", slot.name)) or ("", None))[0]
+    if role not in LINEAR:
+        return None
     layer = model.get_submodule(slot.name.rpartition(".")[0])
-    return Site(slot.name, slot.role, slot.block, layer, transposed=not isinstance(layer, nn.Linear))
+    return Site(slot.name, role, slot.block, layer, not isinstance(layer, nn.Linear), adapter)
 
 
 class _ReachedError(Exception):

@@ -1,0 +1,86 @@
+"""LoRA's A and the MLP's gate read a layer's inputs too: one text from either, exact and proven."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpguard.attacks import span
+from dpguard.attacks.span_evidence import gather
+from dpguard.attacks.span_sites import sites_of
+from tests import messages, tiny
+
+ONE = tiny.SENTENCES[0]
+ADAPTERS = [{"layers": "all", "share": False}, {"layers": "adapters", "share": True}]
+
+
+def _seen(family: str, rows: list[dict], texts=(ONE,), **lora):
+    model = tiny.loaded(family)
+    if lora:
+        model = replace(model, module=tiny.lora(model.module, lora_dropout=0.0, **lora))
+    seen, batch = messages.observe(model, rows, texts, [i % 2 for i in range(len(texts))], tell=())
+    return seen, batch.input_ids[0].tolist()
+
+
+def _run(seen):
+    return span.PLUGIN.reconstruct(seen, rng=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
+def test_the_adapters_alone_give_a_text_away(family: str) -> None:
+    seen, true = _seen(family, ADAPTERS, r=16)
+    assert all(".lora_" in name for name in seen.message)
+    assert span.PLUGIN.applicable(seen) == ""
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
+    assert ".lora_A." in found.notes["weight"]
+
+
+def test_one_a_matrix_of_a_deep_block_is_enough() -> None:
+    rows = [{"layers": "all", "share": False}, {"layers": "name:*layer.1*query.lora_A*", "share": True}]
+    seen, true = _seen("bert", rows, r=16)
+    assert len(seen.message) == 1
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
+
+
+def test_matrices_that_read_the_same_vectors_are_read_as_one() -> None:
+    """Nine tokens and six rows an A: neither the query's nor the value's shows enough, both together do."""
+    seen, true = _seen("bert", ADAPTERS, r=6)
+    assert len(true) == 9
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
+    assert found.notes["rank"] == 9
+
+
+def test_more_tokens_than_rows_are_refused_in_words() -> None:
+    seen, _ = _seen("bert", ADAPTERS, r=4)
+    found = _run(seen)
+    assert found.sequences == []
+    assert "LoRA" in found.notes["reason"]
+    several, _ = _seen("bert", ADAPTERS, tiny.SENTENCES[:2], r=16)
+    assert "LoRA" in span.PLUGIN.applicable(several)
+
+
+def test_a_layer_is_never_taken_for_its_adapter() -> None:
+    model = tiny.lora(tiny.module("bert"), r=16)
+    sites = sites_of(model)
+    value = sites.find(0, "value")
+    assert value is not None
+    assert not value.adapter
+    adapters = [s for s in sites.all if s.adapter]
+    assert {(s.role, s.block) for s in adapters} == {(r, b) for r in ("query", "value") for b in range(3)}
+    assert adapters[0].beside(value)
+    assert not adapters[0].beside(next(s for s in adapters if s.block == 1))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_the_gate_of_an_mlp_reads_what_its_other_half_reads(block: int) -> None:
+    rows = [{"layers": "all", "share": False}, {"layers": f"block[{block}].mlp.gate", "share": True}]
+    seen, true = _seen("llama", rows)
+    assert span.PLUGIN.applicable(seen) == ""
+    assert _run(seen).sequences == [true]
+    (gate,) = gather(seen, [s for s in sites_of(seen.model).all if s.name in seen.message], causal=True, most=1)
+    assert gate.span.rank == len(true)
