@@ -31,6 +31,7 @@ from dpguard.attacks.span_batch import BatchReader, batch_reason
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
 from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
+from dpguard.attacks.span_last import with_last_tokens
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
@@ -118,9 +119,10 @@ class Span:
         budget = choose(self.name, self.presets, preset, budget)[1]
         with left_as_found(seen.model):
             case = _case(seen, rng, budget)
-            if seen.disclosed.sequences != 1 and case.probe.family.causal:
-                probe, frame = case.probe, case.frame
-                return TreeReader(seen, probe, case.sites, case.album, case.tokens, frame, budget).read()
+            if case.probe.family.causal and (seen.disclosed.sequences != 1 or not tree_sites(seen, case.sites)[1]):
+                found = TreeReader(seen, case.probe, case.sites, case.tokens, case.frame, budget, rng).read()
+                if seen.disclosed.sequences != 1 or any(found.certain):
+                    return found
             if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
                 return BatchReader(seen, rng, budget).read()
             sites = usable(seen, case.sites)[0]
@@ -185,7 +187,8 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
     }
     certain = trail.certain and not any(e.contradicts(case.probe, trail.ids) for e in others)
     certain = certain and not _order_unproven(seen.model)
-    return Reconstruction([trail.ids.tolist()], [certain], case.steps, scored, notes)
+    texts, flags = with_last_tokens(seen, witness.site, [trail.ids.tolist()], [certain], case.tokens, notes)
+    return Reconstruction(texts, flags, case.steps, scored, notes)
 
 
 def _silent(sites: list[Site]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpguard.attacks.observation import Observation
 from dpguard.attacks.span_rank import Span, span_of
-from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites
+from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites, predicts_tokens
 
 COVERAGE = 0.05
 """Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""
@@ -95,7 +95,7 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     shared = [s for s in sites.all if s.name in seen.message]
     if not shared:
         return [], "no attention or MLP weight of a block is shared"
-    inner = [s for s in shared if s.block < sites.last_block]
+    inner = shared if predicts_tokens(seen.model) else [s for s in shared if s.block < sites.last_block]
     if not inner:
         return [], (
             "only the final block's weights are shared; under a classification head their gradients have the rank "

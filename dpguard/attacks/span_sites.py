@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpguard.engine.gradients import forward_arguments
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import Family, family_of, slots
+from dpguard.inputs.family import Family, bare, family_of, slots
 from dpguard.policy.layers import Slot
 
 LINEAR = ("value", "qkv", "query", "mlp_in", "mlp_gate", "key", "attention_output", "mlp_out")
@@ -133,21 +133,33 @@ class Probe:
         return self._reach(layer, torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=self.device), embeddings)
 
     def _reach(self, layer: nn.Module, ids: Tensor, embeddings: Tensor | None) -> Tensor:
-        kept: list[Tensor] = []
-
-        def stop(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            kept.append(arguments[0])
-            raise _ReachedError
-
         batch = Batch(ids, torch.ones_like(ids), ids[:, 0])
-        handle = layer.register_forward_pre_hook(stop)
-        try:
-            self.model(**forward_arguments(self.model, batch, embeddings))
-        except _ReachedError:
-            pass
-        finally:
-            handle.remove()
-        return kept[0]
+        return reached(self.model, layer, forward_arguments(self.model, batch, embeddings))
+
+
+def reached(model: nn.Module, layer: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """What enters a layer in a forward pass, which goes no further than there."""
+    kept: list[Tensor] = []
+
+    def stop(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0])
+        raise _ReachedError
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        model(**arguments)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether the model's loss is the prediction of every next token."""
+    inner = bare(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    return head is not None
 
 
 @contextmanager

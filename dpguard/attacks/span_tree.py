@@ -1,15 +1,19 @@
-"""Batches of a decoder: a tree of prefixes, grown by every token whose state lies in the span.
+"""Decoders: a tree of prefixes, grown by every token whose state lies in the span.
 
 A decoder's state depends on what is left of it alone, so texts are found from left to right, all of them at
 once. Texts with the same beginning share its states, so the tree's nodes are the batch's distinct states: their
 number is the rank of the gradient when the tree is complete. Its leaves are the texts. One text that is the
 beginning of another leaves no trace of its own, and without absolute positions a text's first token looks the
 same however often it is repeated: a leaf that could go on like that is not proven.
+
+After every prefix the likeliest tokens are tried first (`span_screen`), each at the price of one position
+(`span_cache`), in longer and longer lists until the rank is reached.
 """
 
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,21 +21,34 @@ from torch import Tensor
 
 from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.span_cache import Extender
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import CONTEXT_FREE
-from dpguard.attacks.span_guess import guess
-from dpguard.attacks.span_picture import Album
+from dpguard.attacks.span_last import with_last_tokens
 from dpguard.attacks.span_rank import RESOLUTION
-from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, Site, Sites
+from dpguard.attacks.span_screen import Screen
+from dpguard.attacks.span_sites import Probe, Site, Sites
+from dpguard.attacks.span_spectrum import by_gap
 from dpguard.attacks.vocabulary import Frame
+from dpguard.inputs.family import slots
 
 WITNESSES = 2
-FIRST, SECOND = 48, 300
-"""Tokens tried after every prefix, by how well they fit the position whatever is around; in the end all of them."""
+PIECES = 32
+"""Positions that a budget counts as one candidate text: the states of a prefix are computed once."""
+FIRST_SAMPLE, SAMPLES = 1536, (384, 1536)
+"""Tokens whose states a prefix's screen is fitted on: the very first prefix's, and at the first two levels."""
+LISTS = (48, 512, 4096)
+"""Tokens tried after every prefix at the levels of the search, likeliest first; in the end all of them."""
+REPEATS = 3
+"""How often a text's first token is tried in a row where that shows nowhere."""
 SAME = 1e-4
 """Relative distance of two states that a message cannot tell apart."""
+ROUGH = 1e-2
+"""Squared residual that single precision tells from a true one's."""
 FEW_TOKENS = 2000
 """A vocabulary so small that all of it is tried at once."""
+
+Prefix = tuple[int, ...]
 
 
 def tree_sites(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
@@ -49,27 +66,50 @@ def tree_sites(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     return sorted(found, key=lambda s: (s.role in {"mlp_out", "attention_output"}, s.block)), ""
 
 
+@dataclass
+class _Node:
+    """A prefix on the tree.
+
+    Attributes:
+        children: tokens found to follow it.
+        tried: (n,) bool, tokens already tried.
+        order: (k,) row numbers of tokens by how likely they follow, once ranked.
+    """
+
+    children: list[int] = field(default_factory=list)
+    tried: Tensor | None = None
+    order: Tensor | None = None
+
+
 class TreeReader:
-    """Reads one message of several texts of a decoder; `read` may be called once.
+    """Reads one message of a decoder's texts; `read` may be called once.
 
     Args:
         seen: what the adversary holds.
         probe: the model; counts candidates.
         sites: its layers.
-        album: pictures, which say which tokens to try first.
         tokens: (n,) tokens that a text can contain.
         frame: special tokens around a text.
         budget: candidates to score.
+        rng: source of the tokens that screens are fitted on.
     """
 
     def __init__(
-        self, seen: Observation, probe: Probe, sites: Sites, album: Album, tokens: Tensor, frame: Frame, budget: Budget
+        self,
+        seen: Observation,
+        probe: Probe,
+        sites: Sites,
+        tokens: Tensor,
+        frame: Frame,
+        budget: Budget,
+        rng: torch.Generator,
     ) -> None:
-        self.seen, self.probe, self.sites, self.album = seen, probe, sites, album
-        self.tokens, self.frame, self.budget = tokens, frame, budget
-        self.children: dict[tuple[int, ...], list[int]] = {}
-        self.hidden: set[tuple[int, ...]] = set()
-        self.states = torch.zeros(0, device=probe.device, dtype=torch.float64)
+        self.seen, self.probe, self.sites, self.frame, self.rng = seen, probe, sites, frame, rng
+        self.tokens = torch.cat([tokens, tokens.new_tensor(frame.suffix)])
+        self.limit = probe.scored + budget.candidates * PIECES
+        self.nodes: dict[Prefix, _Node] = {}
+        self.repeated: set[Prefix] = set()
+        self.relative = not any(slot.role == "position_embedding" for slot in slots(probe.model))
 
     def read(self) -> Reconstruction:
         """Propose the batch's texts."""
@@ -77,54 +117,96 @@ class TreeReader:
         if not evidence:
             reason = "no span rises above rounding or noise: more tokens than the model is wide"
             return Reconstruction([], [], notes={"reason": reason})
-        self.judge, others = evidence[0], evidence[1:]
+        if self.seen.disclosed.sequences == 1 and evidence[0].span.blurred:
+            return Reconstruction([], [], notes={"reason": "noise or rounding: one text is searched for as a whole"})
+        site = evidence[0].site
+        span = by_gap(site.oriented(self.seen.message[site.name]), evidence[0].span)
+        self.judge = replace(evidence[0], span=span)
+        self.extender = Extender(self.probe, self.judge.site.layer)
+        self.basis = self.judge.basis
+        self.screen = Screen(self.judge.span, self.probe.embedding[self.tokens])
         self.states = torch.zeros((0, self.judge.span.inputs), device=self.probe.device, dtype=torch.float64)
-        self._grow(self._lists())
-        return self._answer(others)
+        self._grow()
+        return self._answer(evidence[1:])
 
-    def _lists(self) -> list[Tensor]:
-        """Each (L, k): tokens to try at each position, likely ones first; the last list has all the others."""
-        everything = torch.cat([self.tokens, self.tokens.new_tensor(self.frame.suffix)])
-        length = min(self.judge.span.rank, self.probe.family.max_tokens(self.probe.config))
-        few = len(everything) <= FEW_TOKENS
-        table = None if few else guess(self.judge, self.sites, self.album, length, everything)
-        if table is None:
-            return [everything.expand(length, -1)]
-        return list(table.best(len(everything)).split([FIRST, SECOND, len(everything) - FIRST - SECOND], dim=1))  # type: ignore[no-untyped-call]
+    @property
+    def _short(self) -> bool:
+        """Whether states of the message are still unexplained."""
+        return len(self.states) < self.judge.span.rank
 
-    def _nodes(self) -> int:
-        return sum(map(len, self.children.values()))
-
-    def _grow(self, lists: list[Tensor]) -> None:
-        """Try each list after every prefix, short lists and short prefixes first, until the rank is reached."""
-        waiting: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
-        while waiting and self._nodes() < self.judge.span.rank and self.probe.scored < self.budget.candidates:
-            level, place, prefix = heapq.heappop(waiting)
-            opening = place < len(self.frame.prefix)
-            tokens = self.tokens.new_tensor(self.frame.prefix[place : place + 1]) if opening else lists[level][place]
-            for token in self._next(prefix, tokens):
-                self.children.setdefault(prefix, []).append(token)
-                if place + 1 < len(lists[0]):
-                    heapq.heappush(waiting, (0, place + 1, (*prefix, token)))
-            if level + 1 < len(lists) and not opening:
-                heapq.heappush(waiting, (level + 1, place, prefix))
-
-    def _next(self, prefix: tuple[int, ...], tokens: Tensor) -> list[int]:
-        """Those of some tokens whose state after a prefix lies in the span and is nobody else's."""
-        place = len(prefix)
-        found: list[int] = []
-        for part in tokens.split(max(1, CHUNK_TOKENS // (place + 1))):  # type: ignore[no-untyped-call]
-            part = part[: max(0, self.budget.candidates - self.probe.scored)]
-            if not len(part):
+    def _grow(self) -> None:
+        """Try short lists after every prefix, then longer ones until the rank is reached: those without a
+        continuation first."""
+        longest = self.probe.family.max_tokens(self.probe.config)
+        waiting: list[tuple[int, bool, int, Prefix]] = [(0, False, 0, ())]
+        while waiting and self.probe.scored < self.limit:
+            level, _, place, prefix = heapq.heappop(waiting)
+            if (level and not self._short) or len(self.states) > 2 * self.judge.span.rank:
                 break
-            texts = torch.cat([self.tokens.new_tensor(prefix).expand(len(part), -1), part[:, None]], dim=1)
-            states = self.probe.states(self.judge.site.layer, texts)[:, -1].double()
-            for k in self._true(states).nonzero().flatten().tolist():
-                if self._is_new(states[k]):
-                    self.states = torch.cat([self.states, states[k][None]])
-                    found.append(int(part[k]))
-                else:
-                    self.hidden.add(prefix)
+            node = self.nodes.setdefault(prefix, _Node())
+            opening = place < len(self.frame.prefix)
+            found = self._opening(prefix) if opening else self._level(prefix, node, level)
+            node.children += found
+            for token in found:
+                if place + 1 < longest:
+                    heapq.heappush(waiting, (0, False, place + 1, (*prefix, token)))
+            again = self._again(prefix)
+            if again and again not in self.repeated and place + 1 < longest:
+                self.repeated.add(again)
+                heapq.heappush(waiting, (1, False, place + 1, again))
+            if not opening and level < len(LISTS) and len(self.tokens) > FEW_TOKENS:
+                heapq.heappush(waiting, (level + 1, bool(node.children), place, prefix))
+
+    def _again(self, prefix: Prefix) -> Prefix:
+        """A prefix of one token repeated, once more, where positions are relative: its states say nothing new."""
+        alike = self.relative and len(set(prefix)) == 1 and not self.frame.prefix and len(prefix) < REPEATS
+        return (*prefix, prefix[0]) if alike else ()
+
+    def _opening(self, prefix: Prefix) -> list[int]:
+        token = self.tokens.new_tensor(self.frame.prefix[len(prefix) : len(prefix) + 1])
+        return self._members(prefix, token, self.extender.states(prefix, token).double())
+
+    def _level(self, prefix: Prefix, node: _Node, level: int) -> list[int]:
+        """Tokens found to follow a prefix in the list of a level."""
+        if node.tried is None:
+            node.tried = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.probe.device)
+        if len(self.tokens) <= FEW_TOKENS:
+            return self._try(prefix, node, torch.arange(len(self.tokens), device=self.probe.device))[0]
+        found: list[int] = []
+        if level < len(SAMPLES):
+            size = SAMPLES[level] if self.screen.seen else FIRST_SAMPLE
+            picked = torch.randperm(len(self.tokens), generator=self.rng)[:size].to(self.probe.device)
+            picked = picked[~node.tried[picked]]
+            found, states = self._try(prefix, node, picked)
+            if len(states) < len(picked):  # the budget is spent
+                return found
+            node.order = self.screen.rank(picked, states)[: sum(LISTS)]
+        rows = torch.arange(len(self.tokens), device=self.probe.device) if level == len(LISTS) else node.order
+        if rows is not None:
+            rows = rows[~node.tried[rows]]
+            found += self._try(prefix, node, rows if level == len(LISTS) else rows[: LISTS[level]])[0]
+        return found
+
+    def _try(self, prefix: Prefix, node: _Node, rows: Tensor) -> tuple[list[int], Tensor]:
+        """Those of some tokens that follow a prefix, and the (k, inputs) states of all that the budget allows."""
+        rows = rows[: max(0, self.limit - self.probe.scored)]
+        if not len(rows):
+            return [], self.states[:0]
+        if node.tried is not None:
+            node.tried[rows] = True
+        states = self.extender.states(prefix, self.tokens[rows]).double()
+        return self._members(prefix, self.tokens[rows], states), states
+
+    def _members(self, prefix: Prefix, tokens: Tensor, states: Tensor) -> list[int]:
+        """Tokens whose state lies in the span and is nobody else's."""
+        found: list[int] = []
+        rough = torch.nn.functional.normalize(states.float(), dim=1)
+        near = (1 - (rough @ self.basis.T).pow(2).sum(1) < max(ROUGH, 2 * RESOLUTION)).nonzero().flatten()
+        for k in near[self._true(states[near])].tolist():
+            token = int(tokens[k])
+            if self._is_new(states[k]):
+                self.states = torch.cat([self.states, states[k][None]])
+                found.append(token)
         return found
 
     def _true(self, states: Tensor) -> Tensor:
@@ -138,23 +220,50 @@ class TreeReader:
 
     def _answer(self, others: list[Evidence]) -> Reconstruction:
         """The leaves; proven when the tree is complete and no other weight contradicts."""
-        leaves = [
-            (*prefix, token)
-            for prefix, tokens in self.children.items()
-            for token in tokens
-            if not self.children.get((*prefix, token))
-        ][: self.seen.disclosed.sequences]
-        complete = self._nodes() == self.judge.span.rank
-        certain = [complete and leaf not in self.hidden and self._proven(leaf, others) for leaf in leaves]
+        leaves = [prefix for prefix, node in self.nodes.items() if self._is_leaf(prefix, node)]
+        leaves = leaves[: self.seen.disclosed.sequences]
+        complete = len(self.states) == self.judge.span.rank
+        certain = [complete and not self._again(leaf) and self._proven(leaf, others) for leaf in leaves]
         notes: dict[str, Any] = {
             "weight": self.judge.site.name,
             "rank": self.judge.span.rank,
-            "explained": self._nodes(),
+            "explained": len(self.states),
             "complete": complete,
         }
-        return Reconstruction([list(leaf) for leaf in leaves], certain, 0, self.probe.scored, notes)
+        texts, certain = with_last_tokens(
+            self.seen, self.judge.site, [list(leaf) for leaf in leaves], certain, self.tokens, notes
+        )
+        return Reconstruction(texts, certain, 0, self.probe.scored, notes)
 
-    def _proven(self, leaf: tuple[int, ...], others: list[Evidence]) -> bool:
+    def _is_leaf(self, prefix: Prefix, node: _Node) -> bool:
+        """Whether a text ends here: nothing follows, not even once its only token was repeated."""
+        if not prefix or node.children or prefix in self.repeated:
+            return False
+        more = self._again(prefix)
+        while more and more in self.nodes:
+            if self.nodes[more].children:
+                return False
+            more = self._again(more)
+        return True
+
+    def _proven(self, leaf: Prefix, others: list[Evidence]) -> bool:
+        """Whether all states of a text lie in the span, and those of the same words in another order do not."""
         ids = self.tokens.new_tensor(leaf)
-        states = self.judge.vectors(self.probe.states(self.judge.site.layer, ids[None])[0])
-        return self.judge.span.holds(states) and not any(e.contradicts(self.probe, ids) for e in others)
+        if not self._holds(ids) or any(e.contradicts(self.probe, ids) for e in others):
+            return False
+        return not any(self._holds(other) for other in _swapped(ids))
+
+    def _holds(self, ids: Tensor) -> bool:
+        states = self.probe.states(self.judge.site.layer, ids[None])[0]
+        return self.judge.span.holds(self.judge.vectors(states))
+
+
+def _swapped(ids: Tensor) -> list[Tensor]:
+    """The text with each two different neighbours exchanged."""
+    out = []
+    for k in range(len(ids) - 1):
+        if ids[k] != ids[k + 1]:
+            other = ids.clone()
+            other[k], other[k + 1] = ids[k + 1], ids[k]
+            out.append(other)
+    return out
