@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,3 +120,25 @@ def draw(
     embeddings = torch.where(free[:, :, None], noise.to(device, table.dtype), table[ids])
     wanted = torch.tensor(labels, dtype=torch.int64, device=device).repeat(len(lengths))
     return Guesses(embeddings, ids, mask, free, wanted, texts=lengths.shape[1])
+
+
+def of_texts(rows: Sequence[Sequence[int]], label: int, width: int, *, table: Tensor, tokenizer: Any) -> Guesses:
+    """Texts as messages of one each, at their own tokens' embeddings.
+
+    Args:
+        rows: token ids with special tokens, none longer than ``width``.
+        label: class of all of them.
+        width: tokens to pad to.
+        table: (rows, d) token-embedding table.
+        tokenizer: the public tokenizer.
+    """
+    frame: Frame = frame_of(tokenizer)
+    ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
+    mask, free = torch.zeros((len(rows), width), dtype=torch.int64), torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(list(row))
+        mask[index, : len(row)] = 1
+        free[index, len(frame.prefix) : len(row) - len(frame.suffix)] = True
+    ids, mask, free = ids.to(table.device), mask.to(table.device), free.to(table.device)
+    labels = torch.full((len(rows),), label, device=table.device)
+    return Guesses(table[ids], ids.masked_fill(free, 0), mask, free, labels, texts=1)

@@ -1,8 +1,11 @@
 """Gradient matching: move soft texts until they send the message that was seen.
 
-Presets:
-    default: our own. Per-tensor cosine without noise, whitened distance with it; replays clip, pruning
-        and rounding; restarts side by side; ends with a discrete search among the nearest tokens.
+Presets (`match_setting`):
+    default: our own. One text without noise: reads likely tokens off soft spans (`match_soft`), then searches on the
+        exact distance until a text is proven (`match_polish`). Otherwise: per-tensor cosine without noise, whitened
+        distance with it; replays clip, pruning and rounding; restarts side by side, among them what cheaper attacks
+        proposed; ends with a discrete search among the nearest tokens.
+    dlg, tag, lamp: the published attacks that this one descends from.
     partial: the setting of "Seeing the Forest through the Trees" (Li, Xu, Dras, EMNLP 2024, arXiv
         2406.00999; its loop is LAMP's, arXiv 2202.08827): mean over tensors of 1 - cos, plus
         (mean token norm - 1.4)²; Adam at .01, times .89 every 50 steps; 500 random starts, then 500
@@ -12,19 +15,27 @@ Presets:
         known there; where they are not, every class gets its own run.
     demo: the default's objective on a budget for the bundled model.
 
-Dropout (``mode`` "train") is not replayed: a candidate's gradient is compared with dropout off.
+Dropout (``mode`` "train"): soft spans find the dropped entries of the first block's inputs together with the tokens;
+elsewhere a candidate's gradient is compared with dropout off. A delta (the change of weights after local steps) is
+compared as if it were one step's gradient, whose direction is minus its own.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
-from dpguard.attacks.guesses import Guesses, draw, label_guesses, length_guesses
+from dpguard.attacks.guesses import Guesses, draw, label_guesses, length_guesses, of_texts
 from dpguard.attacks.language import Corpus, bigram
+from dpguard.attacks.match_polish import Polish
+from dpguard.attacks.match_proof import is_message, without_noise
+from dpguard.attacks.match_setting import SETTINGS as SETTINGS
+from dpguard.attacks.match_setting import Setting
+from dpguard.attacks.match_soft import likely
 from dpguard.attacks.objective import Objective, targets
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
@@ -34,52 +45,8 @@ from dpguard.engine.gradients import running_as
 from dpguard.inputs.family import family_of
 
 CHUNK = 64
+HYPOTHESES = 64
 SOLVED = 1e-5
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What makes a preset, besides its budget.
-
-    Attributes:
-        aware: replay the policy on the candidates and whiten noise (see `Objective`).
-        learning_rate: Adam's step size; multiplied by ``decay`` every ``decay_every`` steps.
-        starts: random starts scored for each label guess.
-        permutations: orders of the best starts scored.
-        burn_in: fraction of the steps before the first reordering.
-        every: steps between reorderings.
-        proposals: orders scored at a reordering.
-        order_prior: weight of the bigram loss (nats a token) in an order's score.
-        norm_weight: weight of (mean token norm - ``norm``)².
-        norm: token norm that starts have and the penalty asks for; None takes the table's mean.
-        check: steps between looks at the projected tokens; without noise the search ends when their
-            distance is at zero. 0 = never look.
-        substitutes: nearest tokens tried at each position in the discrete search at the end; 0 = none.
-    """
-
-    aware: bool = True
-    learning_rate: float = 0.01
-    decay: float = 0.89
-    decay_every: int = 50
-    starts: int = 64
-    permutations: int = 64
-    burn_in: float = 0.1
-    every: int = 75
-    proposals: int = 100
-    order_prior: float = 0.05
-    norm_weight: float = 1.0
-    norm: float | None = None
-    check: int = 10
-    substitutes: int = 8
-
-
-SETTINGS = {
-    "default": Setting(learning_rate=0.03, decay=0.93, every=50),
-    "partial": Setting(
-        aware=False, starts=500, permutations=500, proposals=200, order_prior=0.2, norm=1.4, check=0, substitutes=0
-    ),
-    "demo": Setting(learning_rate=0.15, decay=0.8, decay_every=6, starts=16, permutations=8, every=10, proposals=8),
-}
 
 
 class Match:
@@ -97,7 +64,7 @@ class Match:
     def __init__(self) -> None:
         self.presets = {
             "default": Budget(steps=600, candidates=6_000, restarts=4),
-            "partial": Budget(steps=2_000, candidates=6_000, restarts=1),
+            **{name: Budget(steps=2_000, candidates=6_000, restarts=1) for name in ("partial", "lamp", "tag", "dlg")},
             "demo": Budget(steps=30, candidates=200, restarts=1),
         }
 
@@ -105,8 +72,11 @@ class Match:
         """Empty when a shared tensor can be compared with a candidate's gradient, else the reason."""
         if not seen.message:
             return "the message holds no tensor"
-        if seen.disclosed.kind != "gradient":
-            return f"the message is an {seen.disclosed.kind}; matching replays one gradient step"
+        kind = seen.disclosed.kind
+        if kind not in ("gradient", "delta"):
+            return f"the message is an {kind}; matching replays one gradient step"
+        if kind == "delta" and not without_noise(seen):
+            return "the message is a noisy change of weights; matching knows the noise of one gradient step only"
         if not hasattr(seen.model.config, "num_labels") or "LMHead" in type(seen.model).__name__:
             return "the model predicts tokens; matching guesses class labels"
         if not targets(seen, aware=False)[0]:
@@ -116,7 +86,7 @@ class Match:
     def reconstruct(
         self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
     ) -> Reconstruction:
-        """Propose the texts whose gradient comes nearest to the message. Never certain.
+        """Propose the texts whose gradient comes nearest to the message; certain when its own message is the one seen.
 
         ``notes``: ``objective``, ``loss`` of the proposed tokens, ``losses`` of every restart before its
         projection to tokens, ``compared`` and ``ignored`` tensors, ``lengths`` and ``labels`` as guessed.
@@ -151,13 +121,54 @@ class Search:
         told, model = self.seen.disclosed, self.seen.model
         self.classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
         self.texts = told.sequences if told.sequences is not None else told.batch_size
-        self.objective = Objective(self.seen, self.texts, aware=self.setting.aware)
+        self.objective = Objective(self.seen, self.texts, aware=self.setting.aware, distance=self.setting.distance)
         self.table = TokenTable(model.get_input_embeddings().weight, told.tokenizer)  # type: ignore[operator]
         self.norm = self.table.mean_norm if self.setting.norm is None else self.setting.norm
         self.bigram = bigram(Corpus.of(told), len(self.table.weight))
 
     def run(self) -> Reconstruction:
-        """All of it."""
+        """The discrete way where soft spans say something, else the continuous one."""
+        if self.setting.soft and self.texts == 1 and not self.objective.whitened and self.budget.candidates > 0:
+            found = self.discrete()
+            if found is not None:
+                return found
+        return self.continuous()
+
+    def discrete(self) -> Reconstruction | None:
+        """Tokens from soft spans, then a search on the exact distance; None when no span says anything."""
+        lists = likely(self.seen)
+        if lists is None:
+            return None
+        told, limit = self.seen.disclosed, self.budget.candidates
+        labels = told.labels if told.labels is not None else range(min(self.classes, HYPOTHESES))
+        draws = random.Random(int(torch.randint(2**62, (1,), generator=self.rng)))
+        lengths = told.lengths or ()
+        starts = [row for row in self.seen.proposals if not lengths or len(row) == lengths[0]]
+        polish = Polish(self.seen, lists, list(labels), limit, draws, starts)
+        label, row = polish.run()
+        return Reconstruction(
+            sequences=[list(row)],
+            certain=[polish.certain],
+            candidates=len(polish.pool),
+            notes={
+                "objective": "cosine",
+                "loss": polish.pool[label, row],
+                "compared": len(polish.objective.targets),
+                "ignored": polish.objective.ignored,
+                "lengths": [len(row)],
+                "labels": [label],
+                "likely_lengths": list(lists.lengths),
+                **self.kind_note(),
+            },
+        )
+
+    def kind_note(self) -> dict[str, str]:
+        """A word on messages that are not one step's gradient."""
+        delta = self.seen.disclosed.kind == "delta"
+        return {"kind": "a change of weights, replayed as one step"} if delta else {}
+
+    def continuous(self) -> Reconstruction:
+        """Start, order, optimise, project, search."""
         guesses, losses = self.optimise(self.reordered_starts(self.starts()))
         ids = self.project(guesses)
         discrete = self.score(guesses.moved(self.table.weight[ids]))
@@ -169,19 +180,26 @@ class Search:
         lengths = final.mask.sum(1).tolist()
         return Reconstruction(
             sequences=[row[:length] for row, length in zip(chosen.tolist(), lengths, strict=True)],
-            certain=[False] * self.texts,
+            certain=self.proven(chosen, final),
             steps=self.spent.steps,
             candidates=self.spent.candidates,
             notes={
-                "objective": "whitened" if self.objective.whitened else "cosine",
+                "objective": "whitened" if self.objective.whitened else self.setting.distance,
                 "loss": loss,
                 "losses": losses.tolist(),
                 "compared": len(self.objective.targets),
                 "ignored": self.objective.ignored,
                 "lengths": lengths,
                 "labels": final.labels.tolist(),
+                **self.kind_note(),
             },
         )
+
+    def proven(self, chosen: Tensor, final: Guesses) -> list[bool]:
+        """Whether the text's own message is the one seen; texts of a batch are not proven one by one."""
+        if self.texts > 1 or not self.setting.soft:
+            return [False] * self.texts
+        return [is_message(self.seen, chosen[0][: int(final.mask[0].sum())].tolist(), int(final.labels[0]))]
 
     def left(self, wanted: int) -> int:
         """``wanted`` candidates, or as many as the budget still holds."""
@@ -215,7 +233,18 @@ class Search:
         scores = [self.score(pool) for pool in pools]
         promising = sorted(range(len(pools)), key=lambda index: float(scores[index].min()))[:4]
         kept = [pools[index].at(scores[index].argsort()[: self.budget.restarts]) for index in promising]
-        return Guesses.join(kept)
+        return Guesses.join(kept + self.proposed(labels, int(lengths.max())))
+
+    def proposed(self, labels: list[tuple[int, ...]], width: int) -> list[Guesses]:
+        """What cheaper attacks proposed for the message of one text, under the label that fits best."""
+        rows = [row for row in self.seen.proposals if len(row) <= width][: self.budget.restarts]
+        told = self.seen.disclosed
+        if told.lengths is not None:
+            rows = [row for row in rows if len(row) == told.lengths[0]]
+        if not self.setting.soft or self.texts > 1 or not rows:
+            return []
+        tries = [of_texts(rows, label[0], width, table=self.table.weight, tokenizer=told.tokenizer) for label in labels]
+        return [min(tries, key=lambda guesses: float(self.score(guesses).min()))]
 
     def reordered_starts(self, guesses: Guesses) -> Guesses:
         """Every start in the best of several random orders of its embeddings."""

@@ -19,6 +19,8 @@ from dpguard.inputs.batch import Batch
 from dpguard.policy.table import Plan
 
 NEGLIGIBLE = 1e-6
+ABSOLUTE = 0.01
+"""Weight of absolute beside squared distances."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Parts:
-    """Per tensor and message: (tensors, R) inner products and squared norms, (tensors,) squared targets."""
+    """Per tensor and message: (tensors, R) inner products and squared norms, (tensors,) squared targets.
+
+    ``gaps`` are (tensors, R) absolute distances, None where the objective does not ask for them.
+    """
 
     dots: Tensor
     squares: Tensor
     targets: Tensor
+    gaps: Tensor | None = None
 
 
 def cosine_distance(parts: Parts) -> Tensor:
@@ -64,6 +70,17 @@ def whitened_distance(parts: Parts, stds: Tensor) -> Tensor:
     return ((parts.squares - 2 * parts.dots) / stds[:, None].pow(2)).sum(0)
 
 
+def euclidean_distance(parts: Parts) -> Tensor:
+    """(R,) sum over tensors of ||g - g'||² (DLG, arXiv 1906.08935), plus `ABSOLUTE` ||g - g'||_1 where it was
+    measured (TAG, arXiv 2103.06819).
+
+    >>> euclidean_distance(Parts(torch.tensor([[3.0]]), torch.tensor([[9.0]]), torch.tensor([1.0])))
+    tensor([4.])
+    """
+    squares = (parts.squares - 2 * parts.dots + parts.targets[:, None]).sum(0)
+    return squares if parts.gaps is None else squares + ABSOLUTE * parts.gaps.sum(0)
+
+
 class Objective:
     """Scores candidates against one message.
 
@@ -72,6 +89,7 @@ class Objective:
         texts: texts a message holds; consecutive rows of a batch form one message.
         aware: replay clip, pruning and rounding and whiten the noise; False compares what arrived by
             cosine, as the published attacks do.
+        distance: "cosine", "l2" or "l1" (see `euclidean_distance`; "l1" forms every gradient).
 
     Attributes:
         targets: the tensors that are compared.
@@ -80,8 +98,9 @@ class Objective:
         scale: what whitened distances are divided by, see `calibrate`.
     """
 
-    def __init__(self, seen: Observation, texts: int, *, aware: bool) -> None:
+    def __init__(self, seen: Observation, texts: int, *, aware: bool, distance: str = "cosine") -> None:
         self.model, self.plan, self.texts = seen.model, seen.disclosed.plan, texts
+        self.distance = distance
         found, self.ignored = targets(seen, aware=aware)
         clean = [target for target in found if target.std == 0]
         # Noise can't hide what clean tensors show, and by the likelihood a clean tensor outweighs all others.
@@ -101,8 +120,9 @@ class Objective:
         clipped = clip_rows(rows, self.taps, self.plan) if self.clipped else {"": rows}
         pairs = [self._compare(target, clipped) for target in self.targets]
         dots, squares = (torch.stack(side) for side in zip(*pairs, strict=True))
+        gaps = torch.stack([self._gap(target, clipped) for target in self.targets]) if self.distance == "l1" else None
         kept = [t.value if t.kept is None else t.value * t.kept for t in self.targets]
-        return Parts(dots, squares, torch.stack([value.pow(2).sum() for value in kept]))
+        return Parts(dots, squares, torch.stack([value.pow(2).sum() for value in kept]), gaps)
 
     def __call__(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Tensor:
         """(N / texts,) distances; lower is nearer.
@@ -114,7 +134,7 @@ class Objective:
         """
         parts = self.parts(batch, embeddings, create_graph=create_graph)
         if not self.whitened:
-            return cosine_distance(parts)
+            return cosine_distance(parts) if self.distance == "cosine" else euclidean_distance(parts)
         stds = parts.dots.new_tensor([target.std for target in self.targets])
         return whitened_distance(parts, stds) / self.scale
 
@@ -137,6 +157,12 @@ class Objective:
         if target.release is not None:
             gradients = self._released(target.tap.slot.name, target.release, gradients)
         return (gradients * target.value).flatten(1).sum(1), gradients.flatten(1).pow(2).sum(1)
+
+    def _gap(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> Tensor:
+        """(R,) sum of absolute differences from one tensor."""
+        group = self.plan[target.tap.slot.name].group if self.clipped else ""
+        own = form(target.tap, clipped[group][target.tap.module].grouped(self.texts))
+        return (own - target.value).flatten(1).abs().sum(1)
 
     def _released(self, name: str, plan: Plan, gradients: Tensor) -> Tensor:
         """Round as the client did; the derivative is the identity's (straight-through)."""
@@ -164,6 +190,8 @@ def targets(seen: Observation, *, aware: bool) -> tuple[list[Target], list[str]]
             ignored.append(name)
             continue
         rule, total = plan[name], value.detach().float() * told.batch_size
+        if told.kind == "delta":  # weights move against the gradient
+            total = -total / ((told.learning_rate or 1.0) * told.local_steps)
         kept = (total != 0).float() if aware and rule.keep < 1 else None
         rounded = aware and (rule.bits is not None or bool(rule.release))
         alone = Plan({name: replace(rule, keep=1.0)}, plan.rows, plan.name) if rounded else None

@@ -68,7 +68,19 @@ def _kind(module: nn.Module) -> str:
     for kind, types in (("linear", nn.Linear), ("conv1d", Conv1D), ("norm", nn.LayerNorm)):
         if isinstance(module, types):
             return kind
-    return ""
+    return "norm" if type(module).__name__.endswith("RMSNorm") else ""
+
+
+def _normalised(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a norm multiplies with its scale; other modules' inputs as they are."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+    if _kind(module) != "norm":
+        return inputs
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    wide = inputs.float()
+    least = torch.finfo(wide.dtype).eps if epsilon is None else float(epsilon)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + least)).to(inputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,8 +140,7 @@ def record(
     for name, module in modules.items():
         pairs = [(_tokens(x), _tokens(next(rest))) for x, _ in calls[name]]
         inputs, signal = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
-        if isinstance(module, nn.LayerNorm):
-            inputs = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+        inputs = _normalised(module, inputs)
         where = positions if positions.shape[1] == inputs.shape[1] else positions[:, :1].expand(inputs.shape[:2])
         rows[name] = Rows(inputs, signal, where)
     return rows if create_graph else {name: Rows(*(x.detach() for x in r._all)) for name, r in rows.items()}

@@ -30,7 +30,7 @@ def test_a_sentence_is_recovered_from_a_clean_message(family) -> None:
     seen, batch = messages.observe(model, [], [ONE], [1], public=PUBLIC)
     found = _run(seen, preset="default", budget=Budget(120, 1500, 2))
     assert found.sequences == [batch.input_ids[0].tolist()]
-    assert found.certain == [False]
+    assert found.certain == [True]
     assert found.notes["loss"] < 1e-5
 
 
