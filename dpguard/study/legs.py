@@ -25,6 +25,7 @@ from dpguard.inputs.texts import Corpus
 from dpguard.measure import defence, kappa, leakage, utility
 from dpguard.measure.threat import Threat
 from dpguard.policy.table import Plan, Policy
+from dpguard.study.cache import Cache
 from dpguard.study.record import Cell, Record, TextRow
 
 Result = tuple[dict[str, Any], list[TextRow]]
@@ -122,18 +123,24 @@ def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
         "bound": bounds[-1] if found.formal else None,
         "bounds": bounds if found.formal else [],
         "kappa": {
-            metric: {
-                "value": k.value,
-                "upper": k.upper,
-                "texts": k.texts,
-                "bound": found.bound(min(k.upper, 1 - 1e-9)) if found.formal else None,
-            }
-            for metric, k in kappa.measure(corpus.public, model.tokenizer).items()
+            metric: {**k, "bound": found.bound(min(k["upper"], 1 - 1e-9)) if found.formal else None}
+            for metric, k in _kappa(cell, context, corpus, model).items()
         },
         "shared_fraction": plan.shared_fraction,
         "plan_hash": plan.hash,
         "table": table_of(plan),
     }, []
+
+
+def _kappa(cell: Cell, context: Mapping[str, Any], corpus: Corpus, model: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Metric -> kappa, measured once a study."""
+    key = {"what": "kappa", "model": cell.model, "data": cell.data, "dpguard": dpguard.__version__}
+
+    def make() -> dict[str, dict[str, Any]]:
+        return {metric: vars(k) for metric, k in kappa.measure(corpus.public, model.tokenizer).items()}
+
+    found: dict[str, dict[str, Any]] = Cache(context["folder"]).plain(key, make) if "folder" in context else make()
+    return found
 
 
 def _plain(value: float) -> float | str:
