@@ -19,6 +19,7 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from dpguard.policy import gaussian
 from dpguard.policy.guarantee import Accountant, Guarantee, Sampling
 from dpguard.policy.guarantee import guarantee as _guarantee
+from dpguard.policy.statement import View
 from dpguard.policy.table import Plan
 
 LONG = 30_000
@@ -150,6 +151,7 @@ def guarantee(
     seeded: bool = False,
     carries: Collection[str] = (),
     accountant: Accountant | None = None,
+    view: View | None = None,
 ) -> Guarantee:
     """`policy.guarantee.guarantee` with the PRV accountant: what ``dpguard.guarantee`` is."""
     return _guarantee(
@@ -162,6 +164,7 @@ def guarantee(
         examples=examples,
         seeded=seeded,
         carries=carries,
+        view=view,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy import gaussian
 from dpguard.policy.reasons import why_infinite
-from dpguard.policy.statement import compose
+from dpguard.policy.statement import View, compose
 from dpguard.policy.table import Group, Plan
 
 Sampling = Literal["poisson", "shuffle"]
@@ -122,6 +122,7 @@ def guarantee(
     examples: int | None = None,
     seeded: bool = False,
     carries: Collection[str] = (),
+    view: View | None = None,
 ) -> Guarantee:
     """What a plan may claim after ``steps`` messages.
 
@@ -137,6 +138,7 @@ def guarantee(
         seeded: the noise comes from a seed, which the statement then says.
         carries: un-noised state that the client keeps between messages and that feeds later ones, any of
             `reasons.CARRIES`: ``error_feedback``, ``clean_momentum``, ``clean_local_training``.
+        view: for the statement, where the server does not see each client's messages.
 
     Raises:
         UserError: an argument out of range.
@@ -151,7 +153,7 @@ def guarantee(
     epsilon = math.inf if reasons else _epsilon(sigma, q, exposed, delta, accountant)
     words = compose(
         plan, epsilon=epsilon, delta=delta, sigma_eff=sigma, sampling_rate=sampling_rate, steps=steps,
-        sampling=sampling, examples=examples, reasons=reasons, seeded=seeded,
+        sampling=sampling, examples=examples, reasons=reasons, seeded=seeded, view=view,
         once=bool(reasons) and not why_infinite(plan, 1, carries),
     )  # fmt: skip
     return Guarantee(epsilon, delta, sigma, sampling_rate, steps, reasons, words, sampling, accountant, unit)

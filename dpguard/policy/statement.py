@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dpguard.policy.table import Plan
 
@@ -14,6 +15,19 @@ NOT_COVERED = (
     "diagnostics such as clipped fractions, which must stay with the client",
 )
 _SEVERAL = {"example": NOT_COVERED[1], "client": "several clients of one person (k clients multiply mu by k)"}
+
+
+@dataclass(frozen=True)
+class View:
+    """Who sees what, where it is not each client's messages that the server sees.
+
+    Attributes:
+        subject: the beginning of the statement, up to the epsilon ("The means of a round are").
+        sentences: what is assumed and what counts.
+    """
+
+    subject: str
+    sentences: str
 
 
 def compose(
@@ -29,15 +43,18 @@ def compose(
     reasons: Sequence[str],
     seeded: bool = False,
     once: bool = False,
+    view: View | None = None,
 ) -> str:
     """The statement that is printed beside every epsilon; one paragraph of plain sentences.
 
     ``once``: epsilon is infinite, but the first message alone would have a finite one.
+    ``view``: None = the server sees every message of every client.
     """
     if reasons:
         first = f"No formal guarantee (epsilon = inf): {'; '.join(reasons)}."
         if once:
             first += " The first message alone would have a finite epsilon."
+        first += f" {view.sentences}" if view else ""
         return f"{first} {_shares(plan)} Clipping, pruning, quantising and withholding alone prove nothing."
     if not plan.shared:
         return "Nothing leaves the client (epsilon = 0): every layer is frozen or withheld."
@@ -45,12 +62,12 @@ def compose(
     not_covered = [_SEVERAL["client"] if client and item == _SEVERAL["example"] else item for item in NOT_COVERED]
     return " ".join(
         (
-            f"Each client's messages are ({_number(epsilon)}, {delta:g})-differentially private for "
+            f"{view.subject if view else SUBJECT} ({_number(epsilon)}, {delta:g})-differentially private for "
             + (_CLIENT if client else _example(examples)),
             f"Effective noise multiplier {_number(sigma_eff)} a step, {steps} step{'s' if steps > 1 else ''}, "
             + ("the client in every one." if client else _sampling(sampling, sampling_rate)),
             *_counts(plan),
-            _view(client),
+            view.sentences if view else _view(client),
             *([SEEDED] if seeded else []),
             _shares(plan),
             _post(plan) + ("" if client else "The loss must be a mean of per-example losses. ")
@@ -59,6 +76,7 @@ def compose(
     )  # fmt: skip
 
 
+SUBJECT = "Each client's messages are"
 SEEDED = (
     "The noise comes from a seed: whoever knows the seed can subtract the noise, and this epsilon holds only "
     "against those who do not."

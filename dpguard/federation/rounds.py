@@ -1,0 +1,129 @@
+"""The embedded federation: every client, the server and all rounds in one process, by the functions that a federation
+on several machines calls (`turn.one_client_round`, `server.server_step`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpguard.engine.local import LocalState
+from dpguard.federation import bytes as wire_bytes
+from dpguard.federation import views
+from dpguard.federation.server import ServerState, server_step
+from dpguard.federation.settings import Settings, who_takes_part
+from dpguard.federation.split import Parts
+from dpguard.federation.turn import one_client_round
+from dpguard.inputs.texts import Example
+from dpguard.policy.ledger import Ledger
+from dpguard.policy.table import Plan
+
+Weights = dict[str, Tensor]
+OnRound = Callable[[int, int], None]
+OnWeights = Callable[[int, Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a federation leaves.
+
+    Attributes:
+        weights: parameter name -> last global weights.
+        states: for every client what stayed at home.
+        ledgers: for every client what it has spent.
+        taken: for every client in how many rounds it took part.
+        bytes: for every round what its clients sent, together.
+        seconds: wall time.
+    """
+
+    weights: Weights
+    states: tuple[LocalState, ...]
+    ledgers: tuple[Ledger, ...]
+    taken: tuple[int, ...]
+    bytes: tuple[int, ...]
+    seconds: float = field(compare=False)
+
+    def epsilons(self) -> list[float]:
+        """Every client's joint epsilon at its ledger's delta; 0 for one that never took part."""
+        return [ledger.epsilon() for ledger in self.ledgers]
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Sequence[Example],
+    parts: Parts,
+    plan: Plan,
+    settings: Settings,
+    *,
+    seed: int,
+    delta: float = 1e-5,
+    on_round: OnRound = lambda done, total: None,
+    on_weights: OnWeights = lambda round_, weights: None,
+) -> Run:
+    """Train ``model`` in place, round by round.
+
+    Args:
+        model: the classifier; ends with the last global weights.
+        tokenizer: its tokenizer.
+        train: all training texts.
+        parts: whose they are, see `split.split`.
+        plan: the policy resolved against the model.
+        settings: the federation.
+        seed: of who takes part, batches, dropout and noise (a study's; a deployment has none).
+        delta: of the ledgers.
+        on_round: called with (rounds done, rounds in all).
+        on_weights: called before every round with its number and the global weights that its clients start from.
+
+    Raises:
+        UserError: see `views.check`.
+    """
+    views.check(plan, settings)
+    started = time.perf_counter()
+    own = views.message_plan(plan, settings)
+    spent = views.messages_a_round(plan, settings)
+    mechanisms = [views.mechanism(plan, settings, len(part)) for part in parts]
+    ledgers = tuple(Ledger(f"client {k}", plan.hash, delta) for k in range(settings.clients))
+    states = tuple(LocalState() for _ in range(settings.clients))
+    texts = [[train[i] for i in part] for part in parts]
+    taken, sent, memory = [0] * settings.clients, [], ServerState()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for round_ in range(1, settings.rounds + 1):
+        on_weights(round_, weights)
+        chosen = who_takes_part(seed, round_, clients=settings.clients, per_round=settings.per_round)
+        updates = []
+        for client in chosen:
+            ledgers[client].spend(mechanisms[client], ("rounds", taken[client] * spent + 1), count=spent)
+            taken[client] += 1
+            updates.append(
+                one_client_round(
+                    model,
+                    own,
+                    texts[client],
+                    settings,
+                    tokenizer=tokenizer,
+                    seed=seed,
+                    client=client,
+                    round_=round_,
+                    state=states[client],
+                )
+            )
+        sent.append(sum(wire_bytes.message_bytes(update.tensors, own) for update in updates))
+        sizes = [len(parts[client]) for client in chosen] if settings.weights == "size" else None
+        weights = server_step(weights, updates, settings, memory, sizes=sizes)
+        set_weights(model, weights)
+        on_round(round_, settings.rounds)
+    model.eval()
+    return Run(weights, states, ledgers, tuple(taken), tuple(sent), time.perf_counter() - started)
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights into a model; names that are not given stay as they are."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
