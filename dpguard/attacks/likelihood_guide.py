@@ -21,6 +21,10 @@ PUBLIC = 32
 FREEDOM = 0.8
 """Directions of noise that candidates' gradients can follow in one layer, in units of the model's width."""
 LEAST = 1e-3
+MISFIT = 2.5
+"""Standard deviations that a text may leave over to end a search."""
+ROUNDING = 0.005
+"""Relative error of a text's score in bfloat16."""
 
 
 class Guide:
@@ -74,6 +78,12 @@ class Guide:
             weights = weights[[i for i, c in enumerate(self.replay.channels) if not self.replay.is_token_table(c)]]
         (slope,) = torch.autograd.grad(self._combine(found, weights).sum(), start)
         return slope.float()
+
+    def explains(self, row: Sequence[int]) -> bool:
+        """Whether a text leaves no more of the message over than the noise, and rounding, would."""
+        terms = score(self.replay, [row], self.label, self.padding)
+        rounding = ROUNDING * float(terms.squares.sum()) ** 0.5
+        return abs(float(terms.misfit[0])) <= MISFIT + (rounding if self.table.dtype is torch.bfloat16 else 0.0)
 
     def _combine(self, terms: Terms, weights: Tensor | None) -> Tensor:
         dots, squares = terms.dots, terms.squares

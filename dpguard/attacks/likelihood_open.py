@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dpguard.attacks.base import Budget
+from dpguard.attacks.likelihood_evolve import Evolution
 from dpguard.attacks.likelihood_guide import Guide
 from dpguard.attacks.likelihood_prior import Neighbours
 from dpguard.attacks.likelihood_replay import Replay
@@ -23,10 +24,8 @@ LENGTHS = 3
 """Lengths that are tried when it is unknown."""
 WIDE = 256
 """Models narrower than this gain nothing from bfloat16."""
-PRECISE = 0.2
+PRECISE = 0.1
 """The last part of the budget goes by the exact likelihood, in float32: bfloat16 can't tell hundredths apart."""
-ISLANDS = 3
-"""Searches from different public texts before the last one."""
 RESTARTS = 4
 """Searches from elsewhere when the first ones end before the budget does."""
 STRETCH = 3
@@ -45,7 +44,8 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     quick = Replay(seen, dtype=torch.bfloat16) if table.shape[1] >= WIDE else exact
     words = Neighbours(seen.disclosed, len(table))
     spent = Spent(max(1, budget.candidates))
-    ways = _ways(seen, quick, words, spent, rng)
+    starts = [*words.rows, *_proposed(seen, words)]
+    ways = _ways(seen, quick, starts, spent, rng)
     searches = []
     for label, length in ways:
         guide = Guide(quick, label, seen.disclosed.tokenizer.pad_token_id, _near(words, length))
@@ -53,21 +53,33 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
         searches.append(Search(guide, words, length, rng, draws, spent))
     begun, share = spent.candidates, (spent.limit - spent.candidates) // 3 if len(ways) > 1 else 0
     for index, search in enumerate(searches):
-        search.start([row for row in words.rows if len(row) == search.length])
+        search.start([row for row in starts if len(row) == search.length])
         if len(ways) > 1:
-            search.run(begun + share * (index + 1) // len(ways))
+            Evolution(search).run(begun + share * (index + 1) // len(ways))
     _, lead = max((_decide(exact, search)[1], -index) for index, search in enumerate(searches))
     search = searches[-lead]
     rest = spent.limit - spent.candidates
-    search.wide(spent.limit - int(PRECISE * rest), ISLANDS)
+    found = Evolution(search)
+    found.run(spent.limit - int(PRECISE * rest))
+    ended = found.explained()
     guide = Guide(exact, search.guide.label, search.guide.padding, _near(words, search.length), plain=True)
     searches.append(search.refined(guide, FINAL))
     if seen.disclosed.lengths is None:
         searches += _other_lengths(searches[-1], spent)
     searches[-1].run(spent.limit)
-    for _ in range(RESTARTS if not spent.over else 0):
+    for _ in range(0 if ended or spent.over else RESTARTS):
         searches.append(_afresh(searches[-1], exact, spent))
     return _answer(seen, exact, searches, spent)
+
+
+def _proposed(seen: Observation, words: Neighbours) -> list[Row]:
+    """What cheaper attacks proposed, with the special tokens that this attack's texts have."""
+    found: dict[Row, None] = {}
+    for ids in seen.proposals:
+        body = [token for token in ids if token < len(words.allowed) and bool(words.allowed[token])]
+        if body:
+            found[tuple(words.frame.wrap(body))] = None
+    return [row for row in found if row not in set(words.rows)]
 
 
 def _near(words: Neighbours, length: int) -> list[Row]:
@@ -81,7 +93,7 @@ def _afresh(search: Search, exact: Replay, spent: Spent) -> Search:
     quick = Guide(exact, guide.label, guide.padding, _near(words, length))
     other = Search(quick, words, length, search.source, search.draws, spent, search.setting)
     other.start([])
-    other.run(spent.limit)
+    Evolution(other).run(spent.limit)
     other = other.refined(guide, FINAL)
     other.run(spent.limit)
     return other
@@ -105,24 +117,24 @@ def _other_lengths(search: Search, spent: Spent) -> list[Search]:
             break
         search = Search(guide, words, len(rows[best]), search.source, search.draws, spent, search.setting)
         search.score([other for other in rows if len(other) == search.length])
-        search.run(spent.candidates + (spent.limit - spent.candidates) // 2)
+        Evolution(search).run(spent.candidates + (spent.limit - spent.candidates) // 2)
         found.append(search)
     return found
 
 
 def _ways(
-    seen: Observation, quick: Replay, words: Neighbours, spent: Spent, rng: torch.Generator
+    seen: Observation, quick: Replay, starts: Sequence[Row], spent: Spent, rng: torch.Generator
 ) -> list[tuple[int, int]]:
     """(label, length) pairs to try, the most promising first: by how likely public texts make them."""
     told, labels = seen.disclosed, labels_of(seen)
     longest = family_of(seen.model).max_tokens(seen.model.config)
     if told.lengths is not None and len(labels) == 1:
         return [(labels[0], told.lengths[0])]
-    rows = [row for row in words.rows if len(row) <= longest]
+    rows = [row for row in starts if len(row) <= longest]
     order = torch.randperm(len(rows), generator=rng).tolist()
     sample = [rows[i] for i in order][: spent.take(min(SAMPLE, spent.limit // (4 * len(labels))))]
     if not sample:
-        return [(labels[0], told.lengths[0] if told.lengths else len(words.rows[0]))]
+        return [(labels[0], told.lengths[0] if told.lengths else len(starts[0]))]
     table = {}
     for label in labels:
         spent.take(len(sample))

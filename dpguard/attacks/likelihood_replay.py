@@ -210,11 +210,11 @@ class Replay:
         if part == "bias" or not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             return _wide(self._vector(module, part, use) * value).flatten(1).sum(1)
         if isinstance(module, nn.Embedding):
-            return _wide(value[use.given] * _real(module, use)).sum((1, 2))
+            return _total(value[use.given] * _real(module, use))
         weight = value if isinstance(module, nn.Linear) else value.T  # (out, in)
         if use.given.shape[2] <= use.signal.shape[2]:
-            return _wide((use.signal @ weight) * use.given).sum((1, 2))
-        return _wide((use.given @ weight.T) * use.signal).sum((1, 2))
+            return _total((use.signal @ weight) * use.given)
+        return _total((use.given @ weight.T) * use.signal)
 
     def _vector(self, module: nn.Module, part: str, use: _Use) -> Tensor:
         """(N, size) gradients of a bias or of a norm's scale."""
@@ -248,15 +248,18 @@ class Replay:
 
 
 class _Grams:
-    """(N, T, T) Gram matrices, float32 or wider, each formed once: query, key and value share their input."""
+    """(N, T, T) Gram matrices, float32 or wider, each formed once: query, key and value share their input.
+
+    From bfloat16 activations they are formed in bfloat16 (many times faster): the rounding of their entries is as
+    large as the activations' own, and averages out in the sums.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, x: Tensor) -> Tensor:
         if id(x) not in self._known:
-            wide = _wide(x)
-            self._known[id(x)] = (x, wide @ wide.transpose(1, 2))
+            self._known[id(x)] = (x, _wide(x @ x.transpose(1, 2)))
         return self._known[id(x)][1]
 
 
@@ -275,6 +278,11 @@ def _known(slot: Slot, modules: Mapping[str, nn.Module]) -> bool:
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _total(x: Tensor) -> Tensor:
+    """(N,) sums over all but the first dimension, float32 or wider."""
+    return x.sum((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _steps(module: nn.Module, given: Tensor, signal: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:

@@ -119,19 +119,18 @@ class Search:
         rows = [tuple(self.words.frame.wrap(body)) for body in bodies]
         return [row for row in rows if row not in self.pool]
 
-    def survey(self, rows: Sequence[Row], fresh: Sequence[Sequence[bool]] | None = None) -> dict[int, Tensor]:
+    def survey(self, rows: Sequence[Row], weights: Sequence[Sequence[float]] | None = None) -> dict[int, Tensor]:
         """Place -> (vocabulary,) how each word's embedding lies along the score's derivative, standardised.
 
         Args:
             rows: texts that the derivative is averaged over.
-            fresh: (rows, T) where their words are drawn; a place is averaged over the rows that have it drawn.
-                None: everywhere.
+            weights: (rows, T) of each row at each place, larger where its words are drawn. None: equal.
         """
         rows = rows[: self.spent.take(len(rows))]
         if not rows:
             return {}
         slopes = torch.cat([self.guide.slopes(rows[i : i + STEP]) for i in range(0, len(rows), STEP)])
-        counted = torch.ones(slopes.shape[:2]) if fresh is None else torch.tensor(fresh[: len(rows)]).float()
+        counted = torch.ones(slopes.shape[:2]) if weights is None else torch.tensor(weights[: len(rows)]).float()
         mean = (slopes * counted[:, :, None]).sum(0)[list(self.places)]
         lines = (mean.to(self.guide.table.dtype) @ self.guide.table.T).float()
         inside = lines[:, self.words.allowed]
@@ -254,44 +253,6 @@ class Search:
         rows = self.wrap([*transplants(*bodies), *transplants(*bodies[::-1])])
         self.screened(self.draws.sample(rows, min(len(rows), self.setting.orders)), 16)
 
-    def island(self, start: Row) -> Search:
-        """Another search from one of this one's texts, that knows which words seem to be in the message."""
-        other = Search(
-            self.guide,
-            self.words,
-            self.length,
-            self.source,
-            random.Random(self.draws.random()),
-            self.spent,
-            self.setting,
-        )
-        other.pool, other.prior = {start: self.pool[start]}, {start: self.prior[start]}
-        other.bag = None if self.bag is None else self.bag.clone()
-        other.general, other.first = self.general, self.first
-        return other
-
-    def join(self, others: Sequence[Search]) -> None:
-        """Take over what other searches found, and cross their best texts."""
-        leads = [search.best(1)[0] for search in others if search.pool]
-        for other in others:
-            self.pool |= other.pool
-            self.prior |= other.prior
-            self.done |= other.done
-        for i, one in enumerate(leads):
-            for two in leads[i + 1 :]:
-                if not self.spent.over:
-                    self.cross(one, two)
-
-    def wide(self, until: int, islands: int) -> None:
-        """Several searches from far apart on three quarters of the way, then one from all that they found."""
-        starts = self.best(islands)
-        others = [self.island(row) for row in starts]
-        begun = self.spent.candidates
-        for index, other in enumerate(others):
-            other.run(begun + (until - begun) * 3 * (index + 1) // (4 * len(others)))
-        self.join(others)
-        self.run(until)
-
     def resized(self, row: Row) -> list[Row]:
         """A text with one word less, or with one more that fits its neighbours or seems to be in the message."""
         body: Row = self.body(row)
@@ -314,16 +275,20 @@ class Search:
         other.general, other.bag = self.general, self.bag
         return other
 
+    def drawn(self, count: int) -> list[Row]:
+        """Texts of words drawn by their frequency."""
+        if not self.places:
+            return [tuple(self.words.frame.wrap([]))]
+        tokens = torch.multinomial(
+            self.words.frequency, count * len(self.places), replacement=True, generator=self.source
+        )
+        return [tuple(self.words.frame.wrap(body)) for body in tokens.reshape(count, -1).tolist()]
+
     # -- the search
 
     def start(self, rows: Sequence[Row]) -> None:
         """From public texts of this length, or from drawn words where there is none."""
-        if not rows:
-            drawn = torch.multinomial(
-                self.words.frequency, 16 * len(self.places), replacement=True, generator=self.source
-            )
-            rows = [tuple(self.words.frame.wrap(body)) for body in drawn.reshape(16, -1).tolist()]
-        self.screened(list(rows), 64)
+        self.screened(list(rows) or self.drawn(16), 2 * STEP)
         self.general = self.survey(self.best(STEP))
         if self.general:
             self.bag = torch.stack(list(self.general.values())).amax(0)
@@ -336,21 +301,13 @@ class Search:
             top = self.best(beam)
             lead = top[0]
             settled = all((lead, place) in self.done for place in self.places)
-            job = self._job(top, since >= 6 or settled)
+            job = self.job(top, since >= 6 or settled)
             if settled and (job is None or self.draws.random() < 0.5):
                 job = (self.draws.choice(top[:3]), "rewrite")
             if job is None:
                 job, beam = (lead, "rewrite"), beam + 2
-            row, what = job
-            if what == "orders":
-                since = 0
-                self.reorder(row)
-            elif what == "slide":
-                self.slide(row)
-            elif what == "rewrite":
-                self.rewrite(row)
-            else:
-                self.expand(row, int(what))
+            since = 0 if job[1] == "orders" else since
+            self.work(*job)
             since, turn = since + 1, turn + 1
             if turn % 12 == 0 and len(top) > 1:
                 self.cross(lead, self.draws.choice(top[1:]))
@@ -358,7 +315,18 @@ class Search:
             if barren == BARREN:
                 return
 
-    def _job(self, top: Sequence[Row], reorder: bool) -> tuple[Row, str] | None:
+    def work(self, row: Row, what: str) -> None:
+        """One turn on one text: other orders, shifts, a stretch written anew, or (a number) the words of one place."""
+        if what == "orders":
+            self.reorder(row)
+        elif what == "slide":
+            self.slide(row)
+        elif what == "rewrite":
+            self.rewrite(row)
+        else:
+            self.expand(row, int(what))
+
+    def job(self, top: Sequence[Row], reorder: bool) -> tuple[Row, str] | None:
         """The next thing to try: the best text first, its places in random order, then orders, then shifts."""
         for rank, row in enumerate(top):
             if rank < 2 and reorder and (row, "orders") not in self.done:

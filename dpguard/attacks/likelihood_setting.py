@@ -20,6 +20,12 @@ class Setting:
         orders: other orders tried at once.
         hot: until this part of the budget is spent, a nat of prior counts at least ``heat`` squared.
         heat: see ``hot``.
+        population: texts that have children.
+        children: of one generation.
+        crowd: texts of a population that may be one word away from one of it.
+        mutated: the part of a parent that a population's survey has drawn anew.
+        patience: generations without a better text, after which a population starts elsewhere.
+        telling: energy of a public text over the noise, above which a text that the noise explains ends a search.
     """
 
     fillings: int = 64
@@ -32,6 +38,12 @@ class Setting:
     orders: int = 160
     hot: float = 0.4
     heat: float = 0.03
+    population: int = 64
+    children: int = 384
+    crowd: int = 3
+    mutated: float = 0.25
+    patience: int = 14
+    telling: float = 2500.0
 
 
 @dataclass
