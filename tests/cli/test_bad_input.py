@@ -105,6 +105,9 @@ def test_mistakes_on_the_command_line(home, told, tmp_path):
     one_sentence(told("attack", *where, "--attack", "spam"), "did you mean 'span'?")
     one_sentence(told("attack", *where, "--text", "txt"), "did you mean 'text'?")
     one_sentence(told("attack", *where, "--targets", "999"), "expected at most")
+    one_sentence(told("attack", *where, "--know", "label"), "did you mean 'labels'?")
+    one_sentence(told("attack", *where, "--mode", "evl"), "did you mean 'eval'?")
+    one_sentence(told("attack", *where, "--clients", "0"), "clients")
 
 
 def records(folder):

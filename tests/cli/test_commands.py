@@ -114,6 +114,17 @@ def test_attack_json(home, told):
     assert "certain" in said
 
 
+def test_attack_under_another_threat(home, told):
+    where = ("--model", home / "model", "--data", home / "texts.jsonl", "--targets", "1", "--json", "--attack", "rows")
+    two = ("--clients", "2", "--local-steps", "2", "--learning-rate", "0.001", "--know", "labels", "--mode", "eval")
+    status, said, _err = told("attack", *where, "--policy", "none", *two)
+    found = json.loads(said)
+    assert status == 0
+    assert len(found["targets"]) == 2, "one text of each client"
+    assert 0.2 < found["metrics"]["token_recall"] <= 1, "one bag for both"
+    assert not any(target["certain"] for target in found["targets"])
+
+
 def test_guarantee_json(home, told):
     common = ("--model", home / "model", "--sampling-rate", "0.01", "--steps", "1000", "--json")
     found = json.loads(told("guarantee", "dp-sgd", *common)[1])

@@ -77,6 +77,14 @@ BAD = {
         "policies: {none: }\nleakage: {at: stat}\n",
         "5:15: leakage.at: unknown value 'stat'; did you mean 'start'?",
     ),
+    "unknown knowledge": (
+        "policies: {none: }\nleakage: {threat: {know: [lables]}}\n",
+        "5:27: leakage.threat.know.0: unknown value 'lables'; did you mean 'labels'?",
+    ),
+    "unknown key of the threat": (
+        "policies: {none: }\nleakage: {threat: {local_step: 3}}\n",
+        "5:20: leakage.threat.local_step: unknown key; did you mean 'local_steps'?",
+    ),
     "boolean as number": (
         "policies: {none: }\nleakage: {targets: no}\n",
         "5:20: leakage.targets: 'no' is read as False by YAML, expected a whole number above 0",
