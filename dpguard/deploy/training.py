@@ -1,0 +1,138 @@
+"""A client's own work in a round, up to the gate: what `Site.send` takes. Under any framework, with real texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dpguard.deploy.checks import Refused
+from dpguard.deploy.gate import before_the_gate
+from dpguard.deploy.rehearsal import MessageForm, check_model
+from dpguard.deploy.site import Reply, Site
+from dpguard.engine.client import Client
+from dpguard.engine.local import LocalTraining
+from dpguard.federation.personal import at_home
+from dpguard.federation.settings import derive
+from dpguard.federation.turn import client_batches
+from dpguard.inputs.batch import Batch, collate
+from dpguard.inputs.models import LoadedModel
+from dpguard.inputs.texts import Example
+
+
+def one_round(
+    site: Site,
+    model: LoadedModel,
+    texts: Sequence[Example],
+    weights: Mapping[str, Tensor],
+    *,
+    round_number: int,
+    plan_hash: str | None = None,
+    seed: int | None = None,
+    client: int = 0,
+) -> Reply:
+    """Check what the server sent, train on the site's texts, and let the message leave.
+
+    Args:
+        site: the client.
+        model: the rehearsed model; left at the weights of the round.
+        texts: the client's own.
+        weights: the global weights of the round.
+        round_number: from 1.
+        plan_hash: the table that the server says it runs.
+        seed, client: for tests and rehearsals, see `federation.turn.one_client_round`; None = secret, as in the field.
+
+    Raises:
+        Refused, BudgetSpent: as `Site.begin` and `Site.send`; nothing leaves.
+    """
+    again = site.begin(weights, round_number=round_number, plan_hash=plan_hash)
+    if again is not None:
+        return again
+    set_weights(model.module, weights)
+    update, form = local_update(site, model, texts, round_number=round_number, seed=seed, client=client)
+    return site.send(update, weights, round_number=round_number, form=form)
+
+
+def local_update(
+    site: Site,
+    model: LoadedModel,
+    texts: Sequence[Example],
+    *,
+    round_number: int,
+    seed: int | None = None,
+    client: int = 0,
+) -> tuple[dict[str, Tensor], MessageForm]:
+    """What a client computes in a round, as the gate takes it: a clipped sum, or a difference of weights.
+
+    Withheld layers go on from where they were at home, and are kept there.
+
+    Args:
+        model: at the global weights of the round; left as it was found.
+        site, texts, round_number, seed, client: as in `one_round`.
+
+    Returns:
+        (update, how it was made).
+
+    Raises:
+        Refused: another model than the rehearsed one, or too few texts for the rehearsed sampling rate.
+    """
+    meant = site.rehearsal.message
+    check_model(site.rehearsal.model, model.module)
+    rate = meant.batch_size / max(1, len(texts))
+    if rate > meant.sampling_rate * (1 + 1e-9):
+        needed = round(meant.batch_size / meant.sampling_rate)
+        raise Refused(
+            f"the site has {len(texts)} texts, and batches of {meant.batch_size} at rate {meant.sampling_rate:.4g} "
+            f"were rehearsed; expected at least {needed} texts"
+        )
+    drawn = client_batches(
+        seed, client, round_number, examples=len(texts), batch_size=meant.batch_size, steps=meant.local_steps
+    )
+    batches = [_batch([texts[i] for i in rows], model) for rows in drawn]
+    made = Client(
+        model.module, before_the_gate(site.plan),
+        seed=None if seed is None else derive(seed, "noise", client, round_number),
+        batch_size=meant.batch_size,
+        mode="train",
+        dropout_seed=_secret() if seed is None else derive(seed, "dropout", client, round_number),
+        training=LocalTraining(meant.optimizer, meant.learning_rate, meant.momentum),
+    )  # fmt: skip
+    own = site.personal() or _now(model.module, site.plan.withheld)
+    form = replace(meant, sampling_rate=rate)
+    if site.content == "clipped":
+        site.keep_personal(own)
+        with at_home(model.module, own):
+            return made.clipped(batches[0]).sums, form
+    made.state.personal = own
+    update = made.observe(batches).tensors
+    site.keep_personal(made.state.personal)
+    return update, form
+
+
+def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a round's global weights into the model."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in weights.items():
+            named[name].copy_(value)
+
+
+def first_weights(model: LoadedModel) -> dict[str, Tensor]:
+    """Every parameter, tied ones once: what a server begins with and sends."""
+    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+
+
+def _batch(texts: Sequence[Example], model: LoadedModel) -> Batch:
+    return collate([e.text for e in texts], [e.label for e in texts], model.tokenizer)
+
+
+def _now(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    named = dict(module.named_parameters())
+    return {name: named[name].detach().clone() for name in names}
+
+
+def _secret() -> int:
+    return int.from_bytes(os.urandom(7), "big")
