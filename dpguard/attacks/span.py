@@ -32,6 +32,7 @@ from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
 from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
 from dpguard.attacks.span_last import with_last_tokens
+from dpguard.attacks.span_order import read_order
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
@@ -123,6 +124,9 @@ class Span:
                 found = TreeReader(seen, case.probe, case.sites, case.tokens, case.frame, budget, rng).read()
                 if seen.disclosed.sequences != 1 or any(found.certain):
                     return found
+            ordered = read_order(seen, case.probe, case.sites, case.tokens, case.frame, budget)
+            if ordered is not None:
+                return ordered
             if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
                 return BatchReader(seen, rng, budget).read()
             sites = usable(seen, case.sites)[0]

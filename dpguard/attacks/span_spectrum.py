@@ -25,7 +25,7 @@ def by_gap(gradient: Tensor, span: Span) -> Span:
         gradient: (outputs, inputs) float64.
         span: of that gradient; one of a noisy or coarsely rounded message comes back as it is.
     """
-    if span.blurred:
+    if span.blurred or span.drifted:
         return span
     values, directions = torch.linalg.svd(gradient, full_matrices=False)[1:]
     first = span.rank - 1

@@ -117,7 +117,8 @@ class TreeReader:
         if not evidence:
             reason = "no span rises above rounding or noise: more tokens than the model is wide"
             return Reconstruction([], [], notes={"reason": reason})
-        if self.seen.disclosed.sequences == 1 and evidence[0].span.blurred:
+        clear = not (evidence[0].span.blurred or evidence[0].span.drifted)
+        if self.seen.disclosed.sequences == 1 and not clear:
             return Reconstruction([], [], notes={"reason": "noise or rounding: one text is searched for as a whole"})
         site = evidence[0].site
         span = by_gap(site.oriented(self.seen.message[site.name]), evidence[0].span)
@@ -201,7 +202,8 @@ class TreeReader:
         """Tokens whose state lies in the span and is nobody else's."""
         found: list[int] = []
         rough = torch.nn.functional.normalize(states.float(), dim=1)
-        near = (1 - (rough @ self.basis.T).pow(2).sum(1) < max(ROUGH, 2 * RESOLUTION)).nonzero().flatten()
+        limit = 1.0 if self.judge.span.blurred else ROUGH
+        near = (1 - (rough @ self.basis.T).pow(2).sum(1) <= limit).nonzero().flatten()
         for k in near[self._true(states[near])].tolist():
             token = int(tokens[k])
             if self._is_new(states[k]):

@@ -115,6 +115,18 @@ def test_a_repeated_first_word(family: str) -> None:
     assert found.certain == [True, True]
 
 
+@pytest.mark.parametrize("text", ["please call her about the new card", "the nurse asked about the test and the ward"])
+def test_the_first_blocks_values_give_a_bag_and_the_gradient_its_order(text: str) -> None:
+    seen, true = _seen("llama", "block[0].attention.value.weight", (text,))
+    found = _run(seen)
+    assert found.sequences == [true[0]]
+    assert found.certain == [True]
+    clipped = replace(seen, message={name: value * 0.01 for name, value in seen.message.items()})
+    assert _run(clipped).sequences == found.sequences
+    few = _run(seen, budget=Budget(0, 5))
+    assert few.certain == [False]
+
+
 def test_a_text_that_another_one_goes_on_from() -> None:
     """It leaves no trace of its own under classification."""
     seen, true = _seen("gpt2", "block[1].mlp.in.weight", ("please call her", "please call her today"))
