@@ -3,11 +3,13 @@
 The gradient of a linear layer has the span of the layer's inputs as its row space (arXiv 2405.15586 uses
 that for the first two layers). Batches are read whole: encoders from the first block (`span_batch`), decoders
 prefix by prefix, one text or many (`span_tree`; last tokens under a next-token loss by `span_last`, the first
-block's values of rotary decoders by `span_order`). One text needs one weight of any inner block, and neither its label nor its length: the rank gives the length; a
+block's values of rotary decoders by `span_order`).
+
+One text needs one weight of any inner block, and neither its label nor its length: the rank gives the length; a
 linear picture of the layer's inputs (`span_picture`) guesses token and position without a search; a discrete
 search (`span_search`) ends where every state lies in the span to the precision of the message, which no other
 text does, so that the attack knows when it is right; a continuous search (`span_relax`) gives new starts when
-it is stuck. The first block's attention inputs and decoders need no search (`span_exact`).
+it is stuck. The first block's attention inputs need no search (`span_exact`).
 
 The change of weights after local steps is read like a gradient whose precision its own spectrum shows; an
 average over clients is read as the batch of all their texts. Nothing is certain after local steps.
