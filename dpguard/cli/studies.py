@@ -92,7 +92,7 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
     from dpguard.inputs.family import slots
     from dpguard.study import legs
 
-    data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent)}
+    data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
     with study.locating("data"):
         corpus = legs.corpus_of({"data": data})
     with study.locating("model"):
@@ -108,15 +108,18 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "name": study.data.path, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
     cells = study.cells(model_id, data_id, panel)
+    with study.locating("federation"):
+        legs.check_split(cells, corpus)
     needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
     context = {
         "model": study.model,
         "data": data,
         "folder": str(folder),
         "keep_weights": sorted(needed),
+        "keep_rounds": list(study.federation.observe) if study.federation else [],
         "trained": {c.id: vars(c) for c in cells if c.id in needed},
     }
-    return Planned(cells, context, _epsilons(cells, plans) if epsilons else {})
+    return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
 
 
 def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
@@ -135,19 +138,10 @@ def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
     return kept + [name for name in asked if not any(k == name or k.partition(":")[0] == name for k in kept)]
 
 
-def _epsilons(cells: list[Cell], plans: Mapping[str, Any]) -> dict[str, float]:
-    from dpguard.engine.accounting import guarantee
+def _epsilons(cells: list[Cell], plans: Mapping[str, Any], corpus: Any) -> dict[str, float]:
+    from dpguard.study import legs
 
-    return {
-        cell.policy: guarantee(
-            plans[cell.policy],
-            sampling_rate=cell.settings["sampling_rate"],
-            steps=cell.settings["steps"],
-            delta=cell.settings["delta"],
-        ).epsilon
-        for cell in cells
-        if cell.leg == "guarantee"
-    }
+    return {cell.policy: legs.epsilon(cell, plans[cell.policy], corpus) for cell in cells if cell.leg == "guarantee"}
 
 
 def _print_plan(study: Study, planned: Planned, folder: Path) -> None:

@@ -24,7 +24,7 @@ from dpguard.policy.table import Plan
 
 Weights = dict[str, Tensor]
 OnRound = Callable[[int, int], None]
-OnWeights = Callable[[int, Mapping[str, Tensor]], None]
+OnWeights = Callable[[int, Mapping[str, Tensor], Sequence[LocalState]], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run(
     seed: int,
     delta: float = 1e-5,
     on_round: OnRound = lambda done, total: None,
-    on_weights: OnWeights = lambda round_, weights: None,
+    on_weights: OnWeights = lambda round_, weights, states: None,
 ) -> Run:
     """Train ``model`` in place, round by round.
 
@@ -77,7 +77,8 @@ def run(
         seed: of who takes part, batches, dropout and noise (a study's; a deployment has none).
         delta: of the ledgers.
         on_round: called with (rounds done, rounds in all).
-        on_weights: called before every round with its number and the global weights that its clients start from.
+        on_weights: called before every round with its number, the global weights that its clients start from, and what
+            every client has at home by then.
 
     Raises:
         UserError: see `views.check`.
@@ -93,7 +94,7 @@ def run(
     taken, sent, memory = [0] * settings.clients, [], ServerState()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     for round_ in range(1, settings.rounds + 1):
-        on_weights(round_, weights)
+        on_weights(round_, weights, states)
         chosen = who_takes_part(seed, round_, clients=settings.clients, per_round=settings.per_round)
         updates = []
         for client in chosen:

@@ -21,8 +21,8 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
     """Every cell of a study, guarantees first, then all policies at the first seed before the second.
 
     A cell's settings hold what changes its result and nothing else: not the metric that the report leads
-    with (all are recorded), not the number of seeds. A leakage cell at ``end`` holds the id of the
-    utility cell whose last weights it attacks (`NEEDS`), and with it everything that training depends on;
+    with (all are recorded), not the number of seeds. A leakage cell at ``end`` or ``rounds`` holds the id of the
+    utility cell whose weights it attacks (`NEEDS`), and with it everything that training depends on;
     that is the one with its own seed, or else with the first utility seed.
 
     Raises:
@@ -30,13 +30,7 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
             than one step of training; ``loc`` is in the study file.
     """
     examples = _examples(study, data)
-    sampling_rate, steps = _schedule(study, examples)
-    guarantee = {
-        "sampling_rate": sampling_rate,
-        "steps": steps,
-        "delta": study.privacy.delta,
-        "examples": examples,
-    }
+    guarantee = {**_exposure(study, examples), "delta": study.privacy.delta, "examples": examples}
 
     def cell(leg: Leg, index: int, settings: dict[str, Any], seed: int = 0) -> Cell:
         named = study.policies[index]
@@ -54,7 +48,9 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
         for turn, seed in enumerate(study.leakage.seeds if study.leakage else ()):
             for at in sorted(study.leakage.at if study.leakage else (), reverse=True):
                 settings, when = {**attack, "at": at}, turn
-                if at == "end":
+                if at == "rounds" and study.federation:
+                    settings["observe"] = list(study.federation.observe)
+                if at != "start":
                     ready_at, needed = trained.get(seed) or next(iter(trained.values()))
                     settings[NEEDS], when = needed.id, max(turn, ready_at)
                 rounds.append((when, index, 1 if at == "start" else 2, cell("leakage", index, settings, seed)))
@@ -74,6 +70,12 @@ def _examples(study: Study, data: dict[str, Any]) -> int:
                 loc=("utility", "train_examples"),
             )
         count = study.utility.train_examples
+    if study.federation and study.federation.clients > count:
+        raise UserError(
+            f"federation.clients: {study.federation.clients} is more than the {count} training texts, "
+            f"expected at most {count}",
+            loc=("federation", "clients"),
+        )
     if delta > 1 / count:
         raise UserError(
             f"privacy.delta: {delta:g} is larger than one over the number of training examples, "
@@ -103,9 +105,25 @@ def _schedule(study: Study, examples: int) -> tuple[float, int]:
     return sampling_rate, steps
 
 
+def _exposure(study: Study, examples: int) -> dict[str, Any]:
+    """What a guarantee is asked about: the sampling and steps of one training, or the federation and its seeds."""
+    if study.federation is None or study.utility is None:
+        sampling_rate, steps = _schedule(study, examples)
+        return {"sampling_rate": sampling_rate, "steps": steps}
+    observed = len(study.federation.observe)
+    return {"federation": _federation(study), "seeds": list(study.utility.seeds), "messages": max(1, observed)}
+
+
+def _federation(study: Study) -> dict[str, Any]:
+    """All of it but which rounds are looked at: that changes no training."""
+    return study.federation.model_dump(mode="json", exclude={"observe"}) if study.federation else {}
+
+
 def _training(study: Study, examples: int) -> dict[str, Any]:
     if study.utility is None:
         return {}
+    if study.federation is not None:
+        return {"federation": _federation(study), "train_examples": examples, "delta": study.privacy.delta}
     kept = study.utility.model_dump(mode="json", include={"epochs", "batch_size", "learning_rate", "optimizer"})
     return {**kept, "train_examples": examples}
 
@@ -115,6 +133,8 @@ def _attack(study: Study, panel: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "threat"})
     asked = study.leakage.attacks
+    if study.federation is not None:
+        kept["federation"] = _federation(study)
     return {**kept, "panel": panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}}
 
 

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,17 @@ import dpguard
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.client import Client
 from dpguard.errors import UserError
+from dpguard.federation import views
+from dpguard.federation.settings import Settings
 from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.measure import defence, kappa, leakage, utility
 from dpguard.measure.threat import Threat
+from dpguard.policy.guarantee import Guarantee
 from dpguard.policy.table import Plan, Policy
+from dpguard.study import federated
 from dpguard.study.cache import Cache
 from dpguard.study.record import Cell, Record, TextRow
 
@@ -103,15 +107,8 @@ def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
     corpus = corpus_of(context)
     model = models.load(context["model"], labels=corpus.classes, seed=0)
     plan = _plan(cell, model)
-    given = cell.settings
-    found = guarantee(
-        plan,
-        sampling_rate=given["sampling_rate"],
-        steps=given["steps"],
-        delta=given["delta"],
-        examples=round(given.get("examples", cell.data["train"])),
-    )
-    bounds = [{"kappa": k, "success": found.bound(k)} for k in KAPPAS]
+    found, seen, more = _promised(cell, plan, corpus)
+    bounds = [{"kappa": k, "success": found.bound(k, seen)} for k in KAPPAS]
     return {
         "epsilon": _plain(found.epsilon),
         "sigma_eff": _plain(found.sigma_eff),
@@ -123,13 +120,60 @@ def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
         "bound": bounds[-1] if found.formal else None,
         "bounds": bounds if found.formal else [],
         "kappa": {
-            metric: {**k, "bound": found.bound(min(k["upper"], 1 - 1e-9)) if found.formal else None}
+            metric: {**k, "bound": found.bound(min(k["upper"], 1 - 1e-9), seen) if found.formal else None}
             for metric, k in _kappa(cell, context, corpus, model).items()
         },
         "shared_fraction": plan.shared_fraction,
         "plan_hash": plan.hash,
         "table": table_of(plan),
+        **more,
     }, []
+
+
+def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, dict[str, Any]]:
+    """(guarantee, noised steps that an attacker saw of one record, what a federation adds to the record)."""
+    given = cell.settings
+    if "federation" not in given:
+        found = guarantee(
+            plan, sampling_rate=given["sampling_rate"], steps=given["steps"], delta=given["delta"],
+            examples=round(given.get("examples", cell.data["train"])),
+        )  # fmt: skip
+        return found, 1, {}
+    settings = Settings.of(given["federation"])
+    _refuse(plan, settings)
+    promise = federated.promise(cell, plan, corpus)
+    seen = given["messages"] * views.messages_a_round(plan, settings)
+    worst = {"client": promise.client, "rounds": promise.rounds, "texts": promise.examples}
+    return promise.guarantee, seen, {"seen": given["messages"], "federation": {"worst": worst, **given["federation"]}}
+
+
+def epsilon(cell: Cell, plan: Plan, corpus: Corpus) -> float:
+    """Epsilon of a guarantee cell, infinite where the federation refuses the policy; for a plan of what will run."""
+    try:
+        return _promised(cell, plan, corpus)[0].epsilon
+    except SkippedError:
+        return float("inf")
+
+
+def check_split(cells: Sequence[Cell], corpus: Corpus) -> None:
+    """Refuse a federation whose split the texts do not allow, before anything runs.
+
+    Raises:
+        UserError: see `split.split`; ``loc`` is in the federation's settings.
+    """
+    cell = next((cell for cell in cells if cell.leg == "guarantee" and "federation" in cell.settings), None)
+    if cell is not None:
+        try:
+            federated.Rehearsal.of(cell, corpus)
+        except UserError as error:
+            raise UserError(f"federation.{error.sentence}", loc=error.loc) from None
+
+
+def _refuse(plan: Plan, settings: Settings) -> None:
+    try:
+        views.check(plan, settings)
+    except UserError as error:
+        raise SkippedError(error.sentence) from None
 
 
 def _kappa(cell: Cell, context: Mapping[str, Any], corpus: Corpus, model: LoadedModel) -> dict[str, dict[str, Any]]:
@@ -175,35 +219,72 @@ def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
     corpus = corpus_of(context)
     model = _model(cell, context, corpus)
     given = cell.settings
-    if given["at"] == "end":
-        _load_weights(model, context, given["needs"], corpus)
     plan = _plan(cell, model)
     if not plan.shared:
         raise SkippedError("the policy shares nothing, so there is no message to attack")
+    if "federation" in given:
+        return _federated_leakage(cell, context, model, plan, corpus)
+    if given["at"] == "end":
+        _load_weights(model, context, given["needs"], corpus)
     threat = Threat.of(given["threat"])
     messages = leakage.pick_targets(
         corpus, targets=given["targets"], batch_size=given["batch_size"] * threat.clients, seed=cell.seed
     )
     effect = _effect(model, plan, corpus, messages[0])
-    scores: list[dict[str, Any]] = []
-    rows: list[TextRow] = []
-    skipped: dict[str, str] = {}
+    leaks = []
     for number, indices in enumerate(messages):
         seed = cell.seed * 1_000_003 + number
-        leak = leakage.attack_message(
-            model, plan, corpus, indices, attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat
+        leaks.append(
+            leakage.attack_message(
+                model, plan, corpus, indices,
+                attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat,
+            )
+        )  # fmt: skip
+    return _attacked(cell, plan, leaks, effect)
+
+
+def _federated_leakage(
+    cell: Cell, context: Mapping[str, Any], model: LoadedModel, plan: Plan, corpus: Corpus
+) -> Result:
+    """One victim at the first or last weights, or the same record at several rounds: every message in turn."""
+    given = cell.settings
+    settings = Settings.of(given["federation"])
+    _refuse(plan, settings)
+    each = given["batch_size"] * (settings.per_round if settings.view == "aggregate" else 1)
+    messages = leakage.pick_targets(corpus, targets=given["targets"], batch_size=each, seed=cell.seed)
+    effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0])
+    by_moment = []
+    for moment in federated.moments(cell):
+        at = federated.go_to(model, context["folder"], cell, moment, settings)
+        if at is None:  # the weights are gone: the same seed gives the same ones
+            _train_federation(context, given["needs"], corpus, [moment])
+            at = federated.go_to(model, context["folder"], cell, moment, settings)
+        if at is None:
+            raise RuntimeError(f"cell {given['needs']} left no weights of {moment!r}")
+        by_moment.append(
+            [
+                federated.observe(model, plan, corpus, indices, cell, at, seed=cell.seed * 1_000_003 + number)
+                for number, indices in enumerate(messages)
+            ]
         )
-        scores += [score.plain() for score in leak.scores]
+    return _attacked(cell, plan, [federated.together(same) for same in zip(*by_moment, strict=True)], effect)
+
+
+def _attacked(cell: Cell, plan: Plan, leaks: Sequence[leakage.Leak], effect: defence.Effect) -> Result:
+    """The result of a leakage cell."""
+    rows: list[TextRow] = []
+    skipped: dict[str, str] = {}
+    for leak in leaks:
         rows += [TextRow(t, "truth", text) for t, text in leak.truths.items()]
         rows += [TextRow(s.target, s.attack, s.guess) for s in leak.scores if not s.inherited]
         skipped |= leak.skipped
     return {
-        "at": given["at"],
-        "scores": scores,
+        "at": cell.settings["at"],
+        "scores": [score.plain() for leak in leaks for score in leak.scores],
         "skipped": skipped,
         "defence": {"clip": effect.clip, "noise": effect.noise},
         "shared_fraction": plan.shared_fraction,
-        "messages": len(messages),
+        "messages": len(leaks),
     }, rows
 
 
@@ -216,6 +297,12 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
     corpus = corpus_of(context)
     model = _model(cell, context, corpus)
     plan = _plan(cell, model)
+    if "federation" in cell.settings:
+        _refuse(plan, Settings.of(cell.settings["federation"]))
+        kept = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
+        write = federated.writer(context.get("folder", ""), cell.id)
+        found, run = federated.train(cell, model, plan, corpus, kept, write)
+        return federated.utility(found, run, model), []
     try:
         utility.check_central(plan)
     except UserError as error:
@@ -244,6 +331,12 @@ def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus) -> utilit
         epochs=given["epochs"], batch_size=given["batch_size"], learning_rate=given["learning_rate"],
         optimizer=given["optimizer"], seed=cell.seed,
     )  # fmt: skip
+
+
+def _train_federation(context: Mapping[str, Any], cell_id: str, corpus: Corpus, keep: list[int | str]) -> None:
+    cell = Cell(**context["trained"][cell_id])
+    model = _model(cell, context, corpus)
+    federated.train(cell, model, _plan(cell, model), corpus, keep, federated.writer(context["folder"], cell_id))
 
 
 def _weights(context: Mapping[str, Any], cell_id: str) -> Path:

@@ -21,7 +21,7 @@ FLOOR = "prior"
 
 LeakageMetric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall"]
 UtilityMetric = Literal["accuracy", "mcc", "f1"]
-Moment = Literal["start", "end"]
+Moment = Literal["start", "end", "rounds"]
 
 T = TypeVar("T")
 
@@ -90,6 +90,7 @@ Knowledge = Annotated[
 ]
 Attacks = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_distinct), AfterValidator(_attacks)]
 
+Rounds = Annotated[tuple[Count, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 _COUNT = "a whole number above 0"
 _ABOVE_0 = "a number above 0"
 _SEEDS = "distinct whole numbers from 0 on, such as [0, 1, 2]"
@@ -148,7 +149,8 @@ class Leakage(Section):
         metric: the score that the report leads with; every metric is recorded.
         targets: messages attacked in a cell.
         batch_size: texts in one message.
-        at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training.
+        at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training, or those of
+            the federation's ``observe`` (``rounds``), each with a message of the same record.
         seeds: one cell a seed.
         attacks: only these of the panel (``prior`` is always among them); None = the whole panel.
         threat: what the server knows, and what the message is.
@@ -158,7 +160,7 @@ class Leakage(Section):
     metric: LeakageMetric = Field(default="rougeL", description="a leakage metric such as rougeL")
     targets: Count = Field(default=20, description=_COUNT)
     batch_size: Count = Field(default=1, description=_COUNT)
-    at: Moments = Field(default=("start",), description="start, end or [start, end]")
+    at: Moments = Field(default=("start",), description="start, end, rounds or a list of them")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     attacks: Attacks | None = Field(default=None, description="a list of attacks such as [span, match]")
     threat: ThreatModel = Field(default=ThreatModel(), description="a mapping such as {know: [count, labels]}")
@@ -184,6 +186,56 @@ class Utility(Section):
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="adam, adamw or sgd")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     train_examples: Count | None = Field(default=None, description=_COUNT)
+
+
+class Federation(Section):
+    """The utility leg as a federation would run it: see `federation.settings.Settings`, which checks it as a whole.
+
+    Attributes:
+        clients: how many there are.
+        per_round: how many of them take part in a round.
+        rounds: how many rounds.
+        local_steps: steps of a client in a round, each on a Poisson batch of its own.
+        split: ``iid``, ``dirichlet(0.5)`` (proportions of labels) or ``column(hospital)`` (whose a text is).
+        split_seed: of the split; the same for all seeds of the study.
+        view: ``client``: the server sees each message; ``aggregate``: their mean (secure aggregation assumed).
+        may_fail: clients of a round that may drop out or collude without weakening the guarantee (``aggregate``).
+        server: ``fedsgd`` (mean of gradients), ``fedavg`` (mean of changes) or ``fedadam`` (Adam on that mean).
+        server_learning_rate: None = 1 for fedavg, learning_rate for fedsgd, .001 for fedadam.
+        weights: of the clients in the mean, ``equal`` or by the public ``size`` of their data.
+        batch_size: expected size of a client's Poisson batch, the public divisor.
+        learning_rate: of the local steps.
+        optimizer: of the local steps.
+        momentum: of local ``sgd``.
+        keep_state: moments live on into a client's next round.
+        error_feedback: what pruning and quantising left out is added to the client's next message.
+        personal: withheld layers are ``trained`` at home or ``frozen``.
+        observe: rounds at which one record is attacked (``leakage.at: rounds``).
+    """
+
+    clients: Count = Field(description=_COUNT)
+    per_round: Count = Field(description=_COUNT)
+    rounds: Count = Field(description=_COUNT)
+    local_steps: Count = Field(default=1, description=_COUNT)
+    split: Text = Field(default="iid", description="iid, dirichlet(0.5) or column(name)")
+    split_seed: Seed = Field(default=0, description="a whole number from 0 on")
+    view: Literal["client", "aggregate"] = Field(default="client", description="client or aggregate")
+    may_fail: Annotated[int, BeforeValidator(_number), Field(ge=0)] = Field(
+        default=0, description="a whole number from 0 on"
+    )
+    server: Literal["fedsgd", "fedavg", "fedadam"] = Field(default="fedavg", description="fedsgd, fedavg or fedadam")
+    server_learning_rate: Positive | None = Field(default=None, description=_ABOVE_0)
+    weights: Literal["equal", "size"] = Field(default="equal", description="equal or size")
+    batch_size: Count = Field(default=32, description=_COUNT)
+    learning_rate: Positive = Field(default=0.1, description=_ABOVE_0)
+    optimizer: Literal["sgd", "adam"] = Field(default="sgd", description="sgd or adam")
+    momentum: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = Field(
+        default=0.0, description="a number from 0 up to 1"
+    )
+    keep_state: bool = Field(default=False, description="true or false")
+    error_feedback: bool = Field(default=False, description="true or false")
+    personal: Literal["trained", "frozen"] = Field(default="trained", description="trained or frozen")
+    observe: Rounds = Field(default=(), description="distinct rounds such as [1, 15, 30]")
 
 
 class Privacy(Section):
@@ -229,6 +281,9 @@ class StudyFile(Section):
     )
     utility: Annotated[Utility | None, BeforeValidator(_given)] = Field(
         default=None, description="a mapping such as {epochs: 3}, or no utility key at all"
+    )
+    federation: Annotated[Federation | None, BeforeValidator(_given)] = Field(
+        default=None, description="a mapping such as {clients: 20, per_round: 10, rounds: 30}, or no federation key"
     )
     privacy: Privacy = Field(default=Privacy(), description="a mapping such as {delta: 1.0e-5}")
     recommend: Caps = Field(default=Caps(), description="a mapping such as {max_leakage: 0.2}")

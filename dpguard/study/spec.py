@@ -10,13 +10,14 @@ from typing import Any
 
 from dpguard.documents import Document, Loc
 from dpguard.errors import UserError
+from dpguard.federation.settings import Settings, Split
 from dpguard.policy.layers import Slot
 from dpguard.policy.ready import ready
 from dpguard.policy.sweep import expand
 from dpguard.policy.table import Plan, Policy
 from dpguard.study import grid
 from dpguard.study.record import Cell, canonical
-from dpguard.study.sections import CEILING, Caps, Leakage, Privacy, Source, StudyFile, Utility
+from dpguard.study.sections import CEILING, Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Study:
         data: where the texts come from.
         policies: in the file's order, sweeps expanded, the undefended control ``none`` always among them.
         leakage, utility: settings of the two legs; None = the study has no such leg.
+        federation: the utility leg is a federation of these settings; None = it trains in one place.
         privacy, recommend: delta and caps.
         document: the file, for places in error sentences.
     """
@@ -75,6 +77,7 @@ class Study:
     privacy: Privacy
     recommend: Caps
     document: Document
+    federation: Federation | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -92,11 +95,6 @@ class Study:
         Raises:
             UserError: as `load`.
         """
-        if "federation" in document.data:
-            raise UserError(
-                "federation: not in this version yet, expected a study without it",
-                where=document.where(("federation",), key=True),
-            )
         file = document.check(StudyFile)
         study = cls(
             name=file.name,
@@ -105,13 +103,15 @@ class Study:
             data=file.data,
             policies=_policies(document),
             leakage=file.leakage,
-            utility=file.utility,
+            utility=file.utility or (Utility() if file.federation else None),
             privacy=file.privacy,
             recommend=file.recommend,
             document=document,
+            federation=file.federation,
         )
         with document.locating():
             study._check_legs()
+            study._check_federation()
         return study
 
     def _check_legs(self) -> None:
@@ -131,6 +131,46 @@ class Study:
                     f"recommend.{cap}: nothing measures it, expected a {leg!r} section", loc=("recommend", cap)
                 )
 
+    def _check_federation(self) -> None:
+        """What a federation takes the place of is not set beside it, and what needs one has one."""
+        rounds = self.leakage is not None and "rounds" in self.leakage.at
+        if self.federation is None:
+            if rounds:
+                raise UserError(
+                    "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
+                    loc=("leakage", "at"),
+                )
+            return
+        try:
+            Settings.of(self.federation.model_dump())
+        except UserError as error:
+            raise UserError(f"federation.{error.sentence}", loc=("federation", *error.loc)) from None
+        if rounds != bool(self.federation.observe):
+            missing, where = ("observe: [1, 2]", "leakage") if rounds else ("leakage.at: rounds", "federation")
+            key = "at" if rounds else "observe"
+            raise UserError(
+                f"{where}.{key}: the same record at several rounds needs both, expected {missing}", loc=(where, key)
+            )
+        if self.utility is not None:
+            for name in ("epochs", "batch_size", "learning_rate", "optimizer"):
+                if name in self.utility.model_fields_set:
+                    other = "rounds" if name == "epochs" else name
+                    raise UserError(
+                        f"utility.{name}: a federation has its own, expected federation.{other}", loc=("utility", name)
+                    )
+        if self.leakage is not None:
+            for name in ("local_steps", "learning_rate", "clients"):
+                if getattr(self.leakage.threat, name) != getattr(ThreatModel(), name):
+                    raise UserError(
+                        f"leakage.threat.{name}: the message is the federation's, expected none beside a federation",
+                        loc=("leakage", "threat", name),
+                    )
+
+    @property
+    def owner_column(self) -> str | None:
+        """The column that says whose a text is, when the federation is split by one."""
+        return (Split.parse(self.federation.split).column or None) if self.federation else None
+
     @property
     def text(self) -> str:
         """The file as it was written, environment variables not replaced."""
@@ -146,6 +186,7 @@ class Study:
             "policies": [named.label for named in self.policies],
             "leakage": self.leakage and self.leakage.model_dump(mode="json"),
             "utility": self.utility and self.utility.model_dump(mode="json"),
+            **({"federation": self.federation.model_dump(mode="json")} if self.federation else {}),
             "privacy": self.privacy.model_dump(mode="json"),
             "recommend": self.recommend.model_dump(mode="json"),
         }

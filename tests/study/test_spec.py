@@ -155,7 +155,7 @@ BAD = {
     ),
     "federation": (
         "policies: {none: }\nutility: {}\nfederation: {clients: 20}\n",
-        "6:1: federation: not in this version yet, expected a study without it",
+        "6:1: federation.per_round: missing, expected a whole number above 0",
     ),
 }
 

@@ -1,0 +1,134 @@
+"""What a federation's server sees of a victim: the messages of one client in a round, or their mean, at given weights.
+
+A victim's texts are in every local step of its message, as if they were all that it has: the worst case for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dpguard.engine import noise
+from dpguard.engine.client import Client
+from dpguard.engine.local import LocalState
+from dpguard.engine.update import Update
+from dpguard.errors import UserError
+from dpguard.federation import personal, views
+from dpguard.federation.server import mean_update
+from dpguard.federation.settings import Settings
+from dpguard.federation.turn import local_training
+from dpguard.inputs.batch import Batch
+from dpguard.inputs.models import LoadedModel
+from dpguard.measure.leakage import Score
+from dpguard.measure.metrics import rouge
+from dpguard.measure.threat import Threat
+from dpguard.policy.guarantee import Guarantee
+from dpguard.policy.table import Plan
+
+
+@dataclass(frozen=True)
+class FederatedThreat(Threat):
+    """The threat model of a federation: what is disclosed is the study's, the message is the federation's.
+
+    Attributes:
+        settings: the federation.
+        home: withheld tensor -> the victim's own weights, which no server has.
+        round_: of the message; the public seed of random pruning masks.
+    """
+
+    settings: Settings = Settings(clients=1, per_round=1, rounds=1)  # noqa: RUF009 (frozen)
+    home: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    round_: int = 1
+
+    @staticmethod
+    def within(
+        known: Threat, settings: Settings, *, home: Mapping[str, Tensor] | None = None, round_: int = 1
+    ) -> FederatedThreat:
+        """A study's threat model inside a federation.
+
+        Raises:
+            UserError: local steps, a learning rate or clients of its own: the federation has them.
+        """
+        plain = Threat()
+        for name in ("local_steps", "learning_rate", "clients"):
+            if getattr(known, name) != getattr(plain, name):
+                raise UserError(
+                    f"{name}: a study with a federation takes it from there, expected none here", loc=(name,)
+                )
+        return FederatedThreat(
+            know=known.know,
+            mode=known.mode,
+            local_steps=0 if settings.kind == "gradient" else settings.local_steps,
+            learning_rate=settings.learning_rate,
+            clients=settings.per_round if settings.view == "aggregate" else 1,
+            settings=settings,
+            home=home or {},
+            round_=round_,
+        )
+
+    def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
+        """What the server receives when every batch is one client's; see `Threat.message`.
+
+        ``plan`` is the clients' own (`views.message_plan`), so the attacker knows their shares of the noise too.
+        """
+        sent = []
+        for number, batch in enumerate(batches):
+            seed = None if noise_seed is None else noise_seed + 7_919 * number
+            client = Client(
+                model.module, plan, seed=seed, batch_size=len(batch), mode=self.mode, mask_seed=self.round_,
+                dropout_seed=(seed or 0) + 1, training=local_training(self.settings),
+            )  # fmt: skip
+            client.state = LocalState(personal=dict(self.home))
+            if self.settings.kind == "gradient":
+                sent.append(personal.gradient(client, batch, noise.source(seed)))
+            else:
+                sent.append(client.observe([batch] * self.settings.local_steps))
+        return mean_update(sent)
+
+
+def several(found: Sequence[Sequence[Score]]) -> list[Score]:
+    """One answer a text and attack from what was recovered at several rounds of the same record.
+
+    What an attack is certain of stands; else the rounds vote: the guess that agrees best (mean ROUGE-L) with the
+    other rounds' guesses, the earliest on a tie. The truth plays no part in the choice.
+
+    Args:
+        found: for every round the scores of all texts and attacks.
+    """
+    by_place: dict[tuple[int, str], list[Score]] = {}
+    for scores in found:
+        for score in scores:
+            by_place.setdefault((score.target, score.attack), []).append(score)
+    out = []
+    for same in by_place.values():
+        sure = [score for score in same if score.certain]
+        out.append(sure[0] if sure else same[_vote([score.guess for score in same])])
+    return out
+
+
+def _vote(guesses: Sequence[str]) -> int:
+    def agreement(index: int) -> float:
+        others = [guess for number, guess in enumerate(guesses) if number != index]
+        return sum(rouge(guesses[index], other)["rougeL"] for other in others)
+
+    return max(range(len(guesses)), key=lambda index: (agreement(index), -index))
+
+
+def record_bound(found: Guarantee, plan: Plan, settings: Settings, messages: int, kappas: Sequence[float]) -> str:
+    """What the guarantee says of a server that sees so many messages of one and the same record, in words.
+
+    Args:
+        found: the federation's guarantee.
+        plan: the policy resolved against the model.
+        settings: the federation.
+        messages: how many messages hold the record, in every one of their steps.
+        kappas: chances of success without the messages.
+    """
+    steps = messages * views.messages_a_round(plan, settings)
+    first = f"{messages} message{'s' if messages > 1 else ''} of the same record"
+    if not found.formal:
+        return f"{first}: no bound, because there is no formal guarantee."
+    each = ", ".join(f"{found.bound(kappa, steps):.3g} where it is {kappa:g} without them" for kappa in kappas)
+    return f"{first}, {steps} noised steps in all: the chance of recovering it is at most {each}."

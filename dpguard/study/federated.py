@@ -1,0 +1,230 @@
+"""The legs of a study with a federation: the worst client's guarantee, the rounds, and one victim's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpguard.engine.local import LocalState
+from dpguard.federation import rounds, views, worth
+from dpguard.federation.leak import FederatedThreat, several
+from dpguard.federation.settings import Settings, rounds_of
+from dpguard.federation.split import Parts, split
+from dpguard.inputs.models import LoadedModel
+from dpguard.inputs.texts import Corpus
+from dpguard.measure import leakage
+from dpguard.measure import utility as scoring
+from dpguard.measure.leakage import Score
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Plan
+from dpguard.study.record import Cell
+
+HOME = "home:"
+"""Marks a victim's own layers in a file of weights."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A federation that a cell describes, with its texts in place.
+
+    Attributes:
+        settings: the federation.
+        corpus: the texts, cut to what is trained on.
+        train, test: whose texts are whose.
+    """
+
+    settings: Settings
+    corpus: Corpus
+    train: Parts
+    test: Parts
+
+    @staticmethod
+    def of(cell: Cell, corpus: Corpus) -> Rehearsal:
+        """The federation of a utility or guarantee cell.
+
+        Raises:
+            UserError: a split that the texts do not allow.
+        """
+        settings = Settings.of(cell.settings["federation"])
+        cut = corpus.cut(cell.settings.get("train_examples") or cell.settings.get("examples"))
+        return Rehearsal(settings, cut, *split(cut.train, cut.test, settings))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of texts of every client; public."""
+        return [len(part) for part in self.train]
+
+
+def victim(settings: Settings, seed: int) -> int:
+    """The client whose own layers an observed message is made with: the one that takes part most often."""
+    taken = rounds_of(settings, seed)
+    return taken.index(max(taken))
+
+
+def promise(cell: Cell, plan: Plan, corpus: Corpus) -> views.Promise:
+    """The guarantee of a guarantee cell, over all its seeds."""
+    found = Rehearsal.of(cell, corpus)
+    return views.promise(plan, found.settings, found.sizes, seeds=cell.settings["seeds"], delta=cell.settings["delta"])
+
+
+def train(
+    cell: Cell,
+    model: LoadedModel,
+    plan: Plan,
+    corpus: Corpus,
+    keep: Collection[int | str] = (),
+    write: Callable[[int | str, dict[str, Tensor]], None] = lambda moment, state: None,
+) -> tuple[Rehearsal, rounds.Run]:
+    """Run a utility cell's federation; the model ends with the last global weights.
+
+    Args:
+        cell: the utility cell.
+        model: at its first weights.
+        plan: the policy.
+        corpus: all texts.
+        keep: which weights to hand to ``write``: rounds, or ``end``.
+        write: called with the round (or ``end``) and the weights, a victim's own layers among them.
+    """
+    found = Rehearsal.of(cell, corpus)
+    observed = victim(found.settings, cell.seed)
+
+    def on_weights(round_: int, weights: Mapping[str, Tensor], states: Sequence[LocalState]) -> None:
+        if round_ in keep:
+            write(round_, _state(weights, states[observed]))
+
+    run = rounds.run(
+        model.module, model.tokenizer, found.corpus.train, found.train, plan, found.settings,
+        seed=cell.seed, delta=cell.settings["delta"], on_weights=on_weights,
+    )  # fmt: skip
+    if "end" in keep:
+        write("end", _state(run.weights, run.states[observed]))
+    return found, run
+
+
+def utility(found: Rehearsal, run: rounds.Run, model: LoadedModel) -> dict[str, Any]:
+    """The result of a utility cell: what each client would use on its own held-out texts, and the global model."""
+    test = found.corpus.test
+    judged = worth.judge(model.module, model.tokenizer, test, found.test, run.states)
+    labels = [e.label for e in test]
+    epsilons = run.epsilons()
+    return {
+        "metrics": scoring.scores(judged.predictions, labels, judged.loss),
+        "predictions": judged.predictions,
+        "labels": labels,
+        "steps": found.settings.rounds,
+        "sampling_rate": found.settings.per_round / found.settings.clients,
+        "clipped_fraction": None,
+        "train_seconds": round(run.seconds, 3),
+        "federation": {
+            "global": judged.global_scores,
+            "personal": {"mean": judged.mean, "worst_tenth": judged.worst_tenth, "clients": judged.clients},
+            "bytes_per_round": round(sum(run.bytes) / len(run.bytes)),
+            "bytes_per_message": round(sum(run.bytes) / (len(run.bytes) * found.settings.per_round)),
+            "bytes": sum(run.bytes),
+            "epsilon": {"max": _plain(max(epsilons)), "median": _plain(float(np.median(epsilons)))},
+            "texts": found.sizes,
+            "rounds": list(run.taken),
+        },
+    }
+
+
+def _plain(value: float) -> float | str:
+    return "inf" if value == float("inf") else value
+
+
+def _state(weights: Mapping[str, Tensor], at_home: LocalState) -> dict[str, Tensor]:
+    home = {HOME + name: value for name, value in at_home.personal.items()}
+    return {name: value.detach().clone().contiguous() for name, value in {**weights, **home}.items()}
+
+
+def weights_file(folder: str | Path, cell_id: str, moment: int | str) -> Path:
+    """Where the weights of a utility cell are kept: those after the last round, or before a round.
+
+    >>> weights_file("reports/s", "abc", "end").name, weights_file("reports/s", "abc", 7).name
+    ('abc.safetensors', 'abc-round-7.safetensors')
+    """
+    name = f"{cell_id}.safetensors" if moment == "end" else f"{cell_id}-round-{moment}.safetensors"
+    return Path(folder) / "weights" / name
+
+
+def writer(folder: str | Path, cell_id: str) -> Callable[[int | str, dict[str, Tensor]], None]:
+    """A ``write`` for `train`; every file is written beside, then renamed, so never half a file."""
+
+    def write(moment: int | str, state: dict[str, Tensor]) -> None:
+        path = weights_file(folder, cell_id, moment)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file(state, part)
+        part.replace(path)
+
+    return write
+
+
+def moments(cell: Cell) -> list[int | str]:
+    """The weights that a leakage cell attacks: ``start``, ``end``, or the rounds that are observed."""
+    at = cell.settings["at"]
+    return list(cell.settings["observe"]) if at == "rounds" else [at]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a victim is observed.
+
+    Attributes:
+        round_: of the message.
+        home: the victim's own layers.
+    """
+
+    round_: int
+    home: dict[str, Tensor]
+
+
+def go_to(model: LoadedModel, folder: str | Path, cell: Cell, moment: int | str, settings: Settings) -> Moment | None:
+    """Bring the model to the weights of a moment; None when their file is gone.
+
+    Args:
+        model: at its first weights.
+        folder: the study's.
+        cell: the leakage cell.
+        moment: see `moments`.
+        settings: the federation.
+    """
+    if moment == "start":
+        return Moment(1, {})
+    path = weights_file(folder, cell.settings["needs"], moment)
+    if not path.is_file():
+        return None
+    state = load_file(path)
+    rounds.set_weights(model.module, state)
+    home = {name.removeprefix(HOME): value for name, value in state.items() if name.startswith(HOME)}
+    return Moment(settings.rounds if moment == "end" else int(moment), home)
+
+
+def observe(
+    model: LoadedModel, plan: Plan, corpus: Corpus, indices: Sequence[int], cell: Cell, moment: Moment, *, seed: int
+) -> leakage.Leak:
+    """One message with these texts at the model's weights, attacked and judged."""
+    settings = Settings.of(cell.settings["federation"])
+    threat = FederatedThreat.within(
+        Threat.of(cell.settings["threat"]), settings, home=moment.home, round_=moment.round_
+    )
+    return leakage.attack_message(
+        model, views.message_plan(plan, settings), corpus, indices,
+        attacks=cell.settings["panel"]["attacks"], seed=seed, noise_seed=seed + 15_485_863 * (moment.round_ - 1),
+        threat=threat,
+    )  # fmt: skip
+
+
+def together(leaks: Sequence[leakage.Leak]) -> leakage.Leak:
+    """What several rounds of the same record give away: one answer a text and attack."""
+    if len(leaks) == 1:
+        return leaks[0]
+    scores: list[Score] = several([leak.scores for leak in leaks])
+    skipped = {name: why for name, why in leaks[0].skipped.items() if all(name in leak.skipped for leak in leaks)}
+    return leakage.Leak(tuple(scores), skipped, leaks[0].truths)

@@ -1,0 +1,169 @@
+"""A study with a federation: what its file may say, its cells, and all of it run in this process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dpguard.cli.studies import plan_study
+from dpguard.documents import Document
+from dpguard.errors import UserError
+from dpguard.study import legs
+from dpguard.study.federated import weights_file
+from dpguard.study.spec import Study
+
+HEAD = "name: fed\nmodel: demo\ndata: demo\npolicies: {dp-sgd: }\n"
+FED = "federation: {clients: 4, per_round: 2, rounds: 3}\n"
+
+
+def refused(text):
+    with pytest.raises(UserError) as caught:
+        Study.read(Document.parse(HEAD + text, "s.yaml"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+BAD = {
+    "unknown key": ("{clients: 4, per_round: 2, rounds: 3, local_step: 1}", "unknown key; did you mean 'local_steps'?"),
+    "unknown server": (
+        "{clients: 4, per_round: 2, rounds: 3, server: fedadm}",
+        "s.yaml:5:59: federation.server: unknown value 'fedadm'; did you mean 'fedadam'?",
+    ),
+    "more a round than there are": (
+        "{clients: 4, per_round: 5, rounds: 3}",
+        "s.yaml:5:37: federation.per_round: 5 is more than the 4 clients, expected at most 4",
+    ),
+    "split that does not exist": (
+        "{clients: 4, per_round: 2, rounds: 3, split: dirichelt(0.5)}",
+        "unknown split 'dirichelt(0.5)'; expected iid, dirichlet(0.5) or column(name); did you mean 'dirichlet'?",
+    ),
+    "concentration that is no number": (
+        "{clients: 4, per_round: 2, rounds: 3, split: dirichlet(x)}", "is no number above 0",
+    ),
+    "steps under fedsgd": (
+        "{clients: 4, per_round: 2, rounds: 3, server: fedsgd, local_steps: 2}",
+        "federation.local_steps: fedsgd sends the gradient of one batch",
+    ),
+    "failures where nobody adds up": (
+        "{clients: 4, per_round: 2, rounds: 3, may_fail: 1}", "every client adds the full noise",
+    ),
+    "everybody may fail": (
+        "{clients: 4, per_round: 2, rounds: 3, view: aggregate, may_fail: 2}", "may_fail: 2 of 2 clients",
+    ),
+    "sizes in an aggregate": (
+        "{clients: 4, per_round: 2, rounds: 3, view: aggregate, weights: size}", "expected weights: equal",
+    ),
+    "a state that does not exist": ("{clients: 4, per_round: 2, rounds: 3, keep_state: true}", "no state to keep"),
+    "a round that does not exist": (
+        "{clients: 4, per_round: 2, rounds: 3, observe: [1, 4]}\nleakage: {at: rounds}", "round 4 is not one of the 3",
+    ),
+    "observed without a leg": ("{clients: 4, per_round: 2, rounds: 3, observe: [1, 2]}", "expected leakage.at: rounds"),
+    "a leg without rounds": (
+        "{clients: 4, per_round: 2, rounds: 3}\nleakage: {at: rounds}", "expected observe: [1, 2]",
+    ),
+    "epochs": (
+        "{clients: 4, per_round: 2, rounds: 3}\nutility: {epochs: 3}",
+        "s.yaml:6:19: utility.epochs: a federation has its own, expected federation.rounds",
+    ),
+    "steps of the threat": (
+        "{clients: 4, per_round: 2, rounds: 3}\nleakage: {threat: {local_steps: 3}}",
+        "leakage.threat.local_steps: the message is the federation's",
+    ),
+    "nothing": ("", "federation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_sentence_with_its_place(name):
+    section, sentence = BAD[name]
+    found = refused(f"federation: {section}\n")
+    assert found.startswith("s.yaml:")
+    assert sentence in found
+
+
+def test_rounds_without_a_federation_is_a_mistake():
+    assert "expected a 'federation' section" in refused("leakage: {at: rounds}\nutility: {}\n")
+
+
+def study(tmp_path, text):
+    (tmp_path / "s.yaml").write_text(HEAD + text)
+    return Study.load(tmp_path / "s.yaml")
+
+
+def test_more_clients_than_texts_and_columns_that_are_not_there(tmp_path):
+    many = study(tmp_path, "federation: {clients: 9, per_round: 2, rounds: 3}\nutility: {train_examples: 8}\n")
+    with pytest.raises(UserError, match=r"s\.yaml:5:23: federation\.clients: 9 is more than the 8 training texts"):
+        plan_study(many, tmp_path)
+    column = study(tmp_path, "federation: {clients: 2, per_round: 2, rounds: 3, split: column(hospitl)}\n")
+    with pytest.raises(UserError, match="no column 'hospitl'"):
+        plan_study(column, tmp_path)
+
+
+def test_a_column_says_whose_a_text_is(tmp_path):
+    rows = [f'{{"text": "text {i}", "label": {i % 2}, "ward": "w{i % 3}"}}' for i in range(30)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    text = HEAD.replace("data: demo", "data: t.jsonl") + (
+        "federation: {clients: 3, per_round: 1, rounds: 1, split: column(ward)}\n"
+    )
+    (tmp_path / "s.yaml").write_text(text)
+    planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path)
+    few = text.replace("clients: 3", "clients: 4")
+    (tmp_path / "s.yaml").write_text(few)
+    with pytest.raises(UserError, match="column 'ward' has 3 values, fewer than the 4 clients"):
+        plan_study(Study.load(tmp_path / "s.yaml"), tmp_path)
+    assert planned.context["data"]["owner"] == "ward"
+
+
+def test_what_is_observed_changes_no_training_cell(tmp_path):
+    plain = study(tmp_path, FED + "leakage: {at: end}\n")
+    looked = study(tmp_path, FED.replace("}", ", observe: [1, 3]}") + "leakage: {at: [end, rounds]}\n")
+    one, two = plan_study(plain, tmp_path), plan_study(looked, tmp_path)
+    ids = {cell.id for cell in one.cells if cell.leg == "utility"}
+    assert ids == {cell.id for cell in two.cells if cell.leg == "utility"}
+    other = plan_study(study(tmp_path, FED.replace("rounds: 3", "rounds: 4") + "leakage: {at: end}\n"), tmp_path)
+    assert ids.isdisjoint(cell.id for cell in other.cells)
+
+
+RUN = """\
+federation: {clients: 4, per_round: 2, rounds: 2, local_steps: 2, batch_size: 4, VIEW observe: [1, 2]}
+leakage: {panel: panel-0, attacks: [rows], targets: 2, at: [start, end, rounds]}
+utility: {train_examples: 48}
+"""
+
+
+@pytest.mark.parametrize("view", ["client", "aggregate"])
+def test_a_study_runs_and_its_records_say_what_happened(tmp_path, view):
+    text = HEAD.replace("dp-sgd: ", "home: {rows: [{layers: all, clip: 1, noise: 0.5}, {layers: head, share: false}]}")
+    (tmp_path / "s.yaml").write_text(text + RUN.replace("VIEW", f"view: {view},"))
+    planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path, epsilons=True)
+    results = {}
+    for cell in planned.cells:
+        if cell.policy == "home":
+            record, texts = legs.execute(cell, planned.context)
+            assert record.status == "done", record.reason
+            results[cell.leg, cell.settings.get("at")] = record.result
+            assert texts or cell.leg != "leakage"
+    promise, trained = results["guarantee", None], results["utility", None]
+    fed = trained["federation"]
+    assert promise["epsilon"] == pytest.approx(planned.epsilons["home"])
+    # the ledgers of the clients never come to more than what is promised
+    assert fed["epsilon"]["max"] <= promise["epsilon"] * (1 + 1e-9)
+    assert fed["epsilon"]["max"] == pytest.approx(promise["epsilon"])
+    assert 0 < fed["epsilon"]["median"] <= fed["epsilon"]["max"] < math.inf
+    assert sum(fed["rounds"]) == 4
+    assert len(trained["predictions"]) == len(trained["labels"]) == 600
+    assert set(results) >= {("leakage", "start"), ("leakage", "end"), ("leakage", "rounds")}
+    count = 2 if view == "client" else 4
+    for at in ("start", "end", "rounds"):
+        found = results["leakage", at]["scores"]
+        assert len({(s["target"], s["attack"]) for s in found}) == len(found) == count * 2  # with the prior
+    words = promise["statement"]
+    assert ("secure aggregation is assumed" in words) == (view == "aggregate")
+    assert "worst of 4 clients" in words
+    # a file of weights that is gone is made again, the same
+    cell = next(c for c in planned.cells if c.settings.get("at") == "rounds" and c.policy == "home")
+    weights_file(tmp_path, cell.settings["needs"], 2).unlink()
+    again, _texts = legs.execute(cell, planned.context)
+    plain = [{**s, "seconds": 0} for s in again.result["scores"]]
+    assert plain == [{**s, "seconds": 0} for s in results["leakage", "rounds"]["scores"]]
