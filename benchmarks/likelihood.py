@@ -192,8 +192,8 @@ def reading(options: argparse.Namespace, model: models.LoadedModel) -> None:
                 [*(score[k].fmeasure for k in ("rouge1", "rouge2", "rougeL")), true == found.sequences[0], seconds]
             )
             print(
-                f"  sigma {sigma:g}  {seconds:5.0f} CPU s ({wall:.0f} wall)  R-1 {rows[-1][0]:.2f}  R-2 {rows[-1][1]:.2f}"
-                f"  truth ahead by {behind:.0f} nats  {plainly[0]} | {plainly[1]}",
+                f"  sigma {sigma:g}  {seconds:5.0f} CPU s ({wall:.0f} wall)  R-1 {rows[-1][0]:.2f}  "
+                f"R-2 {rows[-1][1]:.2f}  truth ahead by {behind:.0f} nats  {plainly[0]} | {plainly[1]}",
                 flush=True,
             )
         means = np.array(rows, dtype=float).mean(0)

@@ -105,22 +105,32 @@ class Evolution:
         return self.search.pool[row] + nat * self.search.prior[row]
 
     def select(self, nat: float) -> list[Row]:
-        """The best texts, few of which are one word apart."""
+        """The best texts of different kinds: few lie within `radius` of another one."""
         size, crowd = self.search.setting.population, self.search.setting.crowd
+        order = heapq.nlargest(len(self.live), self.live, key=lambda row: (self.fitness(row, nat), row))
+        rows, radius = torch.tensor(order), self.radius()
+        beside = torch.zeros(len(order), dtype=torch.int64)
         chosen: list[Row] = []
-        for row in heapq.nlargest(6 * size, self.live, key=lambda row: (self.fitness(row, nat), row)):
-            if sum(sum(a != b for a, b in zip(row, one, strict=True)) < 2 for one in chosen) <= crowd:
+        for index, row in enumerate(order):
+            if int(beside[index]) <= crowd:
                 chosen.append(row)
+                beside += (rows != rows[index]).sum(1) < radius
             if len(chosen) == size:
                 break
-        self.live = set(heapq.nlargest(20 * size, self.live, key=lambda row: (self.fitness(row, nat), row)))
+        self.live = {*chosen, *order[: 4 * size]}
         return chosen
+
+    def radius(self) -> int:
+        """Places in which texts of different kinds differ at least: a third at first, 2 in the end."""
+        search = self.search
+        part = (search.spent.candidates - self.first) / max(1, search.spent.limit - self.first)
+        return max(2, round(len(search.places) / 3 * (1 - part / search.setting.mixed)))
 
     def survey(self, parents: Sequence[Row]) -> None:
         """Place -> how every word's embedding lies along the score's derivative, standardised; half is remembered."""
         search, setting = self.search, self.search.setting
         drawn = torch.multinomial(
-            search.words.frequency, setting.fillings * search.length, replacement=True, generator=search.source
+            search.words.frequency, setting.surveyed * search.length, replacement=True, generator=search.source
         )
         rows, weights = [], []
         for tokens in drawn.reshape(-1, search.length).tolist():

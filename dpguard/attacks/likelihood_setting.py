@@ -22,7 +22,9 @@ class Setting:
         heat: see ``hot``.
         population: texts that have children.
         children: of one generation.
-        crowd: texts of a population that may be one word away from one of it.
+        crowd: texts of a population that may lie beside one of it.
+        mixed: until this part of the budget is spent, a population's texts are kept further apart.
+        surveyed: texts that a population's survey draws (half of what earlier ones said is kept).
         mutated: the part of a parent that a population's survey has drawn anew.
         patience: generations without a better text, after which a population starts elsewhere.
         telling: energy of a public text over the noise, above which a text that the noise explains ends a search.
@@ -41,6 +43,8 @@ class Setting:
     population: int = 64
     children: int = 384
     crowd: int = 3
+    mixed: float = 0.7
+    surveyed: int = 32
     mutated: float = 0.25
     patience: int = 14
     telling: float = 2500.0
