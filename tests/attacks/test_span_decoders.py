@@ -202,3 +202,22 @@ def test_a_language_models_message_that_says_nothing_proves_nothing(spoil, famil
     for texts in (TEXTS[:1], TEXTS):
         for seed in range(2):
             assert not any(_run(spoil(_seen(family, "block[1]", texts)[0], seed=seed)).certain)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt2-lm", "llama-lm"])
+def test_what_is_certain_is_right_where_texts_hide_one_another(family: str) -> None:
+    for texts in (
+        ("please call her", "please call her today"),
+        ("no pain", "no pain"),
+        ("no", "please call her"),
+        ("no no", "no"),
+        ("no no no pain", "no pain"),
+        ("no no",),
+        ("no no pain",),
+    ):
+        for selector in ("block[1].mlp.in.weight", f"block[1].{_sites(family)}.weight"):
+            seen, true = _seen(family, selector, texts)
+            found = _run(seen)
+            sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
+            assert all(ids in true for ids in sure)
+            assert found.sequences
