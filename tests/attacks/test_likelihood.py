@@ -120,7 +120,7 @@ def test_candidates_beyond_the_budget_are_counted_and_leave_it_uncertain() -> No
 
 
 @pytest.mark.parametrize("policy", [[], QUIET], ids=["clean", "noise"])
-@pytest.mark.parametrize("tell", [("labels", "lengths"), ()])
+@pytest.mark.parametrize("tell", [("labels", "lengths"), pytest.param((), marks=pytest.mark.slow)])
 def test_open_world_reads_a_sentence_that_no_public_text_holds(policy, tell) -> None:
     text = 0 if tell else 1
     public = [c for c in CANDIDATES if c != tiny.SENTENCES[text]] + ["no ward today now"]

@@ -116,3 +116,23 @@ def test_what_cheaper_attacks_proposed_is_where_it_starts() -> None:
     for ids in (true, true[1:-1], [*true, 0]):
         told = replace(seen, earlier=(("span", Reconstruction([ids], [False])),))
         assert panel.attack("likelihood").reconstruct(told, seed=0, budget=budget).sequences == [true]
+
+
+def test_texts_are_kept_further_apart_at_first() -> None:
+    evolution, true, _ = _evolution(6000)
+    search, size = evolution.search, len(true) - 2
+    rows = [(*true[: i + 1], *other, *true[i + 3 :]) for i in range(size - 1) for other in ((5, 6), (6, 5), (7, 7))]
+    search.score(rows)
+    evolution.live, found = set(rows), []
+    for apart in (4.0, 2.0):
+        evolution.radius = lambda apart=apart: apart  # type: ignore[method-assign]
+        found.append(len(evolution.select(0.0)))
+        evolution.live = set(rows)
+    assert found[0] < found[1]
+    evolution, _, _ = _evolution(6000)
+    evolution.search.places, radii = range(1, 19), []
+    for spent in range(evolution.first, 6000, 1000):
+        evolution.search.spent.candidates = spent
+        radii.append(evolution.radius())
+    assert radii == sorted(radii, reverse=True)
+    assert (radii[0], radii[-1]) == (6, 2)
