@@ -30,6 +30,8 @@ EQUAL = 1e-9
 APART = 1e3
 """How much farther off every neighbour of a text must be for the text to be certain."""
 MOST_LABELS = 8
+COPIES = 6
+"""How many more places than words a text may have: a wrong label is mended by ever more copies."""
 
 Text = tuple[int, ...]
 
@@ -149,7 +151,7 @@ class _Search:
         words = [w for w in self.row if w not in {*self.frame.prefix, *self.frame.suffix}]
         more = [(*text[:k], word, *text[k:]) for k in (*places, places.stop) for word in words]
         fewer = [(*text[:k], *text[k + 1 :]) for k in places if text.count(text[k]) > 1]
-        longest = self.probe.family.max_tokens(self.probe.config)
+        longest = min(self.probe.family.max_tokens(self.probe.config), len(self.row) + COPIES)
         return [other for other in (*more, *fewer) if len(other) <= longest]
 
     def _costs(self, texts: list[Text]) -> list[float]:

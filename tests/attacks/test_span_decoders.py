@@ -115,7 +115,7 @@ def test_a_repeated_first_word(family: str) -> None:
     assert found.certain == [True, True]
 
 
-@pytest.mark.parametrize("text", ["please call her about the new card", "the nurse asked about the test and the ward"])
+@pytest.mark.parametrize("text", ["please call her about the new card"])
 def test_the_first_blocks_values_give_a_bag_and_the_gradient_its_order(text: str) -> None:
     seen, true = _seen("llama", "block[0].attention.value.weight", (text,))
     found = _run(seen)
