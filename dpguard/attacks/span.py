@@ -20,7 +20,8 @@ weights (full rank), and noise above the signal's singular values (it says so an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_exact import first_block, is_context_free, left_to_right
 from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
 from dpguard.attacks.span_last import with_last_tokens
+from dpguard.attacks.span_middle import MiddleReader, middle_reason
 from dpguard.attacks.span_order import read_order
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
@@ -112,7 +114,10 @@ class Span:
         if told.sequences != 1:
             with left_as_found(seen.model):
                 causal = Probe(seen.model).family.causal
-                return tree_sites(seen, sites_of(seen.model))[1] if causal else batch_reason(seen)
+                if causal:
+                    return tree_sites(seen, sites_of(seen.model))[1]
+                reason = batch_reason(seen)
+                return reason and _or_middle(reason, middle_reason(seen))
         return usable(seen, sites_of(seen.model))[1]
 
     def reconstruct(
@@ -130,7 +135,11 @@ class Span:
             if ordered is not None:
                 return ordered
             if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
-                return BatchReader(seen, rng, budget).read()
+                if not batch_reason(seen):
+                    return BatchReader(seen, rng, budget).read()
+                alone = replace(seen, disclosed=replace(seen.disclosed, lengths=None))
+                single = partial(_single, case, alone)
+                return MiddleReader(seen, case.probe, case.sites, rng, budget, single).read()
             sites = usable(seen, case.sites)[0]
             evidence = gather(seen, sites, causal=case.probe.family.causal, most=WITNESSES)
             return (
@@ -195,6 +204,17 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
     certain = certain and not _order_unproven(seen.model)
     texts, flags = with_last_tokens(seen, witness.site, [trail.ids.tolist()], [certain], case.tokens, notes)
     return Reconstruction(texts, flags, case.steps, scored, notes)
+
+
+def _or_middle(first: str, middle: str) -> str:
+    """Empty when another block's weights can be read instead, else both reasons."""
+    return middle and f"{first}; {middle}"
+
+
+def _single(case: _Case, seen: Observation, evidence: Evidence, limit: int) -> Trail | None:
+    """One text of a batch, from evidence about it alone, up to a number of candidates."""
+    case.limit = limit
+    return _read(case, seen, evidence)
 
 
 def _silent(sites: list[Site]) -> str:

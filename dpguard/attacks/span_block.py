@@ -147,6 +147,28 @@ def first_block(probe: Probe, sites: Sites) -> FirstBlock | None:
     return block if _agrees(block, probe, sites) else None
 
 
+def later_block(probe: Probe, sites: Sites, index: int) -> FirstBlock | None:
+    """Another block's layers in the same form (without tokens and places), or None when it is not a post-norm one's."""
+    found = {role: sites.find(index, role) for role in ROLES}
+    norms = [slot.name for slot in slots(probe.model) if slot.block == index and slot.role == "norm"]
+    norm = _norm(probe.model, norms[0]) if norms else None
+    query, inner = found["query"], found["mlp_in"]
+    if probe.family.causal or norm is None or None in found.values() or query is None or inner is None:
+        return None
+    linear = {role: _linear(site) for role, site in found.items() if site is not None}
+    del linear["mlp_out"]
+    nothing = probe.embedding.double()[:0]
+    block = FirstBlock(
+        words=nothing, places=nothing, entrance=norm, output=linear.pop("attention_output"), norm=norm,
+        act=activation(probe.config), heads=int(probe.config.num_attention_heads), **linear,
+    )  # fmt: skip
+    scored, ids = probe.scored, torch.tensor(SAMPLE, device=probe.device)[None] % len(probe.embedding)
+    rows, theirs = (probe.states(site.layer, ids)[0].double() for site in (query, inner))
+    probe.scored = scored
+    mine = block.states(rows, block.mixtures(rows, rows))
+    return block if float((mine - theirs).norm()) < AGREES * float(theirs.norm()) else None
+
+
 def _linear(site: Site) -> Linear:
     weight = site.oriented(site.layer.get_parameter("weight"))
     bias = getattr(site.layer, "bias", None)

@@ -124,7 +124,7 @@ class Descent:
             curvature = self._curvature(place)
             scale = curvature.diagonal(dim1=1, dim2=2).mean(1)
             ridge = (damping * scale + FINEST)[:, None, None] * eye
-            tried = y - torch.linalg.solve(curvature + ridge, self._gradient(place))
+            tried = y - torch.linalg.solve_ex(curvature + ridge, self._gradient(place)).result  # singular: not taken
             new = self._at(which, tried)
             better = new.loss < loss
             loss = torch.where(better, new.loss, loss)
