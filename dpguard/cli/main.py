@@ -174,6 +174,27 @@ def fit_clips(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option("--to", help="opacus, flower or nvflare.")],
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--policy", help="A policy of the study [the recommended one]."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder to make [DIR/export/FRAMEWORK].")] = None,  # noqa: UP045
+    allow_metric: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--allow-metric", help="Clients may send this number, past clip and noise (repeatable)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a policy as a project that can be run: its table, a privacy card, a self-test."""
+    from dpguard.cli.shipping import export_policy
+
+    export_policy(folder, to, policy=policy, out=out, metrics=allow_metric or [], as_json=as_json)
+
+
+@app.command()
 def layers(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, minilm, a local folder, or a hub name.")],
     as_json: Json = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +68,9 @@ class Server:
         form = self.rehearsal.message
         if form.server in CENTRAL:
             return self._central(weights, mean)
-        more: dict[str, Any] = {} if form.server != "fedsgd" else {"local_steps": 1}
         settings = Settings(
             clients=1, per_round=1, rounds=1, server=form.server, server_learning_rate=form.server_rate,
-            learning_rate=form.learning_rate, batch_size=form.batch_size, **more,
+            learning_rate=form.learning_rate, batch_size=form.batch_size,
         )  # fmt: skip
         return server_step(weights, [Update(dict(mean), form.batch_size, form.kind)], settings, self._state)
 

@@ -144,7 +144,7 @@ class Site:
         weights: Mapping[str, Any],
         *,
         round_number: int,
-        form: MessageForm | None = None,
+        form: MessageForm,
         metrics: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Let one update leave, or refuse it.
@@ -153,7 +153,7 @@ class Site:
             update: what the client computed, of this site's `content`.
             weights: the global weights of the round, as in `begin`.
             round_number: from 1; also the public seed of random pruning masks.
-            form: how the update was made; None = as rehearsed.
+            form: how the update was made.
             metrics: numbers to go beside it.
 
         Raises:
@@ -204,9 +204,9 @@ class Site:
     ) -> None:
         self.close()
 
-    def _check_form(self, form: MessageForm | None) -> None:
+    def _check_form(self, form: MessageForm) -> None:
         meant = self.rehearsal.message
-        if form is None or form == meant:
+        if form == meant:
             return
         for name in ("kind", "batch_size", "sampling", "local_steps", "learning_rate", "optimizer", "momentum"):
             if getattr(form, name) != getattr(meant, name):
