@@ -140,9 +140,10 @@ def test_its_sources_import_neither_the_judge_nor_the_client(name: str) -> None:
 
 
 def test_an_observation_has_no_room_for_the_truth() -> None:
-    assert {f.name for f in fields(Observation)} == {"message", "model", "disclosed"}
+    assert {f.name for f in fields(Observation)} == {"message", "model", "disclosed", "earlier"}
     known = {"tokenizer", "plan", "batch_size", "sequences", "kind", "mode", "public_texts", "labels", "lengths"}
-    assert {f.name for f in fields(Disclosed)} == known | {"candidates", "mask_seed"}
+    known |= {"candidates", "mask_seed", "local_steps", "learning_rate", "clients"}
+    assert {f.name for f in fields(Disclosed)} == known
 
 
 @every_attack
