@@ -7,6 +7,7 @@ the search ends with a proof (`match_proof`) or with its budget.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,10 @@ NARROW, WIDER, WIDEST = 8, 3, 300
 """Tokens tried at each place: at first, how many times more when nothing helps, at most."""
 ORDERS = 96
 NEAR = 8
+WRITTEN_OUT = 500_000
+"""Entries up to which every candidate's gradient is written out."""
+FINAL = 8
+"""Texts whose gradients are written out in the end in any case."""
 LENGTHS = 3
 """Lengths that get a round of their own before one is chosen."""
 
@@ -58,7 +63,9 @@ class Polish:
     certain: bool = False
 
     def __post_init__(self) -> None:
-        self.objective = Objective(self.seen, 1, aware=False)
+        # written out, gradients are masked and rounded as the client did; from activations alone they are not
+        entries = sum(value.numel() for value in self.seen.message.values())
+        self.objective = Objective(self.seen, 1, aware=entries <= WRITTEN_OUT)
         self.frame = frame_of(self.seen.disclosed.tokenizer)
         self.table = TokenTable(self.seen.model.get_input_embeddings().weight, self.seen.disclosed.tokenizer)  # type: ignore[operator]
         self.longest = family_of(self.seen.model).max_tokens(self.seen.model.config)
@@ -95,8 +102,23 @@ class Polish:
             if self.best == now and width >= WIDEST:
                 break
             width = min(WIDEST, width * WIDER) if self.best == now else NARROW
-        self.certain = self.certain or self.proven(self.best)
-        return self.best
+        final = self.decided()
+        self.proven(final)
+        return final
+
+    @torch.no_grad()
+    def decided(self) -> tuple[int, Row]:
+        """The best of the best few once their gradients are written out, masked and rounded."""
+        exact = Objective(self.seen, 1, aware=True)
+        few = heapq.nsmallest(FINAL, self.pool, key=lambda key: self.pool[key])
+        if all(target.kept is None and target.release is None for target in exact.targets):
+            return few[0]
+        distances = []
+        for label, row in few:
+            ids = torch.tensor([row], device=self.table.weight.device)
+            batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids[:, 0], label))
+            distances.append(float(exact(batch, self.table.weight[ids])[0]))
+        return few[min(range(len(few)), key=lambda index: distances[index])]
 
     def proven(self, key: tuple[int, Row]) -> bool:
         """Whether a text's own message is the one seen."""
@@ -203,12 +225,10 @@ class Polish:
             return
         body = row[places.start : places.stop]
         rows = [tuple(self.frame.wrap(body[:n] + body[n + 1 :])) for n in range(len(body) if len(body) > 1 else 0)]
-        positions = self.lists.guess.misfit.shape[1]
+        guess = self.lists.guess
         for n in range(len(body) + 1):
             place = places.start + n
-            if place < positions:
-                for token in self.lists.guess.tokens[
-                    self.lists.guess.misfit[:, place].topk(count, largest=False).indices
-                ]:
-                    rows.append(tuple(self.frame.wrap((*body[:n], int(token), *body[n:]))))
+            if place < guess.misfit.shape[1]:
+                fit = guess.misfit[:, place].topk(min(count, len(guess.tokens)), largest=False).indices
+                rows += [tuple(self.frame.wrap((*body[:n], token, *body[n:]))) for token in guess.tokens[fit].tolist()]
         self.score(label, rows)

@@ -37,8 +37,12 @@ RIDGE = 0.3
 """Variance added to that of tokens along every direction, relative to the mean: what the spectrum's error blurs."""
 FLOOR = 1e-6
 """Error of float32 sums relative to the largest singular value."""
+HEAD = 16
+"""The strongest sixteenth of the directions is left out when the error is measured."""
+MARGIN = 2.0
+"""Error of pruning and rounding is not independent from entry to entry: its edge lies above white noise's."""
 SAMPLE = 512
-LENGTHS = 4
+LENGTHS = 5
 """Lengths that are handed on."""
 LONGEST = 64
 """Positions looked at when the length is unknown."""
@@ -46,6 +50,7 @@ CHUNK_TOKENS = 1024
 NEVER = 12.0
 SURE = math.log(1e-6)
 """Log misfit of a state that lies in the span to float32 precision."""
+SETTLED = math.log(1e-3)
 PASSES = 8
 
 
@@ -63,8 +68,8 @@ class Lists:
 
     @property
     def settled(self) -> frozenset[int]:
-        """Positions at which some token leaves nothing unexplained."""
-        return frozenset((self.guess.misfit.min(dim=0).values < SURE).nonzero().flatten().tolist())
+        """Positions at which some token leaves nothing unexplained but a few entries next to zero."""
+        return frozenset((self.guess.misfit.min(dim=0).values < SETTLED).nonzero().flatten().tolist())
 
     def upto(self, length: int) -> Guess:
         """The table for a text of ``length`` tokens."""
@@ -103,8 +108,8 @@ class Directions:
 def directions(gradients: Sequence[Tensor]) -> Directions | None:
     """Common row space of several gradients (outputs, inputs) of layers that read the same states.
 
-    Each is measured in units of its error, whose size follows from the median singular value by the
-    Marchenko-Pastur law (Gavish and Donoho, arXiv 1305.5870); float32 rounding is the least error there is.
+    Each is measured in units of its error, whose size follows from the part of the spectrum beyond the first
+    `HEAD` of the directions; float32 rounding is the least error there is.
     None when nothing stands out.
     """
     inputs = gradients[0].shape[1]
@@ -114,28 +119,20 @@ def directions(gradients: Sequence[Tensor]) -> Directions | None:
             continue
         gram = gradient.T @ gradient
         values = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
-        middle = float(values[: min(gradient.shape)].median())
-        share = min(gradient.shape) / max(gradient.shape)
-        unit = max(middle / (max(gradient.shape) * _median(share)), (FLOOR**2) * float(values[0]) / inputs)
+        floor = FLOOR**2 * float(values[0]) / inputs
+        head = inputs // HEAD
+        tail = float(values[head:].sum()) / (gradient.shape[0] * (inputs - head))
+        clean = float(values[inputs // 2]) / inputs <= floor  # a long text may have more directions than the head
+        unit = floor if clean else max(tail, floor)
         energy += gram / unit
         rows += gradient.shape[0]
     if not rows:
         return None
     values, vectors = torch.linalg.eigh(energy)
     values, vectors = values.flip(0), vectors.flip(1)
-    edge = (math.sqrt(rows) + math.sqrt(inputs)) ** 2
+    edge = MARGIN * (math.sqrt(rows) + math.sqrt(inputs)) ** 2
     weights = (1 - edge / values.clamp_min(1e-30)).clamp(0, 1)
     return Directions(vectors.T.contiguous(), weights) if bool((weights > 0.5).any()) else None
-
-
-def _median(share: float, points: int = 2000) -> float:
-    """Median of the Marchenko-Pastur law for a matrix with sides in the ratio ``share`` <= 1."""
-    low, high = (1 - math.sqrt(share)) ** 2, (1 + math.sqrt(share)) ** 2
-    # x = low + (high - low) sin²: no square-root ends left to integrate over
-    angle = (torch.arange(points, dtype=torch.float64) + 0.5) * (math.pi / 2 / points)
-    x = low + (high - low) * angle.sin().pow(2)
-    mass = (angle.sin() * angle.cos()).pow(2) / x
-    return float(x[int(torch.searchsorted(mass.cumsum(0), mass.sum() / 2))])
 
 
 def likely(seen: Observation) -> Lists | None:
@@ -233,11 +230,16 @@ class _Embeddings:
             return [n for n in (rank, rank + 1, rank - 1, rank + 2) if first <= n <= self.width]
         closing = torch.tensor([self.frame.suffix[-1]], device=self.probe.device)
         states = self.states(torch.cat([closing, self.sample]), self.width).double()
-        misfit = self.finer(states.flatten(0, 1)).reshape(states.shape[:2])
-        ahead = misfit[0] - misfit[1:].min(dim=0).values
-        order = [place for place in (misfit[0] + 0.5 * ahead).argsort().tolist() if place + 1 > size]
-        sure = [place for place in order if float(misfit[0, place]) < SURE]
-        return [place + 1 for place in (sure[:1] if len(sure) == 1 else order[:LENGTHS])]
+        misfit = self.finer(states[0])
+        sure = [place for place in range(size, self.width) if float(misfit[place]) < SURE]
+        if len(sure) == 1:
+            return [sure[0] + 1]
+        if self.rate:
+            return [place + 1 for place in misfit.argsort().tolist() if place >= size][:LENGTHS]
+        share = self.common.outside(states).log()
+        against = (share[0] - share[1:].mean(dim=0)) / share[1:].std(dim=0)
+        place = share[0].argsort().argsort() + against.argsort().argsort()
+        return [n + 1 for n in place.argsort(stable=True).tolist() if n >= size][:LENGTHS]
 
     def _rate(self) -> float:
         """Dropout rate of the states, when dropout is the last thing that happened to them; else 0."""
