@@ -157,11 +157,36 @@ def _guarantee_facts(promise: Mapping[str, Any]) -> list[tuple[str, str]]:
     if bound:
         facts.append(
             (
-                "bound on exact recovery from one message",
+                f"bound on exact recovery from {_seen(promise)}",
                 f"{float(bound['success']):.3g} (where a guess succeeds with chance {float(bound['kappa']):.2g})",
             )
         )
     return facts
+
+
+def _seen(promise: Mapping[str, Any]) -> str:
+    messages = int(promise.get("seen", 1))
+    return "one message" if messages == 1 else f"{messages} messages of the same record"
+
+
+def _federation_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:
+    """What a federation's utility cells add: the global and the personal models, bytes, every client's epsilon."""
+    found = [record.result["federation"] for record in trained if record.result.get("federation")]
+    if not found:
+        return []
+
+    def mean(values: Sequence[float]) -> str:
+        return number(sum(values) / len(values), 3)
+
+    facts = [("global model, accuracy", mean([f["global"]["accuracy"] for f in found]))]
+    for key, words in (("mean", "clients' own models, mean accuracy"), ("worst_tenth", "worst tenth of the clients")):
+        facts.append((words, mean([f["personal"][key]["accuracy"] for f in found])))
+    first = found[0]
+    facts.append(("bytes of a message", f"{int(first['bytes_per_message']):,}"))
+    facts.append(("bytes sent in a round, in all", f"{int(first['bytes_per_round']):,}, {int(first['bytes']):,}"))
+    epsilons = [tuple(float(f["epsilon"][key]) for key in ("max", "median")) for f in found]
+    worst, median = (max(values) for values in zip(*epsilons, strict=True))
+    return [*facts, ("epsilon of the clients, worst and median", f"{number(worst, 3)}, {number(median, 3)}")]
 
 
 def _attack_rows(policy: str, metric: str, scores: Scores) -> list[AttackRow]:
@@ -233,4 +258,4 @@ def _utility_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:
     if first.get("clipped_fraction") is not None:
         shares = [float(record.result["clipped_fraction"]) for record in trained]
         facts.append(("examples clipped (private, not covered by epsilon)", number(sum(shares) / len(shares))))
-    return facts
+    return facts + _federation_facts(trained)

@@ -11,7 +11,7 @@ from dpguard.study.record import Cell, Leg
 
 if TYPE_CHECKING:
     from dpguard.policy.table import Policy
-    from dpguard.study.spec import Study
+    from dpguard.study.spec import Named, Study
 
 NEEDS = "needs"
 """Setting of a cell that starts from what another cell leaves: that cell's id."""
@@ -30,17 +30,15 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
             than one step of training; ``loc`` is in the study file.
     """
     examples = _examples(study, data)
-    guarantee = {**_exposure(study, examples), "delta": study.privacy.delta, "examples": examples}
 
     def cell(leg: Leg, index: int, settings: dict[str, Any], seed: int = 0) -> Cell:
         named = study.policies[index]
         return Cell(leg, named.label, named.table, model, data, settings, seed)
 
-    out = [cell("guarantee", index, guarantee) for index in range(len(study.policies))]
-    training = _training(study, examples)
-    attack = _attack(study, panel)
+    out = [cell("guarantee", index, _exposure(study, named, examples)) for index, named in enumerate(study.policies)]
     rounds: list[tuple[int, int, int, Cell]] = []
-    for index in range(len(study.policies)):
+    for index, named in enumerate(study.policies):
+        training, attack = _training(study, named, examples), _attack(study, named, panel)
         trained: dict[int, tuple[int, Cell]] = {}
         for turn, seed in enumerate(study.utility.seeds if study.utility else ()):
             trained[seed] = turn, cell("utility", index, training, seed)
@@ -105,37 +103,38 @@ def _schedule(study: Study, examples: int) -> tuple[float, int]:
     return sampling_rate, steps
 
 
-def _exposure(study: Study, examples: int) -> dict[str, Any]:
+def _exposure(study: Study, named: Named, examples: int) -> dict[str, Any]:
     """What a guarantee is asked about: the sampling and steps of one training, or the federation and its seeds."""
+    asked = {"delta": study.privacy.delta, "examples": examples}
     if study.federation is None or study.utility is None:
         sampling_rate, steps = _schedule(study, examples)
-        return {"sampling_rate": sampling_rate, "steps": steps}
-    observed = len(study.federation.observe)
-    return {"federation": _federation(study), "seeds": list(study.utility.seeds), "messages": max(1, observed)}
+        return {"sampling_rate": sampling_rate, "steps": steps, **asked}
+    seen = {"seeds": list(study.utility.seeds), "messages": max(1, len(study.federation.observe))}
+    return {**_federation(study, named), **seen, **asked}
 
 
-def _federation(study: Study) -> dict[str, Any]:
-    """All of it but which rounds are looked at: that changes no training."""
-    return study.federation.model_dump(mode="json", exclude={"observe"}) if study.federation else {}
+def _federation(study: Study, named: Named) -> dict[str, Any]:
+    """The policy's federation, without the rounds that are looked at: they change no training."""
+    found = study.federation_of(named)
+    return {} if found is None else {"federation": found.model_dump(mode="json", exclude={"observe"})}
 
 
-def _training(study: Study, examples: int) -> dict[str, Any]:
+def _training(study: Study, named: Named, examples: int) -> dict[str, Any]:
     if study.utility is None:
         return {}
     if study.federation is not None:
-        return {"federation": _federation(study), "train_examples": examples, "delta": study.privacy.delta}
+        return {**_federation(study, named), "train_examples": examples, "delta": study.privacy.delta}
     kept = study.utility.model_dump(mode="json", include={"epochs", "batch_size", "learning_rate", "optimizer"})
     return {**kept, "train_examples": examples}
 
 
-def _attack(study: Study, panel: dict[str, Any] | None) -> dict[str, Any]:
+def _attack(study: Study, named: Named, panel: dict[str, Any] | None) -> dict[str, Any]:
     if study.leakage is None:
         return {}
     kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "threat"})
     asked = study.leakage.attacks
-    if study.federation is not None:
-        kept["federation"] = _federation(study)
-    return {**kept, "panel": panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}}
+    attacker = panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}
+    return {**kept, **_federation(study, named), "panel": attacker}
 
 
 def describe(cell: Cell) -> str:

@@ -30,7 +30,7 @@ from dpguard.policy.guarantee import Guarantee
 from dpguard.policy.table import Plan, Policy
 from dpguard.study import federated
 from dpguard.study.cache import Cache
-from dpguard.study.record import Cell, Record, TextRow
+from dpguard.study.record import Cell, Record, TextRow, canonical
 
 Result = tuple[dict[str, Any], list[TextRow]]
 KAPPAS = (1e-4, 0.01)
@@ -161,12 +161,16 @@ def check_split(cells: Sequence[Cell], corpus: Corpus) -> None:
     Raises:
         UserError: see `split.split`; ``loc`` is in the federation's settings.
     """
-    cell = next((cell for cell in cells if cell.leg == "guarantee" and "federation" in cell.settings), None)
-    if cell is not None:
-        try:
-            federated.Rehearsal.of(cell, corpus)
-        except UserError as error:
-            raise UserError(f"federation.{error.sentence}", loc=error.loc) from None
+    checked = set()
+    for cell in cells:
+        if cell.leg == "guarantee" and "federation" in cell.settings:
+            key = canonical([cell.settings["federation"]["clients"], cell.settings["federation"]["split"]])
+            try:
+                if key not in checked:
+                    federated.Rehearsal.of(cell, corpus)
+                checked.add(key)
+            except UserError as error:
+                raise UserError(f"federation.{error.sentence}", loc=error.loc) from None
 
 
 def _refuse(plan: Plan, settings: Settings) -> None:

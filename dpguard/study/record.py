@@ -76,14 +76,19 @@ class Record:
         "reasons" (list, why epsilon is inf), "bound" ({"kappa", "success"} or None), "shared_fraction",
         "kappa" (metric -> {"value", "upper", "texts", "bound"}: what a guess scores without the message, and
         the most that one message can raise it to, None without a guarantee),
+        "seen" and "federation" (with a federation: messages of one record that the bounds are about, the settings,
+        and "worst": whose guarantee it is),
         "table" (list of {"parameters", "share", "train", "clip", "noise", "std", "release"} for print)}
-    leakage: {"at": "start"|"end", "scores": [{"target": int, "attack": "span",
+    leakage: {"at": "start"|"end"|"rounds", "scores": [{"target": int, "attack": "span",
         "metrics": {"rouge1","rouge2","rougeL","exact_match","token_recall","entity_recall"(or None)},
         "certain": bool, "inherited": bool (a cheaper attack was certain, this one did not run),
         "seconds", "steps", "candidates"}], "skipped": {attack: reason},
         "defence": {"clip": {...}, "noise": {...}}, "shared_fraction"}
     utility: {"metrics": {"accuracy","mcc","f1","loss"}, "predictions": [int], "labels": [int],
-        "steps", "sampling_rate", "clipped_fraction" or None, "train_seconds"}
+        "steps", "sampling_rate", "clipped_fraction" or None, "train_seconds"}; with a federation "predictions" are
+        of each text's owner's model, "steps" are rounds, "sampling_rate" the share of clients in one, and
+        "federation" holds {"global" (scores), "personal" ({"mean", "worst_tenth", "clients"}), "bytes_per_message",
+        "bytes_per_round", "bytes", "epsilon" ({"max", "median"} over clients), "texts", "rounds" (by client)}
 
     ``provenance``: versions, device, seconds, peak_mb, started; it never enters a figure or an id.
     """

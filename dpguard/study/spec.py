@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from dpguard.documents import Document, Loc
 from dpguard.errors import UserError
@@ -19,6 +21,9 @@ from dpguard.study import grid
 from dpguard.study.record import Cell, canonical
 from dpguard.study.sections import CEILING, Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
 
+SHARED = ("split", "split_seed", "observe")
+"""What a policy cannot set for itself of the study's federation."""
+
 
 @dataclass(frozen=True)
 class Named:
@@ -29,12 +34,14 @@ class Named:
         policy: the table.
         document: the file that holds it: the study's, or the policy's own.
         loc: where in that file.
+        federation: what it sets of the study's federation for itself, such as ``{view: aggregate}``.
     """
 
     label: str
     policy: Policy
     document: Document
     loc: Loc
+    federation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -135,6 +142,12 @@ class Study:
         """What a federation takes the place of is not set beside it, and what needs one has one."""
         rounds = self.leakage is not None and "rounds" in self.leakage.at
         if self.federation is None:
+            own = next((named for named in self.policies if named.federation), None)
+            if own is not None:
+                raise UserError(
+                    f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study",
+                    loc=(*own.loc, "federation"),
+                )
             if rounds:
                 raise UserError(
                     "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
@@ -145,6 +158,16 @@ class Study:
             Settings.of(self.federation.model_dump())
         except UserError as error:
             raise UserError(f"federation.{error.sentence}", loc=("federation", *error.loc)) from None
+        same: dict[str, Named] = {}
+        for named in self.policies:
+            found = self.federation_of(named)
+            twin = same.setdefault(canonical([named.table, found and found.model_dump(mode="json")]), named)
+            if twin is not named:
+                raise UserError(
+                    f"policies {twin.label!r} and {named.label!r} are the same table in the same federation, expected "
+                    "each one once",
+                    loc=named.loc,
+                )
         if rounds != bool(self.federation.observe):
             missing, where = ("observe: [1, 2]", "leakage") if rounds else ("leakage.at: rounds", "federation")
             key = "at" if rounds else "observe"
@@ -165,6 +188,29 @@ class Study:
                         f"leakage.threat.{name}: the message is the federation's, expected none beside a federation",
                         loc=("leakage", "threat", name),
                     )
+
+    def federation_of(self, named: Named) -> Federation | None:
+        """The federation of one policy: the study's, with what the policy sets for itself.
+
+        Raises:
+            UserError: a setting that cannot be meant, with its place.
+        """
+        if self.federation is None or not named.federation:
+            return self.federation
+        loc = (*named.loc, "federation")
+        for name in named.federation:
+            if name in SHARED:
+                raise UserError(
+                    f"federation.{name}: one for all policies, expected it in the study's federation", loc=(*loc, name)
+                )
+        try:
+            found = Federation.model_validate({**self.federation.model_dump(exclude_unset=True), **named.federation})
+            Settings.of(found.model_dump())
+        except ValidationError as error:
+            raise self.document.explained(error, Federation, loc) from None
+        except UserError as error:
+            raise UserError(f"federation.{error.sentence}", loc=(*loc, *error.loc)) from None
+        return found
 
     @property
     def owner_column(self) -> str | None:
@@ -244,12 +290,12 @@ def _policies(document: Document) -> tuple[Named, ...]:
         with named.document.locating(*named.loc):
             if named.label in labels:
                 raise UserError(f"two policies are called {named.label!r}, expected a name of its own for each")
-            twin = tables.get(canonical(named.table))
+            twin = tables.get(canonical([named.table, dict(named.federation)]))
             if twin is not None:
                 raise UserError(
                     f"policies {twin.label!r} and {named.label!r} are the same table, expected each one once"
                 )
-        labels[named.label] = tables[canonical(named.table)] = named
+        labels[named.label] = tables[canonical([named.table, dict(named.federation)])] = named
     return tuple(found)
 
 
@@ -266,5 +312,11 @@ def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
         raise UserError(
             f"policy {name!r} is {entry!r}, expected {{rows: [...]}}, a ready-made policy's name or a policy file"
         )
+    own = entry.get("federation", {})
     with document.locating(*loc):
-        return [Named(label, policy, document, loc) for label, policy in expand(name, entry)]
+        if not isinstance(own, dict):
+            raise UserError(
+                f"federation is {own!r}, expected a mapping such as {{view: aggregate}}", loc=("federation",)
+            )
+        table = {key: value for key, value in entry.items() if key != "federation"}
+        return [Named(label, policy, document, loc, own) for label, policy in expand(name, table)]

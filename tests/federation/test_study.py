@@ -125,6 +125,42 @@ def test_what_is_observed_changes_no_training_cell(tmp_path):
     assert ids.isdisjoint(cell.id for cell in other.cells)
 
 
+def own(more):
+    return (
+        "name: s\nmodel: demo\ndata: demo\npolicies:\n"
+        "  one: {rows: [{layers: all, clip: 1, noise: 2}]}\n"
+        f"  two: {{rows: [{{layers: all, clip: 1, noise: 2}}], federation: {more}}}\n"
+    )
+
+
+def test_a_policy_may_have_a_federation_of_its_own(tmp_path):
+    (tmp_path / "s.yaml").write_text(own("{view: aggregate, server: fedadam}") + FED)
+    planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path, epsilons=True)
+    views = {c.policy: c.settings["federation"]["view"] for c in planned.cells}
+    assert views == {"none": "client", "one": "client", "two": "aggregate"}
+    assert planned.epsilons["one"] == planned.epsilons["two"] < math.inf
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("{vew: aggregate}", "s.yaml:6:64: policies.two.federation.vew: unknown key; did you mean 'view'?"),
+        ("{view: agregate}", "unknown value 'agregate'; did you mean 'aggregate'?"),
+        ("{per_round: 9}", "federation.per_round: 9 is more than the 4 clients, expected at most 4"),
+        ("{split: iid}", "federation.split: one for all policies"),
+        ("{view: client}", "are the same table in the same federation"),
+        ("aggregate", "federation is 'aggregate', expected a mapping"),
+    ],
+)
+def test_a_policys_own_federation_is_checked(more, sentence):
+    with pytest.raises(UserError) as caught:
+        Study.read(Document.parse(own(more) + FED, "s.yaml"))
+    assert str(caught.value).startswith("s.yaml:6:")
+    assert sentence in str(caught.value)
+    with pytest.raises(UserError, match=r"expected a 'federation' section of the study|expected a mapping"):
+        Study.read(Document.parse(own(more) + "utility: {}\n", "s.yaml"))
+
+
 RUN = """\
 federation: {clients: 4, per_round: 2, rounds: 2, local_steps: 2, batch_size: 4, VIEW observe: [1, 2]}
 leakage: {panel: panel-0, attacks: [rows], targets: 2, at: [start, end, rounds]}
