@@ -27,10 +27,15 @@ PACKAGE = "dpguard.attacks"
 FLOOR = "prior"
 
 PANELS: dict[str, tuple[str, ...]] = {
-    "panel-0": ("prior", "rows", "span", "match:demo"),
-    "demo": ("prior", "rows", "span", "match:demo"),
+    "panel-1": ("prior", "rows", "span", "match", "likelihood", "combined"),
+    "demo": ("prior", "rows", "span", "match:demo", "combined"),
 }
-"""Panel -> attacks, cheapest first, each a name or ``name:preset``. ``demo`` is what the bundled study runs."""
+"""Panel -> attacks, cheapest first, each a name or ``name:preset``. A stronger panel is a new name.
+
+``demo`` is what the bundled study runs: the same attacks as far as seconds allow.
+"""
+LATEST = "panel-1"
+"""The panel of a look and of a study that names none."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
 
     Args:
         seen: what the adversary holds.
-        names: attacks in order, e.g. ``PANELS["panel-0"]``.
+        names: attacks in order, e.g. ``PANELS["panel-1"]``.
         seed: of every attack's draws.
 
     Raises:

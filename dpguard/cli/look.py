@@ -12,7 +12,7 @@ from rapidfuzz.distance import Opcodes
 from rapidfuzz.distance.Levenshtein import opcodes
 from rich.text import Text
 
-from dpguard.attacks.panel import PANELS
+from dpguard.attacks.panel import LATEST, PANELS
 from dpguard.cli.console import console, table
 from dpguard.cli.progress import bar
 from dpguard.errors import UserError
@@ -55,7 +55,7 @@ def attack_once(
         )
     messages = leakage.pick_targets(corpus, targets=targets, batch_size=texts_each, seed=seed)
     texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
-    names = list(attacks) if attacks else [name for name in PANELS["panel-0"] if name != "prior"]
+    names = list(attacks) if attacks else [name for name in PANELS[LATEST] if name != "prior"]
     found = []
     for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
         started = time.perf_counter()

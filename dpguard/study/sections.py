@@ -156,7 +156,7 @@ class Leakage(Section):
         threat: what the server knows, and what the message is.
     """
 
-    panel: Text = Field(default="panel-0", description="the name of a panel, such as panel-0")
+    panel: Text = Field(default="panel-1", description="the name of a panel, such as panel-1")
     metric: LeakageMetric = Field(default="rougeL", description="a leakage metric such as rougeL")
     targets: Count = Field(default=20, description=_COUNT)
     batch_size: Count = Field(default=1, description=_COUNT)

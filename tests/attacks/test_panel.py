@@ -159,8 +159,8 @@ def test_the_sources_of_match_are_all_its_parts() -> None:
 
 
 def test_an_unknown_panel_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'panel-0'"):
-        panel.panel_hash("panel-00")
+    with pytest.raises(UserError, match="did you mean 'panel-1'"):
+        panel.panel_hash("panel-11")
 
 
 def test_listing_attacks_and_hashing_panels_imports_no_torch() -> None:

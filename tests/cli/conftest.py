@@ -20,7 +20,7 @@ policies:
     sweep: {{noise: [0.5]}}
     rows:
       - {{layers: all, clip: 1.0, noise: $noise}}
-leakage: {{panel: panel-0, targets: 2, attacks: [rows]}}
+leakage: {{panel: panel-1, targets: 2, attacks: [rows]}}
 utility: {{epochs: 1, batch_size: 8}}
 privacy: {{delta: 1.0e-3}}
 """

@@ -41,7 +41,7 @@ def one_sentence(result, *parts):
         ("delta: 1.0e-3", "delta: 0.5", 12, "expected at most 1/54"),
         ("texts.jsonl", "txts.jsonl", 4, "did you mean 'texts.jsonl'?"),
         ("/model\n", "/nowhere\n", 2, "no model folder"),
-        ("panel-0", "panel-9", 10, "did you mean 'panel-0'?"),
+        ("panel-1", "panel-9", 10, "did you mean 'panel-1'?"),
         ("attacks: [rows]", "attacks: [row]", 10, "did you mean 'rows'?"),
         ("  path:", "  label: lable\n  path:", 0, "no column 'lable'; did you mean 'label'?"),
     ],

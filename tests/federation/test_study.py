@@ -9,6 +9,7 @@ import pytest
 from dpguard.cli.studies import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
+from dpguard.policy.gaussian import success_bound
 from dpguard.study import legs
 from dpguard.study.federated import weights_file
 from dpguard.study.spec import Study
@@ -163,7 +164,7 @@ def test_a_policys_own_federation_is_checked(more, sentence):
 
 RUN = """\
 federation: {clients: 4, per_round: 2, rounds: 2, local_steps: 2, batch_size: 4, VIEW observe: [1, 2]}
-leakage: {panel: panel-0, attacks: [rows], targets: 2, at: [start, end, rounds]}
+leakage: {panel: panel-1, attacks: [rows], targets: 2, at: [start, end, rounds]}
 utility: {train_examples: 48}
 """
 
@@ -197,6 +198,11 @@ def test_a_study_runs_and_its_records_say_what_happened(tmp_path, view):
     words = promise["statement"]
     assert ("secure aggregation is assumed" in words) == (view == "aggregate")
     assert "worst of 4 clients" in words
+    # two messages of two noised steps each: mu = 2 / sigma_eff
+    bound = success_bound(0.01, 2 / promise["sigma_eff"])
+    assert promise["bound"]["success"] == pytest.approx(bound)
+    assert "2 messages of the same record, 4 noised steps in all: the chance of recovering it is at most" in words
+    assert f"{bound:.3g} where it is 0.01 without them." in words
     # a file of weights that is gone is made again, the same
     cell = next(c for c in planned.cells if c.settings.get("at") == "rounds" and c.policy == "home")
     weights_file(tmp_path, cell.settings["needs"], 2).unlink()

@@ -109,7 +109,7 @@ def test_model_data_and_panel_are_part_of_an_id(kit):
     ids = {cell.id for cell in study.cells(kit.model, kit.data)}
     assert not ids & {cell.id for cell in study.cells({**kit.model, "hash": "x"}, kit.data)}
     assert not ids & {cell.id for cell in study.cells(kit.model, {**kit.data, "hash": "x"})}
-    panel = {"name": "panel-0", "hash": "x", "attacks": ["prior"]}
+    panel = {"name": "panel-1", "hash": "x", "attacks": ["prior"]}
     cells = study.cells(kit.model, kit.data, panel)
     assert all(cell.settings["panel"] == panel for cell in cells if cell.leg == "leakage")
     changed = {cell.id for cell in study.cells(kit.model, kit.data, {**panel, "hash": "y"})}
