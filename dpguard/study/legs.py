@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpguard.engine.accounting import guarantee
 from dpguard.engine.client import Client
 from dpguard.errors import UserError
 from dpguard.federation import views
+from dpguard.federation.leak import record_bound
 from dpguard.federation.settings import Settings
 from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
@@ -144,7 +146,11 @@ def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, d
     promise = federated.promise(cell, plan, corpus)
     seen = given["messages"] * views.messages_a_round(plan, settings)
     worst = {"client": promise.client, "rounds": promise.rounds, "texts": promise.examples}
-    return promise.guarantee, seen, {"seen": given["messages"], "federation": {"worst": worst, **given["federation"]}}
+    found = promise.guarantee
+    if given["messages"] > 1:
+        several = record_bound(found, plan, settings, given["messages"], KAPPAS)
+        found = replace(found, statement=f"{found.statement} {several}")
+    return found, seen, {"seen": given["messages"], "federation": {"worst": worst, **given["federation"]}}
 
 
 def epsilon(cell: Cell, plan: Plan, corpus: Corpus) -> float:
