@@ -121,7 +121,7 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def first_weights(model: LoadedModel) -> dict[str, Tensor]:
-    """Every parameter, tied ones once: what a server begins with and sends."""
+    """Every parameter as it is now, tied ones once: what a server begins with and sends."""
     return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
 
