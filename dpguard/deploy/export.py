@@ -83,8 +83,10 @@ def export(
     made.write(folder)
     golden.make(made).write(folder)
     card.write(card.make(result, made, decision), folder)
-    deal = bool(result.spec.get("federation"))
-    fill(to, folder, made, plugin.values(made) | {"DEAL": str(deal).lower(), "DEAL_PYTHON": str(deal)})
+    federation = result.spec.get("federation") or {}
+    deal, clients = bool(federation), federation.get("per_round", 2)
+    told = {"DEAL": str(deal).lower(), "DEAL_PYTHON": str(deal), "CLIENTS": str(clients)}
+    fill(to, folder, made, plugin.values(made) | told)
     return Exported(folder, made, decision, tuple(_warnings(made, decision)))
 
 
@@ -135,7 +137,8 @@ def _form(
 ) -> tuple[MessageForm, tuple[dict[str, Any], ...]]:
     """How messages were made: as the federation says, else as the training and the threat model do."""
     settings = claim.cell.settings
-    examples = round(settings.get("examples", claim.cell.data["train"]))
+    worst = (claim.result.get("federation") or {}).get("worst") or {}
+    examples = round(worst.get("texts", settings.get("examples", claim.cell.data["train"])))
     rate = float(claim.result.get("sampling_rate", settings.get("sampling_rate", 1.0)))
     if "federation" in settings:
         return _federated(Settings.of(settings["federation"]), rate, examples, rows, loaded)

@@ -169,7 +169,7 @@ class Site:
         message = self.rehearsal.message
         made = gate.outgoing(
             update, self.plan, content=self.content, batch_size=message.batch_size, generator=self._generator,
-            base=base, examples=message.examples, mask_seed=round_number, dtype=self.rehearsal.model.dtype,
+            base=base, examples=form.examples, mask_seed=round_number, dtype=self.rehearsal.model.dtype,
         )  # fmt: skip
         personal = self._step_at_home(made.home)
         number = self.ledger.next_number(RUN)

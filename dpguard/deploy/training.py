@@ -101,7 +101,7 @@ def local_update(
         training=LocalTraining(meant.optimizer, meant.learning_rate, meant.momentum),
     )  # fmt: skip
     own = site.personal() or _now(model.module, site.plan.withheld)
-    form = replace(meant, sampling_rate=rate)
+    form = replace(meant, sampling_rate=rate, examples=len(texts))
     if site.content == "clipped":
         site.keep_personal(own)
         with at_home(model.module, own):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpguard.engine.local import LocalState
+from dpguard.engine.update import Update
 from dpguard.federation import bytes as wire_bytes
 from dpguard.federation import views
 from dpguard.federation.server import ServerState, server_step
@@ -24,6 +25,7 @@ from dpguard.policy.table import Plan
 
 Weights = dict[str, Tensor]
 OnRound = Callable[[int, int], None]
+Perform = Callable[[int, tuple[int, ...], Mapping[str, Tensor]], list[Update]]
 OnWeights = Callable[[int, Mapping[str, Tensor], Sequence[LocalState]], None]
 
 
@@ -64,6 +66,7 @@ def run(
     delta: float = 1e-5,
     on_round: OnRound = lambda done, total: None,
     on_weights: OnWeights = lambda round_, weights, states: None,
+    perform: Perform | None = None,
 ) -> Run:
     """Train ``model`` in place, round by round.
 
@@ -79,6 +82,8 @@ def run(
         on_round: called with (rounds done, rounds in all).
         on_weights: called before every round with its number, the global weights that its clients start from, and what
             every client has at home by then.
+        perform: (round, its clients, global weights) -> their messages in that order, from wherever the clients are;
+            None = here. ``states`` then stay empty: what is at home stays there.
 
     Raises:
         UserError: see `views.check`.
@@ -93,26 +98,27 @@ def run(
     texts = [[train[i] for i in part] for part in parts]
     taken, sent, memory = [0] * settings.clients, [], ServerState()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def enter(client: int) -> None:
+        ledgers[client].spend(mechanisms[client], ("rounds", taken[client] * spent + 1), count=spent)
+        taken[client] += 1
+
+    def here(round_: int, client: int) -> Update:
+        enter(client)
+        return one_client_round(
+            model, own, texts[client], settings,
+            tokenizer=tokenizer, seed=seed, client=client, round_=round_, state=states[client],
+        )  # fmt: skip
+
     for round_ in range(1, settings.rounds + 1):
         on_weights(round_, weights, states)
         chosen = who_takes_part(seed, round_, clients=settings.clients, per_round=settings.per_round)
-        updates = []
-        for client in chosen:
-            ledgers[client].spend(mechanisms[client], ("rounds", taken[client] * spent + 1), count=spent)
-            taken[client] += 1
-            updates.append(
-                one_client_round(
-                    model,
-                    own,
-                    texts[client],
-                    settings,
-                    tokenizer=tokenizer,
-                    seed=seed,
-                    client=client,
-                    round_=round_,
-                    state=states[client],
-                )
-            )
+        if perform is None:
+            updates = [here(round_, client) for client in chosen]
+        else:
+            for client in chosen:
+                enter(client)
+            updates = perform(round_, chosen, weights)
         sent.append(sum(wire_bytes.message_bytes(update.tensors, own) for update in updates))
         sizes = [len(parts[client]) for client in chosen] if settings.weights == "size" else None
         weights = server_step(weights, updates, settings, memory, sizes=sizes)

@@ -67,11 +67,14 @@ def simulate(
         with subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as run:
+            said = ""
             for line in run.stdout or ():
                 say(line.rstrip("\n"))
+                said = line.strip() if "Error" in line or "Unable" in line else said
         status = _status(environment) if run.returncode == 0 else f"flwr run ended with exit status {run.returncode}"
         if status != "finished:completed":
-            raise UserError(f"the simulation did not end well ({status}); expected a completed run, see what it logged")
+            why = f"{status}; {said}" if said else status
+            raise UserError(f"the simulation did not end well ({why}); expected a completed run")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""The federation on Flower: same seeds, same split, same global weights as the embedded engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpguard.errors import UserError
+from dpguard.federation import flower, rounds
+from dpguard.federation.settings import Settings
+from dpguard.federation.split import split
+from dpguard.federation.superlink import simulate
+from dpguard.inputs import models
+from dpguard.inputs.family import slots
+from dpguard.inputs.texts import Example
+from dpguard.policy.table import Policy
+from tests import tiny
+
+
+def home(folder):
+    tiny.module("bert", width=16, blocks=2).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    return models.load(str(folder / "model"), labels=2, seed=0)
+
+
+TEXTS = [Example(" ".join(tiny.WORDS[(3 * i + k) % 60] for k in range(3 + i % 5)), i % 2) for i in range(24)]
+
+
+def test_without_flower_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpguard.federation.superlink.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"dpguard\[flower\]"):
+        simulate(tmp_path, nodes=2)
+
+
+def test_a_superlink_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("flwr", reason="the [flower] extra is not installed")
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.setattr("dpguard.federation.superlink._tool", lambda name: "false")
+    with pytest.raises(UserError, match="does not answer"):
+        simulate(tmp_path, nodes=2)
+    with pytest.raises(UserError, match="no Flower app"):
+        simulate(tmp_path / "nowhere", nodes=2)
+
+
+@pytest.mark.slow
+def test_flower_and_the_embedded_engine_give_the_same_global_weights(tmp_path):
+    """Without noise to 1e-5; with an update clip, a withheld layer and kept moments of local momentum."""
+    pytest.importorskip("ray", reason="the [flower] extra is not installed")
+    settings = Settings(
+        clients=3, per_round=2, rounds=3, local_steps=2, batch_size=4, learning_rate=0.05,
+        momentum=0.5, keep_state=True,
+    )  # fmt: skip
+    rows = [{"layers": "all", "clip": 1.0}, {"layers": "pooler", "share": False}]
+    first, second = home(tmp_path), home(tmp_path)
+    plan = Policy(rows).plan(slots(first.module))
+    parts, _ = split(TEXTS, (), settings)
+    seen = {}
+    run = rounds.run(
+        first.module, first.tokenizer, TEXTS, parts, plan, settings, seed=1, delta=1e-3,
+        on_weights=lambda r, w, s: seen.update({r: {n: v.clone() for n, v in w.items()}}),
+    )  # fmt: skip
+    kept, lines = {}, []
+    other = flower.run(
+        second, TEXTS, parts, plan, settings, labels=2, seed=1, delta=1e-3, keep=[2],
+        on_weights=lambda r, w, s: kept.update({r: w}), say=lines.append,
+    )  # fmt: skip
+    assert lines, "what Flower logs is handed on"
+    assert run.weights.keys() == other.weights.keys()
+    for name, value in run.weights.items():
+        assert float((value - other.weights[name]).abs().max()) <= 1e-5, name
+    assert any(not torch.equal(seen[1][n], v) for n, v in run.weights.items()), "something was trained"
+    assert all(torch.allclose(kept[2][n], v, atol=1e-5) for n, v in seen[2].items())
+    assert (run.taken, run.bytes) == (other.taken, other.bytes)
+    assert [ledger.messages for ledger in run.ledgers] == [ledger.messages for ledger in other.ledgers]
+    for one, two in zip(run.states, other.states, strict=True):
+        assert one.personal.keys() == two.personal.keys()
+        assert all(torch.allclose(v, two.personal[n], atol=1e-5) for n, v in one.personal.items())
