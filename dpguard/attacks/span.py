@@ -3,7 +3,7 @@
 The gradient of a linear layer has the span of the layer's inputs as its row space (arXiv 2405.15586 uses
 that for the first two layers). Batches are read whole: encoders from the first block (`span_batch`), decoders
 prefix by prefix, one text or many (`span_tree`; last tokens under a next-token loss by `span_last`, the first
-block's values of rotary decoders by `span_order`).
+block's values of rotary decoders by `span_order`, batches from a first block's fused qkv by `span_pairs`).
 
 One text needs one weight of any inner block, and neither its label nor its length: the rank gives the length; a
 linear picture of the layer's inputs (`span_picture`) guesses token and position without a search; a discrete
@@ -37,6 +37,7 @@ from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
 from dpguard.attacks.span_last import with_last_tokens
 from dpguard.attacks.span_middle import MiddleReader, middle_reason
 from dpguard.attacks.span_order import read_order
+from dpguard.attacks.span_pairs import PairReader, pairs_site
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
@@ -113,9 +114,9 @@ class Span:
             return f"needs a gradient or a change of weights, the message is {told.kind!r}"
         if told.sequences != 1:
             with left_as_found(seen.model):
-                causal = Probe(seen.model).family.causal
-                if causal:
-                    return tree_sites(seen, sites_of(seen.model))[1]
+                probe, sites = Probe(seen.model), sites_of(seen.model)
+                if probe.family.causal:
+                    return "" if pairs_site(seen, probe, sites) else tree_sites(seen, sites)[1]
                 reason = batch_reason(seen)
                 return reason and _or_middle(reason, middle_reason(seen))
         return usable(seen, sites_of(seen.model))[1]
@@ -127,7 +128,10 @@ class Span:
         budget = choose(self.name, self.presets, preset, budget)[1]
         with left_as_found(seen.model):
             case = _case(seen, rng, budget)
-            if case.probe.family.causal and (seen.disclosed.sequences != 1 or not tree_sites(seen, case.sites)[1]):
+            contextual = case.probe.family.causal and not tree_sites(seen, case.sites)[1]
+            if case.probe.family.causal and seen.disclosed.sequences != 1 and not contextual:
+                return PairReader(seen, case.probe, case.sites, case.tokens, case.frame).read()
+            if contextual:
                 found = TreeReader(seen, case.probe, case.sites, case.tokens, case.frame, budget, rng).read()
                 if seen.disclosed.sequences != 1 or any(found.certain):
                     return found

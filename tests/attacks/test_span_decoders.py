@@ -221,3 +221,73 @@ def test_what_is_certain_is_right_where_texts_hide_one_another(family: str) -> N
             sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
             assert all(ids in true for ids in sure)
             assert found.sequences
+
+
+BATCH = (TEXTS[0], TEXTS[2], "no pain no help yet", "the bank got the money soon", "the card got lost")
+"""Words that occur twice in a text, and at the same places of several; each has one that no other has."""
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
+def test_a_batch_from_the_first_blocks_qkv(family: str, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if trained:  # gains, and biases of the layers that start with none
+        monkeypatch.setattr(tiny, "loaded", _with_biases(tiny.loaded))
+    seen, true = _seen(family, "block[0].attention.qkv.weight", BATCH, told=False)
+    assert span.PLUGIN.applicable(seen) == ""
+    found = _run(seen)
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True] * len(true)
+    assert found.notes["unexplained"] == 0
+    again = _run(seen, seed=1)
+    assert again.sequences == found.sequences
+    for spoil in (messages.shuffled, messages.noise):
+        assert not any(_run(spoil(seen, seed=0)).certain)
+
+
+def _with_biases(loaded):
+    def made(family: str, **options):
+        model = loaded(family, **options)
+        source = torch.Generator().manual_seed(3)
+        for parameter in model.module.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=source))
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
+def test_a_text_without_a_word_of_its_own_is_missed_and_said_so(family: str) -> None:
+    hidden = "please call her about the card today"
+    seen, true = _seen(family, "block[0].attention.qkv.weight", (*BATCH, hidden))
+    found = _run(seen)
+    sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
+    assert all(ids in true for ids in sure)
+    assert true[-1] not in found.sequences
+    assert len(found.sequences) == len(BATCH)
+    assert found.notes["unexplained"] > 0
+
+
+def test_the_first_blocks_qkv_under_noise_says_why() -> None:
+    seen, _ = _seen("gpt2", "block[0].attention.qkv.weight", BATCH)
+    rounded = replace(seen, message={name: value.bfloat16().float() for name, value in seen.message.items()})
+    found = _run(rounded)
+    assert found.sequences == []
+    assert "rounding" in found.notes["reason"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
+def test_what_the_first_blocks_qkv_proves_is_right_where_texts_hide_one_another(family: str) -> None:
+    for texts in (
+        ("please call her", "please call her today"),
+        ("no pain", "no pain"),
+        ("no", "please call her"),
+        ("no no", "no"),
+        ("no no no pain", "no pain"),
+        ("card lost", "lost money soon", "money card"),
+        ("pain in arm today", "in arm today pain", "arm pain in"),
+    ):
+        seen, true = _seen(family, "block[0].attention.qkv.weight", texts)
+        found = _run(seen)
+        sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
+        assert all(ids in true for ids in sure)
