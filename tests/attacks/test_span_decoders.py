@@ -258,7 +258,7 @@ def _with_biases(loaded):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
 def test_a_text_without_a_word_of_its_own_is_missed_and_said_so(family: str) -> None:
-    hidden = "please call her about the card today"
+    hidden = "bank got her no help"
     seen, true = _seen(family, "block[0].attention.qkv.weight", (*BATCH, hidden))
     found = _run(seen)
     sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
