@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpguard.cli.studies import plan_study
+from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.federation import flower, rounds
 from dpguard.federation.settings import Settings
@@ -14,6 +16,8 @@ from dpguard.inputs import models
 from dpguard.inputs.family import slots
 from dpguard.inputs.texts import Example
 from dpguard.policy.table import Policy
+from dpguard.study import legs
+from dpguard.study.spec import Study
 from tests import tiny
 
 
@@ -75,3 +79,42 @@ def test_flower_and_the_embedded_engine_give_the_same_global_weights(tmp_path):
     for one, two in zip(run.states, other.states, strict=True):
         assert one.personal.keys() == two.personal.keys()
         assert all(torch.allclose(v, two.personal[n], atol=1e-5) for n, v in one.personal.items())
+
+
+STUDY = """\
+name: fed
+model: demo
+data: demo
+policies: {mine: {rows: [{layers: all, clip: 1.0}]}}
+federation: {clients: 2, per_round: 2, rounds: 2, batch_size: 8, engine: ENGINE}
+"""
+
+
+def planned(engine, folder):
+    return plan_study(Study.read(Document.parse(STUDY.replace("ENGINE", engine), "s.yaml")), folder)
+
+
+def test_the_engine_is_no_part_of_a_cells_identity_and_a_missing_extra_shows_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpguard.cli.studies.importlib.util.find_spec", lambda name: object())
+    one, two = planned("embedded", tmp_path), planned("flower", tmp_path)
+    assert [cell.id for cell in one.cells] == [cell.id for cell in two.cells]
+    assert (one.context["engine"], two.context["engine"]) == ("embedded", "flower")
+    monkeypatch.setattr("dpguard.cli.studies.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"s.yaml:5:\d+: Flower is not installed"):
+        planned("flower", tmp_path)
+    with pytest.raises(UserError, match="did you mean 'flower'"):
+        planned("flowr", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_study_on_flower_records_what_the_embedded_engine_records(tmp_path):
+    pytest.importorskip("ray", reason="the [flower] extra is not installed")
+    found = []
+    for engine in ("embedded", "flower"):
+        ready = planned(engine, tmp_path)
+        cell = next(c for c in ready.cells if c.leg == "utility" and c.policy == "mine")
+        found.append(legs.execute(cell, ready.context)[0].result)
+    one, two = found
+    assert one["predictions"] == two["predictions"]
+    assert one["federation"]["bytes"] == two["federation"]["bytes"]
+    assert one["federation"]["rounds"] == two["federation"]["rounds"]
