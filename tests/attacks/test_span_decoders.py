@@ -127,6 +127,16 @@ def test_the_first_blocks_values_give_a_bag_and_the_gradient_its_order(text: str
     assert few.certain == [False]
 
 
+@pytest.mark.parametrize("text", ["no pain no", "please no pain in no arm"])
+def test_words_that_occur_twice_in_a_bag(text: str) -> None:
+    """The bag has each once: the gradient says how often, and where."""
+    seen, true = _seen("llama", "block[0].attention.value.weight", (text,))
+    found = _run(seen)
+    assert found.sequences == [true[0]]
+    assert found.notes["rank"] == len(set(true[0])) < len(true[0])
+    assert found.certain == [True]
+
+
 def test_a_text_that_another_one_goes_on_from() -> None:
     """It leaves no trace of its own under classification."""
     seen, true = _seen("gpt2", "block[1].mlp.in.weight", ("please call her", "please call her today"))
