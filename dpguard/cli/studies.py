@@ -117,9 +117,21 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "folder": str(folder),
         "keep_weights": sorted(needed),
         "keep_rounds": list(study.federation.observe) if study.federation else [],
+        "engine": _engine(study),
         "trained": {c.id: vars(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
+
+
+def _engine(study: Study) -> str:
+    """Who runs a federation's rounds; an extra that is missing shows before anything runs."""
+    from dpguard.federation import superlink
+
+    engine = study.federation.engine if study.federation else "embedded"
+    if engine == "flower" and not superlink.installed():
+        with study.locating("federation", "engine"):
+            raise UserError("Flower is not installed; expected pip install 'dpguard[flower]', or engine: embedded")
+    return engine
 
 
 def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:

@@ -134,13 +134,15 @@ def _write(
     **more: Any,
 ) -> None:
     """The app, and what its processes need to know; nothing of it outlives the run."""
-    for name, text in APP.items():
-        path = folder / "app" / name
+    for file, text in APP.items():
+        path = folder / "app" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     (folder / "state").mkdir()
+    place = Path(model.name).expanduser()
+    name = str(place.resolve()) if place.is_dir() else model.name  # another process has another working folder
     known = {
-        "model": model.name, "hash": model.fingerprint, "rows": [dict(row) for row in plan.rows], "plan": plan.hash,
+        "model": name, "hash": model.fingerprint, "rows": [dict(row) for row in plan.rows], "plan": plan.hash,
         "settings": asdict(settings), "parts": [list(part) for part in parts],
         "texts": [[e.text, e.label] for e in train], **more, "keep": sorted(more["keep"]),
     }  # fmt: skip

@@ -22,7 +22,9 @@ WEIGHTS = ("equal", "size")
 PERSONAL = ("trained", "frozen")
 SPLITS = ("iid", "dirichlet", "column")
 OPTIMIZERS = ("sgd", "adam")
-_CHOICES = {"view": VIEWS, "server": SERVERS, "weights": WEIGHTS, "personal": PERSONAL, "optimizer": OPTIMIZERS}
+ENGINES = ("embedded", "flower")
+_CHOICES = {"view": VIEWS, "server": SERVERS, "weights": WEIGHTS, "personal": PERSONAL, "optimizer": OPTIMIZERS,
+            "engine": ENGINES}  # fmt: skip
 _COUNTS = ("clients", "per_round", "rounds", "local_steps", "batch_size")
 
 
@@ -93,6 +95,7 @@ class Settings:
         error_feedback: what pruning and quantising left out is added to the client's next message.
         personal: withheld layers are ``trained`` at home, or ``frozen``.
         observe: rounds at which one and the same record is attacked (``leakage.at: rounds``).
+        engine: ``embedded`` (one process) or ``flower`` (Flower's simulation); they give the same weights.
 
     >>> Settings(clients=4, per_round=2, rounds=3).server_rate
     1.0
@@ -117,6 +120,7 @@ class Settings:
     error_feedback: bool = False
     personal: str = "trained"
     observe: tuple[int, ...] = ()
+    engine: str = "embedded"
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():

@@ -49,7 +49,7 @@ def simulate(
     Raises:
         UserError: Flower is not installed, its SuperLink does not answer, or the run does not end well.
     """
-    if importlib.util.find_spec("flwr") is None:
+    if not installed():
         raise UserError("Flower is not installed; expected pip install 'dpguard[flower]'")
     app = Path(app).resolve()
     if not (app / "pyproject.toml").is_file():
@@ -75,6 +75,11 @@ def simulate(
         if status != "finished:completed":
             why = f"{status}; {said}" if said else status
             raise UserError(f"the simulation did not end well ({why}); expected a completed run")
+
+
+def installed() -> bool:
+    """Whether the [flower] extra is there."""
+    return importlib.util.find_spec("flwr") is not None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpguard.engine.local import LocalState
-from dpguard.federation import rounds, views, worth
+from dpguard.federation import flower, rounds, views, worth
 from dpguard.federation.leak import FederatedThreat, several
 from dpguard.federation.settings import Settings, rounds_of
 from dpguard.federation.split import Parts, split
@@ -80,6 +80,8 @@ def train(
     corpus: Corpus,
     keep: Collection[int | str] = (),
     write: Callable[[int | str, dict[str, Tensor]], None] = lambda moment, state: None,
+    *,
+    engine: str = "embedded",
 ) -> tuple[Rehearsal, rounds.Run]:
     """Run a utility cell's federation; the model ends with the last global weights.
 
@@ -90,6 +92,7 @@ def train(
         corpus: all texts.
         keep: which weights to hand to ``write``: rounds, or ``end``.
         write: called with the round (or ``end``) and the weights, a victim's own layers among them.
+        engine: ``embedded`` or ``flower``.
     """
     found = Rehearsal.of(cell, corpus)
     observed = victim(found.settings, cell.seed)
@@ -98,10 +101,17 @@ def train(
         if round_ in keep:
             write(round_, _state(weights, states[observed]))
 
-    run = rounds.run(
-        model.module, model.tokenizer, found.corpus.train, found.train, plan, found.settings,
-        seed=cell.seed, delta=cell.settings["delta"], on_weights=on_weights,
-    )  # fmt: skip
+    if engine == "flower":
+        run = flower.run(
+            model, found.corpus.train, found.train, plan, found.settings,
+            labels=corpus.classes, seed=cell.seed, delta=cell.settings["delta"], on_weights=on_weights,
+            keep=[moment for moment in keep if isinstance(moment, int)],
+        )  # fmt: skip
+    else:
+        run = rounds.run(
+            model.module, model.tokenizer, found.corpus.train, found.train, plan, found.settings,
+            seed=cell.seed, delta=cell.settings["delta"], on_weights=on_weights,
+        )  # fmt: skip
     if "end" in keep:
         write("end", _state(run.weights, run.states[observed]))
     return found, run

@@ -114,9 +114,9 @@ def _exposure(study: Study, named: Named, examples: int) -> dict[str, Any]:
 
 
 def _federation(study: Study, named: Named) -> dict[str, Any]:
-    """The policy's federation, without the rounds that are looked at: they change no training."""
+    """The policy's federation, without the rounds that are looked at and the engine: they change no training."""
     found = study.federation_of(named)
-    return {} if found is None else {"federation": found.model_dump(mode="json", exclude={"observe"})}
+    return {} if found is None else {"federation": found.model_dump(mode="json", exclude={"observe", "engine"})}
 
 
 def _training(study: Study, named: Named, examples: int) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
         _refuse(plan, Settings.of(cell.settings["federation"]))
         kept = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
         write = federated.writer(context.get("folder", ""), cell.id)
-        found, run = federated.train(cell, model, plan, corpus, kept, write)
+        found, run = federated.train(cell, model, plan, corpus, kept, write, engine=context.get("engine", "embedded"))
         return federated.utility(found, run, model), []
     try:
         utility.check_central(plan)

@@ -211,6 +211,8 @@ class Federation(Section):
         error_feedback: what pruning and quantising left out is added to the client's next message.
         personal: withheld layers are ``trained`` at home or ``frozen``.
         observe: rounds at which one record is attacked (``leakage.at: rounds``).
+        engine: ``embedded``, or ``flower``: the same rounds on Flower's simulation ([flower] extra). No part of a
+            cell's identity, because both give the same weights.
     """
 
     clients: Count = Field(description=_COUNT)
@@ -236,6 +238,7 @@ class Federation(Section):
     error_feedback: bool = Field(default=False, description="true or false")
     personal: Literal["trained", "frozen"] = Field(default="trained", description="trained or frozen")
     observe: Rounds = Field(default=(), description="distinct rounds such as [1, 15, 30]")
+    engine: Literal["embedded", "flower"] = Field(default="embedded", description="embedded or flower")
 
 
 class Privacy(Section):

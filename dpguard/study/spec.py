@@ -21,7 +21,7 @@ from dpguard.study import grid
 from dpguard.study.record import Cell, canonical
 from dpguard.study.sections import CEILING, Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
 
-SHARED = ("split", "split_seed", "observe")
+SHARED = ("split", "split_seed", "observe", "engine")
 """What a policy cannot set for itself of the study's federation."""
 
 

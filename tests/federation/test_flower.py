@@ -31,7 +31,7 @@ TEXTS = [Example(" ".join(tiny.WORDS[(3 * i + k) % 60] for k in range(3 + i % 5)
 
 
 def test_without_flower_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpguard.federation.superlink.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dpguard.federation.superlink.installed", lambda: False)
     with pytest.raises(UserError, match=r"dpguard\[flower\]"):
         simulate(tmp_path, nodes=2)
 
@@ -95,11 +95,11 @@ def planned(engine, folder):
 
 
 def test_the_engine_is_no_part_of_a_cells_identity_and_a_missing_extra_shows_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpguard.cli.studies.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("dpguard.federation.superlink.installed", lambda: True)
     one, two = planned("embedded", tmp_path), planned("flower", tmp_path)
     assert [cell.id for cell in one.cells] == [cell.id for cell in two.cells]
     assert (one.context["engine"], two.context["engine"]) == ("embedded", "flower")
-    monkeypatch.setattr("dpguard.cli.studies.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dpguard.federation.superlink.installed", lambda: False)
     with pytest.raises(UserError, match=r"s.yaml:5:\d+: Flower is not installed"):
         planned("flower", tmp_path)
     with pytest.raises(UserError, match="did you mean 'flower'"):
