@@ -28,7 +28,7 @@ from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_members import Members, MemberSolver
 from dpguard.attacks.span_pool import READERS, pool_of
 from dpguard.attacks.span_rank import RESOLUTION
-from dpguard.attacks.span_search import Search
+from dpguard.attacks.span_repair import Repairs
 from dpguard.attacks.span_sites import Probe, Site, sites_of
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
 
@@ -44,6 +44,8 @@ SHORTLIST = 2.5
 SAME = 0.02
 """Relative distance of two mixtures up to which they are the same row's."""
 ALTERNATIVES = 12
+TURNS = 3
+"""Drafts that are edited after a wave."""
 AGAIN, ROUNDS = 64, 4
 """Starts of a round from random contexts, when rows of one token and position in several texts hide one another,
 and rounds a restart of the budget."""
@@ -123,11 +125,14 @@ class BatchReader:
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
         if not len(self.pool):
             return Reconstruction([], [], notes={"reason": "no token's embedding lies in the first block's span"})
+        self.repairs = Repairs(self.probe, self.judge, self.frame)
         self.solver = MemberSolver(block, self.pool)
         self.places = {self.pool.pair(i): i for i in range(len(self.pool))}
         outputs, inputs = (by_role[r].span if r in by_role else None for r in ("attention_output", "mlp_in"))
         spans = [self.judge.span, *(span for span in (outputs, inputs) if span is not None)]
-        self.dimensions = max(span.rank for span in spans)  # rounding hides some from one weight or the other
+        ranks = sorted(span.rank for span in spans)
+        # rounding hides some from one weight or the other; weights that moved add some as well
+        self.dimensions = ranks[len(ranks) // 2] if self.judge.span.drifted else ranks[-1]
         self.family = family_of(block, self.pool.rows, self._average(), outputs, inputs)
         self._search()
         return self._answer()
@@ -161,10 +166,12 @@ class BatchReader:
             if self._done():
                 return
             self._wave(quick, fine, wave, start[wave])
+            self._repair(TURNS)
         for _ in range(ROUNDS * self.budget.restarts):
             if self._done() or not quick.size:
                 return
             self._wave(quick, fine, *self._restarts())
+            self._repair(TURNS)
 
     def _wave(self, quick: Descent, fine: Descent, which: Tensor, y: Tensor) -> None:
         """Solve some rows from where they stand, and take those that arrive."""
@@ -215,7 +222,8 @@ class BatchReader:
 
     def _done(self) -> bool:
         spent = self.steps >= self.budget.steps or self.solved + self.probe.scored >= self.budget.candidates
-        return spent or self._covered() >= self.dimensions
+        counted = self.judge.span.drifted and sum(t.fits for t in self.texts.values()) == self.seen.disclosed.sequences
+        return spent or counted or self._covered() >= self.dimensions
 
     def _covered(self) -> int:
         """Dimensions of the span that the accepted texts explain."""
@@ -244,23 +252,30 @@ class BatchReader:
         """Hold a text against the message; whether it stands."""
         if tuple(text) in self.texts:
             return self.texts[tuple(text)].fits
-        known = self._judged(text)
+        known = self._held(text)
         if not known.fits and self.judge.span.blurred:
-            known = self._judged(self._edited(text, found))
-        self.texts[tuple(known.ids)] = known
-        if known.fits:
-            self._explain(known.ids)
+            self.repairs.add(text, found.alternatives(len(text), ALTERNATIVES))
         return known.fits
 
-    def _edited(self, text: list[int], found: Members) -> list[int]:
-        """A local search around a text that nearly fits."""
-        ids = torch.tensor(text, device=self.probe.device)
-        held = torch.tensor(self.frame.wrap([-1] * (len(text) - self.frame.size)), device=ids.device) >= 0
-        search = Search(self.probe, self.judge, held, min(self.budget.candidates, self.probe.scored + 600))
-        trail = search.start(ids[None])
-        substitutes = found.alternatives(len(text), ALTERNATIVES)
-        search.run(trail, substitutes, torch.unique(substitutes[:, 0]), levels=2)
-        return [int(t) for t in trail.ids]
+    def _held(self, text: list[int]) -> _Found:
+        """Hold a text against the message, and remember what that said."""
+        known = self.texts.get(tuple(text)) or self._judged(text)
+        if known.fits and tuple(text) not in self.texts:
+            self._explain(text)
+        self.texts[tuple(text)] = known
+        return known
+
+    def _repair(self, turns: int) -> None:
+        """Edit the drafts that fit best, as long as there are any."""
+        bag = torch.unique(self.pool.tokens[self.short])
+        limit = self.budget.candidates - self.solved
+        for _ in range(turns):
+            if self._done():
+                return
+            text = self.repairs.turn([t.ids for t in self.texts.values() if t.fits], bag, limit)
+            if text is None:
+                return
+            self._held(text)
 
     def _judged(self, text: list[int]) -> _Found:
         ids = torch.tensor(text, device=self.probe.device)
