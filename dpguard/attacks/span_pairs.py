@@ -45,7 +45,7 @@ ZERO = 1e-4
 """Coefficients relative to the largest that are none."""
 TWICE = 3
 """How many places a word of one text may have."""
-WINDOWS = (12, 24, 36)
+WINDOWS = (8, 16, 32)
 """How many places are tried at first for a text: those that are too many take dimensions away from the words."""
 
 Path = tuple[tuple[int, int], ...]
@@ -178,18 +178,13 @@ class PairReader:
         """Texts around every word of one text only, each once; those that begin another one left out."""
         found: set[Path] = set()
         for k in range(len(self.words)):
-            right = _path(self.graded[1][k], self.queries, self.floor[1])
-            if not right or k not in (row for row, place in right if place == right[0][1]):
+            left = _path(self.graded[0][k], self.keys, self.floor[0])
+            if not left or left[-1][0] != k:
                 continue
-            left: Path = ()
-            if right[0][1] > 0:
-                left = _path(self.graded[0][k], self.keys, self.floor[0])
-                if not left or left[-1][0] != k or left[0][1] != 0:
-                    continue
-            start = right[0][1]
-            if left and (left[start : start + 1] != right[:1] or not _agree(left, right)):
-                continue
-            found.add((*left[:start], *right))
+            first = max(1, min(place for word, place in left if word == k))  # the first key is always graded zero
+            right = _path(self.graded[1][k], self.queries, self.floor[1], first)
+            if right and right[: len(left) - first] == left[first:]:
+                found.add((*left[:first], *right))
         return sorted(text for text in found if not any(_begins(text, other) for other in found))
 
     def _unexplained(self, texts: list[Path]) -> int:
@@ -212,35 +207,31 @@ def _nothing(reason: str) -> Reconstruction:
     return Reconstruction([], [], notes={"reason": f"no span to read the first block's words from: {reason}"})
 
 
-def _agree(left: Path, right: Path) -> bool:
-    """Whether what lies between a word's first and last place reads the same from both sides."""
-    places = {place: row for row, place in right}
-    return all(places.get(place, row) == row for row, place in left)
-
-
 def _begins(text: Path, other: Path) -> bool:
     return len(text) < len(other) and other[: len(text)] == text
 
 
-def _path(row: Tensor, atoms: _Atoms, floor: float) -> Path:
-    """The neighbouring words and their places that a (heads, width) row is made of; empty where none is proven.
+def _path(row: Tensor, atoms: _Atoms, floor: float, first: int = 0) -> Path:
+    """The words that a (heads, width) row is made of, from a place on; empty where none are proven.
 
     Args:
         row: the share of the gradient of one word's queries, or keys.
         atoms: what it may be made of.
         floor: squared size of a row that is rounding only.
+        first: place of the first one.
     """
     if float(row.pow(2).sum()) <= floor:
         return ()
-    for window in dict.fromkeys(min(size, len(atoms.places)) for size in (*WINDOWS, len(atoms.places))):
-        fixed = torch.cat([atoms.constant, atoms.places[:window]])
+    most = len(atoms.places) - first
+    for window in dict.fromkeys(min(size, most) for size in (*WINDOWS, most)):
+        fixed = torch.cat([atoms.constant, atoms.places[first : first + window]])
         picked = _pursue(row, fixed, atoms.words)
         if picked is None:
             continue
         parts = _coefficients(row, torch.cat([fixed, atoms.words[picked]]))
         skip = len(atoms.constant)
         places, words = parts[skip : skip + window], parts[skip + window :]
-        path = _matched(words, places, picked)
+        path = tuple((word, first + place) for word, place in _matched(words, places, picked))
         if path and _explained(row, atoms, path):
             return path
     return ()
@@ -284,13 +275,13 @@ def _matched(words: Tensor, places: Tensor, names: list[int]) -> Path:
 
     Args:
         words: (k, heads) coefficients of words.
-        places: (p, heads) coefficients of places.
+        places: (p, heads) coefficients of places; those of a text are none but from some place on.
         names: (k) which words these are.
     """
     sizes = places.norm(dim=1)
     least = ZERO * float(sizes.max())
     free = (sizes > least).nonzero().flatten().tolist()
-    if not free or free != list(range(free[0], free[-1] + 1)):
+    if free != list(range(len(free))):
         return ()
     left = [k for k in range(len(names)) if float(words[k].norm()) > least]
     path: list[tuple[int, int]] = []

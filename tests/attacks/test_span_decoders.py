@@ -267,6 +267,15 @@ def _with_biases(loaded):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
+def test_a_text_longer_than_half_a_heads_width_is_read_from_its_middle(family: str) -> None:
+    long = "the old doctor asked about her pain today but his new patient never"
+    seen, true = _seen(family, "block[0].attention.qkv.weight", (long, "card is lost"))
+    found = _run(seen)
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True, True]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
 def test_a_text_without_a_word_of_its_own_is_missed_and_said_so(family: str) -> None:
     hidden = "bank got her no help"
     seen, true = _seen(family, "block[0].attention.qkv.weight", (*BATCH, hidden))
