@@ -1,6 +1,7 @@
 """Seconds and bytes of an embedded federation: 20 clients, 10 a round, 30 rounds, the demo model.
 
     python benchmarks/federation.py [--threads 2] [--local-steps 1] [--server fedavg] [--view client]
+        [--policy dp-sgd ...]
 
 Prints wall and CPU seconds of the rounds, of the judging and of the clients' ledgers, one row a policy.
 """
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--server", default="fedavg")
     parser.add_argument("--view", default="client")
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     settings = Settings(
@@ -59,7 +61,8 @@ def main() -> None:
         end="",
     )
     print(f" {'accuracy':>8} {'worst 10th':>10} {'epsilon':>8}")
-    for name, rows in POLICIES.items():
+    for name in given.policy:
+        rows = POLICIES[name]
         model = models.load("demo", labels=corpus.classes, seed=0)
         plan = Policy(rows, name).plan(slots(model.module))
         run, wall, cpu = timed(
@@ -72,7 +75,8 @@ def main() -> None:
         each = sum(run.bytes) // (settings.rounds * settings.per_round)
         print(
             f"{name:26} {wall:9.1f} {cpu:7.1f} {judging:8.1f} {counting:9.1f} {each:13,} "
-            f"{judged.mean['accuracy']:8.3f} {judged.worst_tenth['accuracy']:10.3f} {max(epsilons):8.2f}"
+            f"{judged.mean['accuracy']:8.3f} {judged.worst_tenth['accuracy']:10.3f} {max(epsilons):8.2f}",
+            flush=True,
         )
 
 

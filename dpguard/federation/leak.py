@@ -6,13 +6,13 @@ A victim's texts are in every local step of its message, as if they were all tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from dpguard.engine import noise
 from dpguard.engine.client import Client
-from dpguard.engine.local import LocalState
+from dpguard.engine.local import LocalState, LocalTraining
 from dpguard.engine.update import Update
 from dpguard.errors import UserError
 from dpguard.federation import personal, views
@@ -71,14 +71,18 @@ class FederatedThreat(Threat):
     def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
         """What the server receives when every batch is one client's; see `Threat.message`.
 
-        ``plan`` is the clients' own (`views.message_plan`), so the attacker knows their shares of the noise too.
+        ``plan`` is the clients' own (`views.message_plan`), so the attacker knows their shares of the noise too. The
+        divisor is the number of texts, and the step size is as much smaller as the federation's divisor is larger:
+        the change of the weights is to the entry the one that a client with just these texts would send. A gradient
+        differs from that client's by the public factor between the two divisors.
         """
         sent = []
         for number, batch in enumerate(batches):
             seed = None if noise_seed is None else noise_seed + 7_919 * number
+            divisor = self._divisor(plan, len(batch))
             client = Client(
-                model.module, plan, seed=seed, batch_size=len(batch), mode=self.mode, mask_seed=self.round_,
-                dropout_seed=(seed or 0) + 1, training=local_training(self.settings),
+                model.module, plan, seed=seed, batch_size=divisor, mode=self.mode, mask_seed=self.round_,
+                dropout_seed=(seed or 0) + 1, training=self._training(divisor),
             )  # fmt: skip
             client.state = LocalState(personal=dict(self.home))
             if self.settings.kind == "gradient":
@@ -86,6 +90,18 @@ class FederatedThreat(Threat):
             else:
                 sent.append(client.observe([batch] * self.settings.local_steps))
         return mean_update(sent)
+
+    def _divisor(self, plan: Plan, texts: int) -> int:
+        """The number of texts where a divisor only sets a scale, the federation's where it changes the message.
+
+        It does under Adam, and where a whole gradient is clipped.
+        """
+        whole = self.settings.kind == "gradient" and plan.unit == "update"
+        return self.settings.batch_size if whole or self.settings.optimizer == "adam" else texts
+
+    def _training(self, divisor: int) -> LocalTraining:
+        plain = local_training(self.settings)
+        return replace(plain, learning_rate=plain.learning_rate * divisor / self.settings.batch_size)
 
 
 def several(found: Sequence[Sequence[Score]]) -> list[Score]:

@@ -16,9 +16,11 @@ CLIPPED = [{"layers": "all", "clip": 0.5}]
 NOISED = [{"layers": "all", "clip": 0.5, "noise": 1.0}]
 
 
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
 def model(**options):
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tiny.module("bert", width=16, blocks=2, **still, **options)
+    return tiny.module("bert", width=16, blocks=2, **STILL, **options)
 
 
 def texts(count, *, classes=2, seed=0):

@@ -181,3 +181,19 @@ def test_an_attacker_sees_the_federations_own_message():
     seen = mean.message(loaded, views.message_plan(plan, chosen), batches, noise_seed=3)
     assert (seen.kind, seen.local_steps, seen.clients) == ("delta", 3, 5)
     assert mean.knows("labels")
+
+
+@pytest.mark.parametrize("rows", [small.CLIPPED, [{"layers": "all", "clip": 0.01, "unit": "update"}]])
+@pytest.mark.parametrize("more", [{"local_steps": 3}, {"local_steps": 3, "optimizer": "adam", "learning_rate": 1e-3}])
+def test_what_is_attacked_is_what_a_client_with_these_texts_sends(rows, more):
+    loaded, texts = tiny.loaded("bert", width=16, blocks=2, **small.STILL), small.texts(2)
+    plan, chosen = small.plan(rows, loaded.module), settings(batch_size=8, **more)
+    batch = leakage.encode(loaded, texts)
+    seen = FederatedThreat.within(Threat(), chosen).message(loaded, plan, [batch], noise_seed=0)
+    sent = one_client_round(
+        loaded.module, plan, texts, chosen,
+        tokenizer=loaded.tokenizer, seed=0, client=0, round_=1, state=LocalState(),
+    )  # fmt: skip
+    for name, value in sent.tensors.items():
+        assert torch.allclose(seen.tensors[name], value, rtol=1e-3, atol=1e-6), name
+    assert max(float(value.abs().max()) for value in sent.tensors.values()) > 1e-4
