@@ -1,6 +1,6 @@
 """What pruning, rounding and dropout hide from gradient matching that knows of them: nothing, or how little.
 
-    python benchmarks/defended.py [--n 10] [--seed 101] [--defence keep.1 1bit ...] [--preset default] [--told ""]
+    python benchmarks/defended.py [--n 10] [--first 0] [--seed 101] [--defence keep.1 1bit ...] [--preset default]
 
 MiniLM, CoLA, batch 1, one thread, everything but embeddings shared. `--preset` runs a published attack beside the
 default on the same messages (dlg, tag, lamp, partial: minutes to an hour each; `--told "label length"` is what their
@@ -68,6 +68,7 @@ def observe(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=10, help="sentences for each defence")
+    parser.add_argument("--first", type=int, default=0, help="sentences left out before them")
     parser.add_argument("--seed", type=int, default=101, help="of the texts")
     parser.add_argument("--defence", nargs="+", choices=DEFENCES, default=list(DEFENCES))
     parser.add_argument("--preset", default="default", help="of match")
@@ -76,11 +77,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, scorer = models.load("minilm"), rouge_scorer.RougeScorer(["rouge1", "rouge2"])
-    print(f"match:{options.preset}, {options.n} sentences, seed {options.seed}, told: {options.told or 'nothing'}")
+    which = f"{options.n} sentences from {options.first} on, seed {options.seed}"
+    print(f"match:{options.preset}, {which}, told: {options.told or 'nothing'}")
     print("defence    n   R-1    R-2    exact  certain  certain and wrong  CPU s median  largest")
     for defence in options.defence:
         rows = []
-        for number, text in enumerate(texts(options.seed, options.n)):
+        for number, text in list(enumerate(texts(options.seed, options.first + options.n)))[options.first :]:
             seen, true = observe(model, defence, text, number, options.told)
             begun = time.process_time()
             found = panel.attack(f"match:{options.preset}").reconstruct(seen, seed=number)

@@ -11,6 +11,7 @@ import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -20,22 +21,31 @@ from dpguard.attacks.match_proof import is_message
 from dpguard.attacks.match_soft import Lists
 from dpguard.attacks.objective import Objective
 from dpguard.attacks.observation import Observation
+from dpguard.attacks.span_guess import Guess
 from dpguard.attacks.vocabulary import TokenTable, frame_of
 from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import family_of
 
 Row = tuple[int, ...]
 CHUNK = 64
-NARROW, WIDER, WIDEST = 8, 3, 300
+NARROW, WIDER, WIDEST = 8, 3, 72
 """Tokens tried at each place: at first, how many times more when nothing helps, at most."""
 ORDERS = 96
 NEAR = 8
 WRITTEN_OUT = 500_000
 """Entries up to which every candidate's gradient is written out."""
+FEW = 6
+"""Pruned or rounded matrices that candidates are held against beyond that."""
 FINAL = 8
 """Texts whose gradients are written out in the end in any case."""
 LENGTHS = 3
 """Lengths that get a round of their own before one is chosen."""
+SLOPE = 0.5
+"""Weight of the distance's slope (standard deviations over the vocabulary) against log misfit in long lists."""
+PAIRS = 14
+"""Substitutions that are tried two at a time when none helps alone."""
+SOLVED = 1e-4
+"""Distance below which a proof is tried."""
 
 
 @dataclass
@@ -65,12 +75,13 @@ class Polish:
     def __post_init__(self) -> None:
         # written out, gradients are masked and rounded as the client did; from activations alone they are not
         entries = sum(value.numel() for value in self.seen.message.values())
-        self.objective = Objective(self.seen, 1, aware=entries <= WRITTEN_OUT)
+        self.objective = Objective(self.seen, 1, aware=True, few=0 if entries <= WRITTEN_OUT else FEW)
         self.frame = frame_of(self.seen.disclosed.tokenizer)
         self.table = TokenTable(self.seen.model.get_input_embeddings().weight, self.seen.disclosed.tokenizer)  # type: ignore[operator]
         self.longest = family_of(self.seen.model).max_tokens(self.seen.model.config)
         settled = self.lists.settled if self.seen.disclosed.mode == "train" else frozenset()
         self.held: frozenset[int] = settled  # the distance is off by what dropout did; exact places are not to move
+        self.asked: set[tuple[int, Row]] = set()
         self.padding = int(self.seen.disclosed.tokenizer.pad_token_id)
 
     @property
@@ -87,7 +98,7 @@ class Polish:
         """Search until a text is proven, nothing helps any more, or the budget is spent."""
         self.open()
         width = NARROW
-        while self.left > 0:
+        while self.left > 0 and not self.solved():
             now = self.best
             self.substitute(now, width)
             if self.best == now:
@@ -95,16 +106,22 @@ class Polish:
             if self.best != now:
                 width = NARROW
                 continue
-            if width == NARROW and self.proven(now):
-                return now
             if self.seen.disclosed.lengths is None:
                 self.resize(now, width)
             if self.best == now and width >= WIDEST:
                 break
             width = min(WIDEST, width * WIDER) if self.best == now else NARROW
-        final = self.decided()
-        self.proven(final)
+        final = self.best if self.certain else self.decided()
+        self.certain = self.certain or is_message(self.seen, final[1], final[0])
         return final
+
+    def solved(self) -> bool:
+        """Whether the best text is at zero, and proven."""
+        label, row = self.best
+        if self.pool[label, row] < SOLVED and (label, row) not in self.asked:
+            self.asked.add((label, row))
+            self.certain = is_message(self.seen, row, label)
+        return self.certain
 
     @torch.no_grad()
     def decided(self) -> tuple[int, Row]:
@@ -119,11 +136,6 @@ class Polish:
             batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids[:, 0], label))
             distances.append(float(exact(batch, self.table.weight[ids])[0]))
         return few[min(range(len(few)), key=lambda index: distances[index])]
-
-    def proven(self, key: tuple[int, Row]) -> bool:
-        """Whether a text's own message is the one seen."""
-        self.certain = is_message(self.seen, key[1], key[0])
-        return self.certain
 
     @torch.no_grad()
     def score(self, label: int, rows: Sequence[Row]) -> None:
@@ -143,19 +155,33 @@ class Polish:
             self.pool |= {(label, row): value for row, value in zip(some, found.tolist(), strict=True)}
 
     def open(self) -> None:
-        """The likeliest texts of every length under every label; a round each for the best lengths."""
+        """The likeliest texts of every length under every label; rounds for some lengths before one is followed.
+
+        Before its words are right a longer text is often nearer than the right length, so that the first of the
+        list have a round each whatever their distance; those ahead after it have another.
+        """
         rows = list(self.starts)
         for length in self.lists.lengths:
             guess = self.lists.upto(length)
             rows += [self.framed(guess.text()), self.framed(guess.best(1)[:, 0])]
         for label in self.labels:
             self.score(label, rows)
+        if len(self.lists.lengths) == 1 or self.solved():
+            return
         label = self.best[0]
-        ahead: dict[int, tuple[int, Row]] = {}
-        for key in sorted((k for k in self.pool if k[0] == label), key=lambda key: self.pool[key]):
-            ahead.setdefault(len(key[1]), key)
-        for key in list(ahead.values())[:LENGTHS] if len(ahead) > 1 else []:
-            self.substitute(key, NARROW)
+        some = dict.fromkeys([*self.lists.lengths[: LENGTHS - 1], len(self.best[1])])
+        for count in (LENGTHS, LENGTHS - 1):
+            ahead = sorted((self.best_of(label, length) for length in some), key=self.pool.__getitem__)[:count]
+            for key in ahead:
+                if self.left > self.limit // 2 and not self.solved():
+                    self.substitute(key, NARROW)
+            longest = self.best[1]
+            self.score(label, self.beginnings(tuple(longest[place] for place in self.places(longest))))
+
+    def best_of(self, label: int, length: int) -> tuple[int, Row]:
+        """The nearest text of one length; the nearest of all where there is none."""
+        same = (key for key in self.pool if key[0] == label and len(key[1]) == length)
+        return min(same, key=self.pool.__getitem__, default=self.best)
 
     def framed(self, text: Tensor) -> Row:
         """A text's (L,) tokens with the special ones in their places."""
@@ -166,16 +192,18 @@ class Polish:
         """Positions that hold the text itself."""
         return range(len(self.frame.prefix), len(row) - len(self.frame.suffix))
 
-    def tokens(self, row: Row, width: int) -> dict[int, list[int]]:
-        """Place -> tokens to try there: likely ones, and words like the present one when lists are wide."""
+    def tokens(self, key: tuple[int, Row], width: int) -> dict[int, list[int]]:
+        """Place -> tokens to try there: likely ones; those of long lists that the distance's slope points to."""
+        row = key[1]
         length = min(len(row), self.lists.guess.misfit.shape[1])
         guess = self.lists.upto(length)
-        listed, plain = (
-            guess.best(width),
-            guess.misfit.topk(min(width, len(guess.tokens)), dim=0, largest=False).indices,
-        )
+        plain = guess.misfit.topk(min(width, len(guess.tokens)), dim=0, largest=False).indices
+        if width <= NARROW:
+            listed, near = guess.best(width), None
+        else:
+            listed = self.pointed(key, guess, width)
+            near = self.table.nearest(self.table.weight[list(row)], NEAR)
         out = {}
-        near = self.table.nearest(self.table.weight[list(row)], NEAR) if width > NARROW else None
         for place in self.places(row):
             if place in self.held:
                 continue
@@ -185,26 +213,45 @@ class Polish:
             out[place] = found + ([] if near is None else near[place].tolist())
         return out
 
+    def pointed(self, key: tuple[int, Row], guess: Guess, count: int) -> Tensor:
+        """(L, count) likely tokens towards which the distance falls, to first order."""
+        label, row = key
+        ids = torch.tensor([row], device=self.table.weight.device)
+        batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids[:, 0], label))
+        embeddings = self.table.weight[ids].detach().clone().requires_grad_()
+        distance = self.objective(batch, embeddings, create_graph=True).sum()
+        (slope,) = torch.autograd.grad(distance, embeddings)
+        change = self.table.weight[guess.tokens] @ slope[0, : guess.misfit.shape[1]].T
+        change = (change - change.mean(0)) / change.std(0).clamp_min(1e-30)
+        order = (guess.misfit + SLOPE * change).topk(min(count, len(guess.tokens)), dim=0, largest=False).indices
+        return guess.tokens[order].T
+
     def substitute(self, key: tuple[int, Row], width: int) -> None:
-        """Try tokens at every place at once, then what helps together."""
+        """Try tokens at every place at once, then what helps together; pairs of the nearest when nothing helps."""
         label, row = key
         tried = {
             (place, token): (*row[:place], token, *row[place + 1 :])
-            for place, tokens in self.tokens(row, width).items()
+            for place, tokens in self.tokens(key, width).items()
             for token in tokens
+            if token != row[place]
         }
         fresh = list(tried.values())
         self.draws.shuffle(fresh)
         self.score(label, fresh)
-        gains: dict[int, tuple[float, int]] = {}
-        for (place, token), other in tried.items():
-            value = self.pool.get((label, other), torch.inf)
-            if value < self.pool[key]:
-                gains[place] = min(gains.get(place, (torch.inf, 0)), (value, token))
-        together, rows = list(row), []
-        for place in sorted(gains, key=lambda place: gains[place]):
-            together[place] = gains[place][1]
-            rows.append(tuple(together))
+        values = {move: self.pool[label, other] for move, other in tried.items() if (label, other) in self.pool}
+        moves = sorted(values, key=values.__getitem__)
+        together, rows, moved = list(row), [], set()
+        for place, token in moves:
+            if values[place, token] < self.pool[key] and place not in moved:
+                moved.add(place)
+                together[place] = token
+                rows.append(tuple(together))
+        if not rows:
+            for (one, first), (two, second) in combinations(moves[:PAIRS], 2):
+                if one != two:
+                    pair = list(row)
+                    pair[one], pair[two] = first, second
+                    rows.append(tuple(pair))
         self.score(label, rows)
 
     def reorder(self, key: tuple[int, Row]) -> None:
@@ -217,13 +264,23 @@ class Polish:
         rows = [other for other in bodies if (label, other) not in self.pool]
         self.score(label, self.draws.sample(rows, min(ORDERS, len(rows))))
 
+    def beginnings(self, body: Row) -> list[Row]:
+        """A text's beginnings, whose words keep their places, and the text itself as long as the lists say."""
+        rows = [tuple(self.frame.wrap(body[:n])) for n in range(1, len(body))]
+        for length in self.lists.lengths:
+            ending = self.framed(self.lists.upto(length).text())
+            words = tuple(ending[place] for place in self.places(ending))
+            rows.append(tuple(self.frame.wrap((*body[: len(words)], *words[len(body) :]))))
+        return rows
+
     def resize(self, key: tuple[int, Row], count: int) -> None:
-        """One word less anywhere, or one more of those that the lists find likely there."""
+        """Other lengths: the text's beginning, one word less anywhere, one more of those likely there."""
         label, row = key
         places = self.places(row)
         if self.held.intersection(places):
             return
         body = row[places.start : places.stop]
+        self.score(label, self.beginnings(body))
         rows = [tuple(self.frame.wrap(body[:n] + body[n + 1 :])) for n in range(len(body) if len(body) > 1 else 0)]
         guess = self.lists.guess
         for n in range(len(body) + 1):

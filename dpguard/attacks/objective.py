@@ -21,6 +21,8 @@ from dpguard.policy.table import Plan
 NEGLIGIBLE = 1e-6
 ABSOLUTE = 0.01
 """Weight of absolute beside squared distances."""
+TELLING = ("value", "qkv", "attention_output", "query", "mlp_in", "mlp_out", "key")
+"""Roles of matrices in the order in which they are kept when only a few are to be written out."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Objective:
         aware: replay clip, pruning and rounding and whiten the noise; False compares what arrived by
             cosine, as the published attacks do.
         distance: "cosine", "l2" or "l1" (see `euclidean_distance`; "l1" forms every gradient).
+        few: compare at most so many of the tensors whose gradients have to be written out (see `telling`); 0 = all.
 
     Attributes:
         targets: the tensors that are compared.
@@ -98,10 +101,11 @@ class Objective:
         scale: what whitened distances are divided by, see `calibrate`.
     """
 
-    def __init__(self, seen: Observation, texts: int, *, aware: bool, distance: str = "cosine") -> None:
+    def __init__(self, seen: Observation, texts: int, *, aware: bool, distance: str = "cosine", few: int = 0) -> None:
         self.model, self.plan, self.texts = seen.model, seen.disclosed.plan, texts
         self.distance = distance
         found, self.ignored = targets(seen, aware=aware)
+        found = telling(found, few) if few else found
         clean = [target for target in found if target.std == 0]
         # Noise can't hide what clean tensors show, and by the likelihood a clean tensor outweighs all others.
         self.targets = (clean or found) if aware else found
@@ -171,6 +175,26 @@ class Objective:
             for g in gradients.detach()
         ]
         return gradients + (torch.stack(sent) - gradients).detach()
+
+
+def telling(found: list[Target], few: int) -> list[Target]:
+    """All tensors that need not be written out, and ``few`` of the pruned or rounded ones.
+
+    Matrices of one role are spread over the blocks; a pruned or rounded matrix tells as much about a text as ten,
+    while writing it out takes longer than the pass through the model that it comes from.
+    """
+    damaged = [target for target in found if target.kept is not None or target.release is not None]
+    roles = {role: place for place, role in enumerate(TELLING)}
+    matrices = [target for target in damaged if target.tap.matrix and target.tap.slot.role in roles] or damaged
+    first = min((roles.get(target.tap.slot.role, 0) for target in matrices), default=0)
+    alike = [target for target in matrices if roles.get(target.tap.slot.role, 0) == first]
+    chosen = {target.tap.slot.name for target in alike[:: max(1, -(-len(alike) // few))]}
+    others = sorted(matrices, key=lambda target: roles.get(target.tap.slot.role, 0))
+    for target in others:
+        if len(chosen) < few:
+            chosen.add(target.tap.slot.name)
+    whole = {target.tap.slot.name for target in found} - {target.tap.slot.name for target in damaged}
+    return [target for target in found if target.tap.slot.name in whole | chosen]
 
 
 def targets(seen: Observation, *, aware: bool) -> tuple[list[Target], list[str]]:
