@@ -210,6 +210,7 @@ def test_stock_opacus_arguments_exist_for_one_flat_group_alone():
         assert arguments(rows) is None
 
 
+@pytest.mark.slow
 def test_the_exported_training_loop_runs_and_goes_on(study, home, tmp_path):
     made = export(study, to="opacus", policy="dp", out=tmp_path / "e")
     words = [sys.executable, "train.py", "--data", str(home / "texts.jsonl"), "--client", "a"]
