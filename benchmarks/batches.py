@@ -47,6 +47,7 @@ class Row:
     one: float
     two: float
     seconds: float
+    cpu: float
 
 
 def texts(name: str) -> list[dict[str, Any]]:
@@ -63,7 +64,8 @@ def observe(
     batch = collate([row["text"] for row in rows], [row["label"] for row in rows], model.tokenizer)
     wanted = [name for name in plan.shared if name.endswith(".weight")]
     with gradients.running_as(model.module, "eval"):
-        message = gradients.gradient(model.module, batch, wanted)
+        sums = gradients.gradient(model.module, batch, wanted)
+    message = {name: total / len(rows) for name, total in sums.items()}
     if rounded:
         message = {name: value.bfloat16().float() for name, value in message.items()}
     lengths = batch.attention_mask.sum(1).tolist()
@@ -92,18 +94,18 @@ def run(model: models.LoadedModel, plan: Plan, rows: Sequence[dict[str, Any]], *
     reason = attack.applicable(seen)
     if reason:
         raise SystemExit(f"span: {reason}")
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     found = attack.reconstruct(seen, seed=0)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - busy
     sure = [ids for ids, certain in zip(found.sequences, found.certain, strict=True) if certain]
     wrong = sum(ids not in true for ids in sure)
     exact, one, two = judge(model.tokenizer, true, found.sequences)
     print(
-        f"  {seconds:7.2f} s  exact {exact:.2f}  certain {len(sure):2d}  wrong {wrong}  "
+        f"  {seconds:7.2f} s (CPU {cpu:.2f})  exact {exact:.2f}  certain {len(sure):2d}  wrong {wrong}  "
         f"{sum(map(len, true)):3d} tokens  {found.notes}",
         flush=True,
     )
-    return Row(exact, len(sure) / len(true), wrong, one, two, seconds)
+    return Row(exact, len(sure) / len(true), wrong, one, two, seconds, cpu)
 
 
 def main() -> None:
@@ -133,10 +135,11 @@ def main() -> None:
         seconds = [r.seconds for r in table]
         lines.append(
             f"| {options.data} | {size} | {len(table)} | {exact:.3f} | {one:.3f} | {two:.3f} | {certain:.3f} | "
-            f"{sum(r.wrong for r in table)} | {np.median(seconds):.1f} | {np.quantile(seconds, 0.95):.1f} |"
+            f"{sum(r.wrong for r in table)} | {np.median(seconds):.1f} | {np.quantile(seconds, 0.95):.1f} | "
+            f"{np.median([r.cpu for r in table]):.1f} |"
         )
-    print("| data | batch | batches | exact | R-1 | R-2 | certain | certain and wrong | median s | p95 s |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| data | batch | n | exact | R-1 | R-2 | certain | certain and wrong | median s | p95 s | median CPU s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 
 

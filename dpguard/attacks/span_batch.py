@@ -23,6 +23,7 @@ from dpguard.attacks.base import Budget
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.span_affine import family_of
 from dpguard.attacks.span_block import first_block
+from dpguard.attacks.span_counts import counts_of
 from dpguard.attacks.span_descent import Descent
 from dpguard.attacks.span_evidence import Evidence, gather, usable
 from dpguard.attacks.span_members import Members, MemberSolver
@@ -311,7 +312,7 @@ class BatchReader:
             if len(text.ids) <= room:
                 chosen.append(text)
                 room -= len(text.ids)
-        chosen = chosen[: self.seen.disclosed.sequences]
+        chosen = self._repeated(chosen)[: self.seen.disclosed.sequences]
         covered = sum(len(t.ids) for t in certain)
         notes: dict[str, Any] = {
             "weight": self.judge.site.name,
@@ -323,6 +324,13 @@ class BatchReader:
         }
         scored = self.solved + self.probe.scored
         return Reconstruction([t.ids for t in chosen], [t.certain for t in chosen], self.steps, scored, notes)
+
+    def _repeated(self, chosen: list[_Found]) -> list[_Found]:
+        """The texts, as often as each is in the batch where the message tells."""
+        counts = counts_of(self.seen, self.judge.site.name, [t.ids for t in chosen])
+        if counts is None:
+            return chosen
+        return chosen + [t for t, count in zip(chosen, counts, strict=True) for _ in range(count - 1)]
 
 
 def _by_width(site: Site) -> tuple[int, int]:

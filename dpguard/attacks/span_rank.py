@@ -171,3 +171,8 @@ def _digits(gradient: Tensor) -> int:
         if torch.equal(gradient.to(kind).to(gradient.dtype), gradient):
             return digits
     return 52
+
+
+def resolution_of(gradient: Tensor) -> float:
+    """Relative precision of the entries as they came: 2 to minus the number of binary digits after the first."""
+    return 2.0 ** -_digits(gradient)
