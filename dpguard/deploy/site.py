@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -214,7 +214,7 @@ class Site:
                     f"the update was made with {name} {getattr(form, name)!r}; expected {getattr(meant, name)!r}, "
                     "as rehearsed"
                 )
-        if form.sampling_rate > meant.sampling_rate:
+        if form.sampling_rate > meant.sampling_rate * (1 + 1e-9):  # for the rounding of a division
             raise Refused(
                 f"the update was made at sampling rate {form.sampling_rate:.4g}; expected at most "
                 f"{meant.sampling_rate:.4g}, as rehearsed"
@@ -236,8 +236,13 @@ class Site:
         path = self.state / OUTBOX
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata() or {}
+        except SafetensorError:
+            raise UserError(
+                f"{path} is damaged; expected the file as it was written (removing it costs the round's messages again)"
+            ) from None
         if told.get("round") != str(round_number) or told.get("weights") != weights_digest(base):
             return None
         if told.get("plan") != self.plan.hash:

@@ -219,6 +219,15 @@ def test_other_clients_ledgers_budgets_and_too_few_texts_are_refused(tmp_path):
             training.local_update(site, cases.model(), cases.texts(31), round_number=1)
 
 
+def test_a_damaged_outbox_is_said(tmp_path):
+    folder, _made = exported(tmp_path / "e")
+    with Site(folder, tmp_path / "s", client="a") as site:
+        rounds(site, 1)
+        (tmp_path / "s" / "outbox.safetensors").write_bytes(b"half")
+        with pytest.raises(UserError, match="damaged"):
+            site.begin(training.first_weights(cases.model()), round_number=1)
+
+
 def test_another_model_and_another_table_of_the_server_are_refused(tmp_path):
     folder, made = exported(tmp_path / "e")
     other = copy.deepcopy(cases.model().module)
