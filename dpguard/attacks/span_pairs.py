@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ EQUAL = 1e-3
 """Relative distance of two coefficients that are the same."""
 ZERO = 1e-4
 """Coefficients relative to the largest that are none."""
-TWICE = 3
+TWICE = 6
 """How many places a word of one text may have."""
+MOST_SETS = 20000
+"""Sets of places that are tried for a word."""
 WINDOWS = (8, 16, 32)
 """How many places are tried at first for a text: those that are too many take dimensions away from the words."""
 
@@ -287,6 +290,8 @@ def _matched(words: Tensor, places: Tensor, names: list[int]) -> Path:
     path: list[tuple[int, int]] = []
     for count in range(1, TWICE + 1):
         for k in list(left):
+            if comb(len(free), count) > MOST_SETS:
+                return ()
             held = _sum_to(words[k], places, combinations(free, count))
             if held:
                 left.remove(k)

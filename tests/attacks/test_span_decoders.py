@@ -267,12 +267,14 @@ def _with_biases(loaded):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
-def test_a_text_longer_than_half_a_heads_width_is_read_from_its_middle(family: str) -> None:
+def test_a_text_longer_than_half_a_heads_width_and_words_said_five_times(family: str) -> None:
     long = "the old doctor asked about her pain today but his new patient never"
-    seen, true = _seen(family, "block[0].attention.qkv.weight", (long, "card is lost"))
+    seen, true = _seen(
+        family, "block[0].attention.qkv.weight", (long, "card is lost", "two no no two no no help two no")
+    )
     found = _run(seen)
     assert sorted(found.sequences) == sorted(true)
-    assert found.certain == [True, True]
+    assert found.certain == [True] * 3
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-lm"])
