@@ -1,7 +1,7 @@
 """Seconds and bytes of an embedded federation: 20 clients, 10 a round, 30 rounds, the demo model.
 
     python benchmarks/federation.py [--threads 2] [--local-steps 1] [--server fedavg] [--view client]
-        [--policy dp-sgd ...]
+        [--policy dp-sgd ...] [--engine flower]
 
 Prints wall and CPU seconds of the rounds, of the judging and of the clients' ledgers, one row a policy.
 """
@@ -15,12 +15,12 @@ from typing import TypeVar
 
 import torch
 
-from dpguard.federation import rounds, worth
+from dpguard.federation import flower, rounds, worth
 from dpguard.federation.settings import Settings
 from dpguard.federation.split import split
 from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
-from dpguard.policy.table import Policy
+from dpguard.policy.table import Plan, Policy
 
 POLICIES = {
     "none": [{"layers": "all", "train": True}],
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--server", default="fedavg")
     parser.add_argument("--view", default="client")
+    parser.add_argument("--engine", default="embedded", help="embedded, or flower: Flower's simulation of the same")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -65,9 +66,15 @@ def main() -> None:
         rows = POLICIES[name]
         model = models.load("demo", labels=corpus.classes, seed=0)
         plan = Policy(rows, name).plan(slots(model.module))
-        run, wall, cpu = timed(
-            lambda m=model, p=plan: rounds.run(m.module, m.tokenizer, corpus.train, train, p, settings, seed=0)
-        )
+
+        def train_all(m: models.LoadedModel = model, p: Plan = plan) -> rounds.Run:
+            if given.engine == "flower":
+                return flower.run(
+                    m, corpus.train, train, p, settings, labels=corpus.classes, seed=0, cpus=given.threads
+                )  # fmt: skip
+            return rounds.run(m.module, m.tokenizer, corpus.train, train, p, settings, seed=0)
+
+        run, wall, cpu = timed(train_all)
         judged, judging, _ = timed(
             lambda m=model, r=run: worth.judge(m.module, m.tokenizer, corpus.test, test, r.states)
         )
