@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,18 @@ import torch
 
 from dpguard.attacks import match
 from dpguard.attacks.base import Budget
+from dpguard.attacks.match_polish import Polish
 from dpguard.attacks.match_proof import is_message
 from dpguard.attacks.match_soft import directions, kept_entries, likely
-from dpguard.attacks.objective import Objective
+from dpguard.attacks.objective import Objective, targets, telling
 from dpguard.attacks.span_sites import left_as_found
 from dpguard.engine.client import Client
 from dpguard.engine.gradients import running_as
+from dpguard.inputs.batch import collate
+from dpguard.inputs.family import slots
+from dpguard.measure.leakage import observation
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Policy
 from tests import messages, tiny
 
 PUBLIC = ("the patient asked for help", "please call her soon about the new card today", "the test is late")
@@ -131,6 +138,67 @@ def test_deltas_are_read_as_one_step_against_the_gradient() -> None:
     noisy, _ = messages.observe(model, [{"layers": "all", "clip": 1.0, "noise": 0.1}], [ONE], [1])
     noisy = replace(noisy, disclosed=replace(noisy.disclosed, kind="delta"))
     assert "noisy" in match.PLUGIN.applicable(noisy)
+
+
+def test_the_change_of_weights_after_real_local_steps_gives_the_text() -> None:
+    model = tiny.loaded("bert")
+    plan = Policy([]).plan(slots(model.module))
+    batch = collate([ONE], [1], model.tokenizer)
+    update = Threat(local_steps=4).message(model, plan, [batch], noise_seed=1)
+    seen = observation(model, plan, update, sequences=1)
+    assert (seen.disclosed.kind, seen.disclosed.local_steps) == ("delta", 4)
+    found = _found(seen)
+    assert found.sequences == [batch.input_ids[0].tolist()]
+    assert found.certain == [False]
+
+
+@pytest.mark.parametrize("rows", [[{"layers": "all", "keep": 0.1}], [{"layers": "all", "bits": 1}]])
+def test_a_few_pruned_or_rounded_matrices_are_spread_over_the_blocks(rows) -> None:
+    model = tiny.loaded("bert")
+    seen, batch = messages.observe(model, rows, [ONE], [1])
+    damaged = targets(seen, aware=True)[0]
+    kept = [target.tap.slot for target in telling(damaged, 3)]
+    assert [(slot.role, slot.block) for slot in kept] == [("value", 0), ("value", 1), ("value", 2)]
+    clean = targets(messages.observe(model, [], [ONE], [1])[0], aware=True)[0]
+    assert telling(clean, 3) == clean
+    objective = Objective(seen, 1, aware=True, few=3)
+    wrong = batch.input_ids[:, [0, 2, 1, *range(3, batch.input_ids.shape[1])]]
+    table = model.module.get_input_embeddings().weight
+    with running_as(model.module, "eval"):
+        near, far = (float(objective(batch, table[ids])) for ids in (batch.input_ids, wrong))
+    assert near == pytest.approx(0, abs=2e-5)
+    assert far > 1e-4
+
+
+def _polish(seen, lengths, limit=4000):
+    lists = likely(seen)
+    assert lists is not None
+    return Polish(seen, replace(lists, lengths=lengths), [0, 1], limit, random.Random(0))
+
+
+def test_a_wrong_length_at_the_top_of_the_list_is_left_again() -> None:
+    seen, batch = messages.observe(tiny.loaded("bert"), [{"layers": "all", "keep": 0.1}], [ONE], [1], tell=())
+    true = batch.input_ids[0].tolist()
+    with running_as(seen.model, "eval"):
+        polish = _polish(seen, (len(true) + 4, len(true) + 6, len(true) - 2))
+        label, row = polish.run()
+    assert (label, list(row), polish.certain) == (1, true, True)
+    assert len(polish.pool) < 4000
+
+
+def test_the_slope_of_the_distance_points_to_the_word_that_is_missing() -> None:
+    seen, batch = messages.observe(tiny.loaded("bert"), [], [ONE], [1], tell=())
+    true = batch.input_ids[0].tolist()
+    with running_as(seen.model, "eval"):
+        polish = _polish(seen, (len(true),))
+        guess = polish.lists.upto(len(true))
+        blank = replace(guess, misfit=torch.zeros_like(guess.misfit))
+        ranks = []
+        for place in range(1, len(true) - 1):
+            wrong = (*true[:place], 60 + place % 4, *true[place + 1 :])
+            listed = polish.pointed((1, wrong), blank, len(blank.tokens))[place].tolist()
+            ranks.append(listed.index(true[place]))
+    assert sum(ranks) / len(ranks) < 0.25 * len(blank.tokens)
 
 
 @pytest.mark.parametrize(("distance", "absolute"), [("l2", False), ("l1", True)])
