@@ -35,6 +35,10 @@ ZERO = 1e-6
 DISTINCT = 0.25
 """Relative distance between two states that are not the same."""
 MOST_ROUNDS = 8
+SCREENED, NEAREST, AT_MOST = 48, 64, 2
+"""Tokens that explain most of what no state explains yet, starts made of them, and places of one token among those."""
+CHUNK = 4000
+"""States that go through the activation together."""
 SPREAD = 0.5
 """Random displacement of a start, in standard deviations of what context adds."""
 
@@ -116,10 +120,12 @@ class RowSolver:
         special = self._special(picture, scale, length).repeat(4, 1)
         found = self._round(special, scale, length, self._noise(len(special)), special[:0], budget)
         known = len(found)
+        places = scale.places[len(self.frame.prefix) : length - len(self.frame.suffix)]
+        typical = self._inside(scale.tokens + places.mean(0)) if len(places) else None
         for _ in range(MOST_ROUNDS):
             if len(found) >= self.evidence.span.rank or self.steps >= budget:
                 break
-            states = self._starts(scale, found[known:], length)
+            states = self._starts(scale, found, known, length, typical)
             found = self._round(states, scale, length, self._noise(len(states)), found, budget)
         return self._polished(found[known:], scale, budget)
 
@@ -151,23 +157,52 @@ class RowSolver:
                 out.append(self.probe.embedding[token] @ picture.weights[:width].float() + scale.places[position])
         return torch.stack(out) if out else scale.places[:0]
 
-    def _starts(self, scale: Ruler, found: Tensor, length: int) -> Tensor:
-        """Random tokens, frequent ones more often, at the positions that no state found so far claims."""
+    def _starts(self, scale: Ruler, found: Tensor, known: int, length: int, typical: Tensor | None) -> Tensor:
+        """Tokens at the positions that no state found so far claims: such as explain more of the rest of the span
+        than others, and random ones, frequent ones more often.
+
+        Args:
+            scale: the picture.
+            found: (k, d) states found so far.
+            known: how many of them are those of special tokens.
+            length: tokens of the text.
+            typical: (n, r) coordinates in the span that each token has at no position in particular.
+        """
         first = len(self.frame.prefix)
         free = set(range(first, length - len(self.frame.suffix)))
-        for state in found:
+        for state in found[known:]:
             free.discard(int(scale.distances(state[None])[0].argmin()) % length)
-        places = sorted(free) or list(range(length))
+        places = torch.tensor(sorted(free) or list(range(length)), device=self.probe.device)
         count = len(scale.tokens)
-        rank = torch.rand(STARTS, generator=self.rng).mul(math.log(count)).exp().long().clamp(1, count) - 1
-        where = torch.tensor(places)[torch.randint(len(places), (STARTS,), generator=self.rng)]
-        return scale.tokens[rank.to(self.probe.device)] + scale.places[where.to(self.probe.device)]
+        near = self._nearest(scale, self._taken(found), places, typical)
+        drawn = STARTS - len(near)
+        rank = torch.rand(drawn, generator=self.rng).mul(math.log(count)).exp().long().clamp(1, count) - 1
+        where = places[torch.randint(len(places), (drawn,), generator=self.rng).to(places.device)]
+        return torch.cat([near, scale.tokens[rank.to(self.probe.device)] + scale.places[where]])
+
+    def _nearest(self, scale: Ruler, taken: Tensor | None, places: Tensor, typical: Tensor | None) -> Tensor:
+        """(s, d) predicted states whose activations reach furthest into what the states found leave of the span."""
+        if typical is None:
+            return scale.tokens[:0]
+        tokens = _open_share(typical, taken).topk(min(SCREENED, len(typical)), largest=False).indices
+        states = (scale.tokens[tokens, None] + scale.places[places]).flatten(0, 1)
+        share = _open_share(self._inside(states), taken).reshape(len(tokens), len(places))
+        best = share.topk(min(AT_MOST, len(places)), dim=1, largest=False)
+        chosen = best.values.flatten().topk(min(NEAREST, best.values.numel()), largest=False).indices
+        token = chosen // best.values.shape[1]
+        return states[token * len(places) + best.indices.flatten()[chosen]]
+
+    def _inside(self, states: Tensor) -> Tensor:
+        """(n, r) coordinates in the span of the activations, of norm 1, of (n, d) states."""
+        with torch.no_grad():
+            parts = [self._unit(part) @ self.evidence.basis.T for part in states.split(CHUNK)]  # type: ignore[no-untyped-call]
+        return torch.cat(parts)
 
     def _round(self, states: Tensor, scale: Ruler, length: int, noise: Tensor, found: Tensor, budget: int) -> Tensor:
         """The states found before and the new ones that a batch of starts leads to."""
         if not len(states):
             return found
-        taken = self._directions(found)
+        taken = self._taken(found)
         residual, shift = self._descend(states, scale, noise, taken, min(FIRST, budget - self.steps), 0.3, 0.01)
         keep = residual.argsort()[: max(FEWEST, FINALISTS * length)]
         states, shift = states[keep], shift[keep]
@@ -183,14 +218,12 @@ class RowSolver:
     def _unit(self, states: Tensor) -> Tensor:
         return torch.nn.functional.normalize(self.act(self.seat.layer(states)), dim=1)
 
-    def _directions(self, found: Tensor) -> Tensor | None:
-        """Orthonormal rows: what the states found so far take up of the span."""
+    def _taken(self, found: Tensor) -> Tensor | None:
+        """(t, r) orthonormal rows: which coordinates of the span the states found so far take up."""
         if not len(found):
             return None
-        with torch.no_grad():
-            inside = self._unit(found) @ self.evidence.basis.T
-            values, rows = torch.linalg.svd(inside, full_matrices=False)[1:]
-        taken: Tensor = rows[values > 0.05 * values[0]] @ self.evidence.basis
+        values, rows = torch.linalg.svd(self._inside(found), full_matrices=False)[1:]
+        taken: Tensor = rows[values > 0.05 * values[0]]
         return taken
 
     def _descend(
@@ -202,7 +235,7 @@ class RowSolver:
             states: what the picture predicts.
             scale: units of the displacement.
             start: (k, d) displacement at the start.
-            taken: directions of the span that are explained already.
+            taken: (t, r) coordinates of the span that are explained already.
             steps: Adam steps.
             rate: their size at the beginning; falls to a twentieth.
             hold: weight that holds a state to what the picture predicts; falls to 0.
@@ -214,10 +247,9 @@ class RowSolver:
             left = 1 - step / steps
             optimiser.param_groups[0]["lr"] = rate * (0.05 + 0.95 * left)
             unit = self._unit(states + shift @ scale.back)
-            residual = 1 - (unit @ self.evidence.basis.T).pow(2).sum(1)
-            goal = residual
-            if taken is not None:
-                goal = residual / (1.02 - (unit @ taken.T).pow(2).sum(1))
+            inside = unit @ self.evidence.basis.T
+            residual = 1 - inside.pow(2).sum(1)
+            goal = residual if taken is None else _open_share(inside, taken)
             goal = goal + hold * left * shift.pow(2).mean(1)
             shift.grad = torch.autograd.grad(goal.sum(), shift)[0]
             optimiser.step()
@@ -225,3 +257,10 @@ class RowSolver:
             if float(residual.detach().max()) < ZERO:
                 break
         return residual.detach(), shift.detach()
+
+
+def _open_share(inside: Tensor, taken: Tensor | None) -> Tensor:
+    """(n,) part of (n, r) unit vectors' coordinates that no span holds, of what is not ``taken`` already."""
+    outside = 1 - inside.pow(2).sum(1)
+    share: Tensor = outside if taken is None else outside / (1.02 - (inside @ taken.T).pow(2).sum(1))
+    return share

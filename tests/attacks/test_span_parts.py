@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpguard.attacks import span
+from dpguard.attacks import span, span_rows
 from dpguard.attacks.span_evidence import gather
 from dpguard.attacks.span_guess import guess
 from dpguard.attacks.span_rank import floor, span_of
 from dpguard.attacks.span_relax import relax
+from dpguard.attacks.span_rows import _open_share, ruler
 from dpguard.attacks.span_sites import left_as_found, sites_of
 from tests import messages, tiny
 
@@ -111,6 +112,40 @@ def test_the_states_found_one_by_one_are_the_clients_own(family: str) -> None:
     assert len(found) >= len(ids) - case.frame.size - 1
     assert (distance.min(dim=1).values < 0.05).float().mean() >= 0.8
     assert 0 < solver.steps <= 3000
+
+
+def test_descents_start_where_tokens_explain_what_is_left_of_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, case, evidence, ids = _case("bert", "block[0].mlp.out")
+    seat = case.sites.find(0, "mlp_in")
+    solver = span.RowSolver(case.probe, evidence, seat, torch.nn.functional.gelu, case.frame, case.rng)
+    with left_as_found(case.probe.model):
+        picture = case.album.picture(seat.name, seat.layer, len(ids))
+        scale = ruler(case.probe, picture, case.tokens, len(ids))
+        inner = scale.places[1:-1]
+        few = 2 * len(inner)
+        monkeypatch.setattr(span_rows, "SCREENED", few)
+        monkeypatch.setattr(span_rows, "NEAREST", few * span_rows.AT_MOST)
+        true = case.probe.states(seat.layer, ids[None])[0]
+        typical = solver._inside(scale.tokens + inner.mean(0))
+        places = torch.arange(1, len(ids) - 1)
+        rows = scale.tokens[torch.searchsorted(case.tokens, ids[1:-1])][:, None] + inner
+
+        def started(taken: torch.Tensor | None) -> torch.Tensor:
+            near = solver._nearest(scale, taken, places, typical)
+            assert len(near) <= few * span_rows.AT_MOST
+            return (torch.cdist(rows.flatten(0, 1), near) < 1e-4).any(dim=1).reshape(rows.shape[:2]).any(dim=1)
+
+        count = len(started(None))
+        chance = few / len(case.tokens)
+        assert started(None).float().mean() > 2 * chance
+        known = solver._taken(true[: count // 2])
+        assert known is not None
+        assert len(known) == count // 2
+        rest = started(known)[count // 2 :].float()
+        assert rest.mean() > 2 * chance
+        share = _open_share(solver._inside(true), known)
+    assert share.max() < 1e-3
+    assert _open_share(typical, known).median() > 0.1
 
 
 def test_the_continuous_search_leads_back_to_the_text() -> None:
