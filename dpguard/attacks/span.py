@@ -204,7 +204,7 @@ def _judge(case: _Case, seen: Observation, evidence: list[Evidence]) -> Reconstr
         "residual": float(trail.rows.max().clamp_min(0)) if trail.worst == 1.0 else trail.worst,
         "witnesses": len(evidence),
     }
-    certain = trail.certain and not any(e.contradicts(case.probe, trail.ids) for e in others)
+    certain = trail.certain and not any(e.contradicts(case.probe, trail.ids, len(trail.ids)) for e in others)
     certain = certain and not _order_unproven(seen.model)
     texts, flags = with_last_tokens(seen, witness.site, [trail.ids.tolist()], [certain], case.tokens, notes)
     return Reconstruction(texts, flags, case.steps, scored, notes)

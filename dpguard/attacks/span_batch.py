@@ -282,7 +282,9 @@ class BatchReader:
         ids = torch.tensor(text, device=self.probe.device)
         states = self.probe.states(self.judge.site.layer, ids[None])[0]
         misfit = float(self.judge.span.outside(states)[0].mean())
-        proven = self.judge.span.holds(states) and not any(e.contradicts(self.probe, ids) for e in self.witnesses)
+        proven = self.judge.span.holds(states) and not any(
+            e.contradicts(self.probe, ids, self.dimensions) for e in self.witnesses
+        )
         return _Found(text, proven, proven or bool(self._in_span(states).all()), misfit)
 
     def _in_span(self, activations: Tensor) -> Tensor:

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 
 from dpguard.attacks.observation import Observation
-from dpguard.attacks.span_rank import Span, span_of
+from dpguard.attacks.span_rank import RESOLUTION, Span, span_of
 from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites, predicts_tokens
+from dpguard.inputs.family import slots
 
 COVERAGE = 0.05
 """Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""
+FINAL_BLOCK = (
+    "only the final block's weights are shared, and a classification head reads one state of a text: "
+    "the gradients of the query, attention output and MLP have the rank of the texts (those of key and value at most "
+    "heads times that), not of the tokens"
+)
+POOLED = (
+    "only the head or the pooler is shared, whose gradients hold one pooled state a text and nothing of its single "
+    "tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +88,19 @@ class Evidence:
         worst = float(self.span.outside(rows)[0].max())
         return self.span.holds(rows), worst
 
-    def contradicts(self, probe: Probe, ids: Tensor) -> bool:
-        """Whether a text of (L,) token ids has a state that cannot be in the span, however imprecise it is."""
+    def contradicts(self, probe: Probe, ids: Tensor, tokens: int | None = None) -> bool:
+        """Whether a text of (L,) token ids has a state that cannot be in the span, however imprecise it is.
+
+        Args:
+            probe: counts the candidate.
+            ids: the text.
+            tokens: how many the whole message has, None when unknown. A span of fewer dimensions hides some
+                direction below the edge of its rank; true inputs may lean that way by more than rounding does,
+                and only what tells one text from another speaks against a text then.
+        """
         residual, allowed = self.span.outside(self.vectors(probe.states(self.site.layer, ids[None])[0]))
+        if tokens is not None and self.span.rank + self.first != tokens:
+            allowed = allowed.clamp_min(RESOLUTION)
         return bool((residual > allowed).any())
 
     @property
@@ -94,19 +114,24 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     plan = seen.disclosed.plan
     shared = [s for s in sites.all if s.name in seen.message]
     if not shared:
-        return [], "no attention or MLP weight of a block is shared"
+        return [], _outside_blocks(seen)
     inner = shared if predicts_tokens(seen.model) else [s for s in shared if s.block < sites.last_block]
     if not inner:
-        return [], (
-            "only the final block's weights are shared; under a classification head their gradients have the rank "
-            "of the batch, not of its tokens"
-        )
+        return [], FINAL_BLOCK
     rules = {s.name: plan[s.name] for s in inner if s.name in plan}
     whole = [s for s in inner if s.name in rules and rules[s.name].keep >= 1 and rules[s.name].bits is None]
     whole = [s for s in whole if not rules[s.name].release]
     if not whole:
         return [], "every shared weight is pruned or rounded, which leaves no low-rank gradient to read"
     return sorted(whole, key=lambda s: (s.block, LINEAR.index(s.role))), ""
+
+
+def _outside_blocks(seen: Observation) -> str:
+    """Why nothing is read when no layer of a block is shared."""
+    roles = {slot.role for slot in slots(seen.model) if slot.name in seen.message}
+    if roles and roles <= {"head", "pooler"} and not predicts_tokens(seen.model):
+        return POOLED
+    return "no attention or MLP weight of a block is shared"
 
 
 def gather(seen: Observation, sites: list[Site], *, causal: bool, most: int) -> list[Evidence]:

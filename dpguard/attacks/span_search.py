@@ -159,7 +159,7 @@ class Search:
     def _check(self, trail: Trail) -> None:
         if float(trail.rows.mean()) < HINT or self.evidence.span.blurred:
             trail.certain, trail.worst = self.evidence.certifies(self.probe, trail.ids)
-            trail.done = trail.certain or not self.evidence.contradicts(self.probe, trail.ids)
+            trail.done = trail.certain or not self.evidence.contradicts(self.probe, trail.ids, len(trail.ids))
 
 
 def _move(words: list[int], source: int, target: int) -> Edit:

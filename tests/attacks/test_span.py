@@ -152,14 +152,41 @@ def test_the_certificate_separates_a_text_from_all_its_neighbours(role: str, rou
         assert not evidence.certifies(probe, torch.tensor(true[:-1]))[0]
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2"])
+@pytest.mark.parametrize("sequences", [1, 4, None])
+def test_what_the_last_block_and_the_head_hold_is_said(family: str, sequences: int | None) -> None:
+    def reason(layer: str) -> str:
+        seen, _ = _seen(family, _only(layer))
+        return span.PLUGIN.applicable(replace(seen, disclosed=replace(seen.disclosed, sequences=sequences)))
+
+    last, head = reason("block[-1]"), reason("head")
+    assert "only the final block's weights are shared, and a classification head reads one state" in last
+    assert "query, attention output and MLP have the rank of the texts" in last
+    assert "key and value at most heads times that" in last
+    assert "one pooled state a text and nothing of its single tokens" in head
+    assert "pooled" not in last
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_last_blocks_gradients_have_the_ranks_that_the_reason_says(texts: int) -> None:
+    model = tiny.loaded("bert", width=64)
+    seen, batch = messages.observe(model, [], tiny.SENTENCES[:texts], [0, 1][:texts], tell=())
+    heads = model.module.config.num_attention_heads
+    assert int(batch.attention_mask.sum()) > heads * texts
+    sites = sites_of(model.module)
+    for site in (s for s in sites.all if s.block == sites.last_block):
+        values = torch.linalg.svdvals(site.oriented(seen.message[site.name]))
+        rank = int((values > 1e-5 * values[0]).sum())
+        assert rank <= heads * texts if site.role in {"key", "value"} else rank == texts
+
+
 def test_what_it_cannot_use_it_refuses_with_the_reason() -> None:
     def reason(rows: list[dict], **changes) -> str:
         seen, _ = _seen("bert", rows)
         return span.PLUGIN.applicable(replace(seen, disclosed=replace(seen.disclosed, **changes)))
 
     assert reason([]) == ""
-    assert "final block" in reason(_only("block[-1]"))
-    assert "no attention or MLP weight" in reason(_only("head"))
+    assert "no attention or MLP weight" in reason(_only("norms"))
     assert "pruned or rounded" in reason([{"layers": "all", "keep": 0.5}])
     assert "pruned or rounded" in reason([{"layers": "all", "bits": 8}])
     assert reason([], sequences=None) == ""

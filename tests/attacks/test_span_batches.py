@@ -88,9 +88,13 @@ def test_texts_that_share_words_and_places_are_told_apart() -> None:
     _exact(_run(seen), true)
 
 
-def test_a_text_that_is_there_twice_is_found_once() -> None:
+def test_a_text_that_is_there_twice_is_explained_once_and_found_twice() -> None:
     seen, true = _seen(WITHHELD, (TEXTS[0], TEXTS[1], TEXTS[0]), told=True)
-    _exact(_run(seen), true[:2])
+    found = _run(seen)
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True] * 3
+    assert found.notes["complete"]
+    assert found.notes["explained"] == sum(map(len, true[:2]))
 
 
 def test_a_message_in_bfloat16() -> None:
