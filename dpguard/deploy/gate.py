@@ -121,7 +121,7 @@ def _difference(
 ) -> dict[str, Tensor]:
     """A change of weights: clip and noise it as a whole where the table says so, then release it."""
     change = {name: update[name].detach() for name in plan.shared}
-    bounded = wire.clip_update(change, shared_only(plan), 1) if content == "raw" else change
+    bounded = wire.clip_update(change, wire.shared_only(plan), 1) if content == "raw" else change
     out = {}
     for name in plan.shared:
         rule = plan[name]
@@ -130,12 +130,6 @@ def _difference(
         noised = noise.add_noise_(value, std, generator) if std else value
         out[name] = wire.released_tensor(name, noised, plan, mask_seed=mask_seed)
     return out
-
-
-def shared_only(plan: Plan) -> Plan:
-    """The plan with its withheld tensors out of the clip groups: only what leaves is clipped together."""
-    kept = {name: rule if rule.sent else replace(rule, train=False) for name, rule in plan.items()}
-    return replace(plan, rules=kept)
 
 
 def before_the_gate(plan: Plan) -> Plan:

@@ -126,7 +126,7 @@ def _released(client: Client, change: dict[str, Tensor], drawn_from: noise.Sourc
     """Whole-update clip and noise, uncalibrated noise, then pruning and quantising: all on the change itself."""
     plan, state = client.plan, client.state
     out = {}
-    bounded = wire.clip_update(change, plan, 1)
+    bounded = wire.clip_update(change, wire.shared_only(plan), 1)
     for name in plan.shared:
         rule = plan[name]
         std = rule.std(1) if rule.unit == "update" and rule.noise else rule.noise_std

@@ -165,6 +165,12 @@ def group_norms(squared: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack([squared[name] for name in group.names]).sum(0).sqrt()
 
 
+def shared_only(plan: Plan) -> Plan:
+    """The plan with its withheld tensors out of the clip groups: only what leaves of a change is clipped."""
+    kept = {name: rule if rule.sent else replace(rule, train=False) for name, rule in plan.items()}
+    return replace(plan, rules=kept)
+
+
 def clip_update(sums: Mapping[str, Tensor], plan: Plan, batch_size: int) -> dict[str, Tensor]:
     """Clip the client's whole update once in every group of unit ``update``; other tensors pass as they are.
 

@@ -107,6 +107,13 @@ def test_a_whole_update_is_clipped_once_and_noised_once():
     assert claim.sigma_eff == pytest.approx(3.0)
 
 
+def test_an_update_with_layers_at_home_is_clipped_over_what_leaves():
+    rows = [{"layers": "all", "clip": 0.01, "unit": "update"}, {"layers": "embeddings", "share": False}]
+    sent = client(rows, training=LocalTraining(learning_rate=1.0)).observe(batches(3)).tensors
+    assert not any("embeddings" in name for name in sent)
+    assert float(torch.stack([v.norm() for v in sent.values()]).norm()) == pytest.approx(0.01, rel=1e-5)
+
+
 def test_release_operations_act_on_the_delta_after_its_noise():
     rows = [{"layers": "all", "clip": 1.0, "noise": 0.1, "keep": 0.1}]
     update = client(rows).observe(batches(2))
