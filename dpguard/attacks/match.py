@@ -63,7 +63,7 @@ class Match:
 
     def __init__(self) -> None:
         self.presets = {
-            "default": Budget(steps=600, candidates=6_000, restarts=4),
+            "default": Budget(steps=600, candidates=4_000, restarts=4),
             **{name: Budget(steps=2_000, candidates=6_000, restarts=1) for name in ("partial", "lamp", "tag", "dlg")},
             "demo": Budget(steps=30, candidates=200, restarts=1),
         }

@@ -81,13 +81,19 @@ class Polish:
         self.longest = family_of(self.seen.model).max_tokens(self.seen.model.config)
         settled = self.lists.settled if self.seen.disclosed.mode == "train" else frozenset()
         self.held: frozenset[int] = settled  # the distance is off by what dropout did; exact places are not to move
+        damaged = any(target.kept is not None or target.release is not None for target in self.objective.targets)
+        self.sharp = damaged and self.seen.disclosed.mode == "eval" and self.seen.disclosed.kind == "gradient"
         self.asked: set[tuple[int, Row]] = set()
         self.padding = int(self.seen.disclosed.tokenizer.pad_token_id)
 
     @property
     def best(self) -> tuple[int, Row]:
-        """Label and text with the smallest distance."""
-        return min(self.pool, key=lambda key: self.pool[key])
+        """Label and text with the smallest distance; see `cost`."""
+        return min(self.pool, key=self.cost)
+
+    def cost(self, key: tuple[int, Row]) -> float:
+        """Distance, times the root of the length where the truth's is zero: more words fit more of anything."""
+        return self.pool[key] * (len(key[1]) ** 0.5 if self.sharp else 1.0)
 
     @property
     def left(self) -> int:
@@ -101,6 +107,7 @@ class Polish:
         while self.left > 0 and not self.solved():
             now = self.best
             self.substitute(now, width)
+            self.shorten(now)
             if self.best == now:
                 self.reorder(now)
             if self.best != now:
@@ -171,12 +178,11 @@ class Polish:
         label = self.best[0]
         some = dict.fromkeys([*self.lists.lengths[: LENGTHS - 1], len(self.best[1])])
         for count in (LENGTHS, LENGTHS - 1):
-            ahead = sorted((self.best_of(label, length) for length in some), key=self.pool.__getitem__)[:count]
+            ahead = sorted((self.best_of(label, length) for length in some), key=self.cost)[:count]
             for key in ahead:
                 if self.left > self.limit // 2 and not self.solved():
                     self.substitute(key, NARROW)
-            longest = self.best[1]
-            self.score(label, self.beginnings(tuple(longest[place] for place in self.places(longest))))
+            self.shorten(self.best)
 
     def best_of(self, label: int, length: int) -> tuple[int, Row]:
         """The nearest text of one length; the nearest of all where there is none."""
@@ -264,23 +270,27 @@ class Polish:
         rows = [other for other in bodies if (label, other) not in self.pool]
         self.score(label, self.draws.sample(rows, min(ORDERS, len(rows))))
 
-    def beginnings(self, body: Row) -> list[Row]:
-        """A text's beginnings, whose words keep their places, and the text itself as long as the lists say."""
+    def shorten(self, key: tuple[int, Row]) -> None:
+        """The text's beginnings, whose words keep their places, and the text itself as long as the lists say."""
+        label, row = key
+        places = self.places(row)
+        if self.seen.disclosed.lengths is not None or self.held.intersection(places):
+            return
+        body = row[places.start : places.stop]
         rows = [tuple(self.frame.wrap(body[:n])) for n in range(1, len(body))]
         for length in self.lists.lengths:
             ending = self.framed(self.lists.upto(length).text())
             words = tuple(ending[place] for place in self.places(ending))
             rows.append(tuple(self.frame.wrap((*body[: len(words)], *words[len(body) :]))))
-        return rows
+        self.score(label, rows)
 
     def resize(self, key: tuple[int, Row], count: int) -> None:
-        """Other lengths: the text's beginning, one word less anywhere, one more of those likely there."""
+        """One word less anywhere, or one more of those that the lists find likely there."""
         label, row = key
         places = self.places(row)
         if self.held.intersection(places):
             return
         body = row[places.start : places.stop]
-        self.score(label, self.beginnings(body))
         rows = [tuple(self.frame.wrap(body[:n] + body[n + 1 :])) for n in range(len(body) if len(body) > 1 else 0)]
         guess = self.lists.guess
         for n in range(len(body) + 1):
