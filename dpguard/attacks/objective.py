@@ -180,8 +180,8 @@ class Objective:
 def telling(found: list[Target], few: int) -> list[Target]:
     """All tensors that need not be written out, and ``few`` of the pruned or rounded ones.
 
-    Matrices of one role are spread over the blocks; a pruned or rounded matrix tells as much about a text as ten,
-    while writing it out takes longer than the pass through the model that it comes from.
+    Matrices of one role are spread over the blocks. The truth is at zero on any of them, while writing out all
+    tensors takes several times as long as the pass through the model that they come from.
     """
     damaged = [target for target in found if target.kept is not None or target.release is not None]
     roles = {role: place for place, role in enumerate(TELLING)}
