@@ -45,7 +45,10 @@ class Likelihood:
     )
 
     def __init__(self) -> None:
-        self.presets = {"default": Budget(steps=0, candidates=32_000)}
+        self.presets = {
+            "default": Budget(steps=0, candidates=32_000),
+            "quick": Budget(steps=0, candidates=3_000),
+        }
 
     def applicable(self, seen: Observation) -> str:
         """Empty for the gradient of one text with a tensor that can be compared, else the reason."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from rapidfuzz.distance import Opcodes
 from rapidfuzz.distance.Levenshtein import opcodes
 from rich.text import Text
@@ -23,6 +24,8 @@ from dpguard.measure.leakage import Leak, Score
 from dpguard.measure.threat import Threat
 from dpguard.policy.table import Policy
 
+SMALL = 50_000_000
+"""Parameters below which threads cost more than they bring: they wait for each other between small layers."""
 JSON_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "token_recall")
 
 
@@ -55,7 +58,10 @@ def attack_once(
         )
     messages = leakage.pick_targets(corpus, targets=targets, batch_size=texts_each, seed=seed)
     texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
-    names = list(attacks) if attacks else [name for name in PANELS[LATEST] if name != "prior"]
+    if sum(p.numel() for p in loaded.module.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    panel = PANELS["demo" if model == "demo" else LATEST]
+    names = list(attacks) if attacks else [name for name in panel if name != "prior"]
     found = []
     for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
         started = time.perf_counter()
