@@ -62,25 +62,22 @@ def attack_once(
         torch.set_num_threads(1)
     panel = PANELS["demo" if model == "demo" else LATEST]
     names = list(attacks) if attacks else [name for name in panel if name != "prior"]
-    found = []
+    if not as_json:
+        console().print(f"{policy} on {model}: {100 * plan.shared_fraction:.3g} % of the parameters leave\n")
+    best = []
     for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
         started = time.perf_counter()
         leak = leakage.attack_message(
-            loaded,
-            plan,
-            corpus,
-            indices,
-            attacks=names,
-            seed=seed * 1_000_003 + number,
-            noise_seed=seed + number,
+            loaded, plan, corpus, indices, attacks=names, seed=seed * 1_000_003 + number, noise_seed=seed + number,
             threat=threat,
-        )
-        found.append((leak, time.perf_counter() - started))
-    best = [(best_of(leak, names), leak, seconds) for leak, seconds in found]
+        )  # fmt: skip
+        best.append((best_of(leak, names), leak, time.perf_counter() - started))
+        if not as_json:
+            _print_message(*best[-1])
     if as_json:
         print(json.dumps(as_plain(best), indent=2))
     else:
-        _print(policy, model, plan.shared_fraction, best)
+        _print_means(best)
 
 
 def best_of(leak: Leak, names: Sequence[str]) -> dict[int, Score]:
@@ -116,24 +113,28 @@ def as_plain(best: Sequence[tuple[dict[int, Score], Leak, float]]) -> dict[str, 
     }
 
 
-def _print(policy: str, model: str, fraction: float, best: Sequence[tuple[dict[int, Score], Leak, float]]) -> None:
+def _print_message(chosen: dict[int, Score], leak: Leak, seconds: float) -> None:
+    """One message's texts, as soon as they are there."""
     out = console()
-    out.print(f"{policy} on {model}: {100 * fraction:.3g} % of the parameters leave\n")
-    for chosen, leak, seconds in best:
-        for target, truth in leak.truths.items():
-            score = chosen.get(target)
-            out.print(Text("true       ", style="dim").append(truth, style="not dim"))
-            if score is None:
-                why = "; ".join(f"{name}: {reason}" for name, reason in leak.skipped.items())
-                out.print(Text(f"recovered  nothing ({why})\n", style="dim"))
-                continue
-            out.print(Text("recovered  ", style="dim").append_text(marked(score.guess, truth)))
-            sure = "certain" if score.certain else "a guess"
-            verdict = f"           {score.attack}, {sure}, ROUGE-L {score.metrics['rougeL']:.2f}, {seconds:.1f} s\n"
-            out.print(Text(verdict, style="dim"))
+    for target, truth in leak.truths.items():
+        score = chosen.get(target)
+        out.print(Text("true       ", style="dim").append(truth, style="not dim"))
+        if score is None or not score.guess.strip():
+            why = "; ".join(f"{name}: {reason}" for name, reason in leak.skipped.items())
+            out.print(Text(f"recovered  nothing{f' ({why})' if why else ''}\n", style="dim"))
+            continue
+        out.print(Text("recovered  ", style="dim").append_text(marked(score.guess, truth)))
+        sure = "certain" if score.certain else "a guess"
+        verdict = f"           {score.attack}, {sure}, ROUGE-L {score.metrics['rougeL']:.2f}, {seconds:.1f} s\n"
+        out.print(Text(verdict, style="dim"))
+
+
+def _print_means(best: Sequence[tuple[dict[int, Score], Leak, float]]) -> None:
     plain = as_plain(best)
+    if not plain["targets"]:
+        return
     rows = [[name, "-" if value is None else f"{value:.2f}"] for name, value in plain["metrics"].items()]
-    out.print(table(["metric", f"mean of {len(plain['targets'])}"], rows, right=["mean of"]))
+    console().print(table(["metric", f"mean of {len(plain['targets'])}"], rows, right=["mean of"]))
 
 
 def marked(guess: str, truth: str) -> Text:

@@ -47,11 +47,12 @@ class Threat:
                 raise UserError(f"unknown knowledge {word!r}{did_you_mean(word, KNOWLEDGE)}")
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}{did_you_mean(self.mode, MODES)}")
-        if self.local_steps < 0 or self.clients < 1 or not self.learning_rate > 0:
-            raise UserError(
-                f"a threat of {self.local_steps} local steps at learning rate {self.learning_rate:g} and "
-                f"{self.clients} clients; expected 0 or more, above 0, and 1 or more"
-            )
+        if self.local_steps < 0:
+            raise UserError(f"local steps are {self.local_steps}, expected 0 (a gradient is sent) or more")
+        if self.clients < 1:
+            raise UserError(f"clients are {self.clients}, expected 1 or more")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"the learning rate of local steps is {self.learning_rate:g}, expected one above 0")
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Threat:

@@ -173,6 +173,12 @@ def no_power(frontier: Frontier) -> tuple[Verdict, str] | None:
     if reached.value >= POWER and reached.value - floor.value >= LEAD and reached.low > floor.value:
         return None
     name = metric_name(frontier.leakage_metric)
+    if reached.value >= POWER and reached.value - floor.value >= LEAD:
+        return "no power", (
+            f"Too few texts to conclude anything: without any protection the attack reached {number(reached.value)} "
+            f"{name} on {reached.n} of them, and from so few it may be as low as {number(reached.low)}, where a guess "
+            f"that sees no message reaches {number(floor.value)}; raise leakage.targets."
+        )
     return "no power", (
         f"This attack has no power here; nothing can be concluded. Without any protection it reached "
         f"{number(reached.value)} {name}, where a guess that sees no message reaches {number(floor.value)}."

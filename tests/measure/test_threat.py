@@ -71,8 +71,8 @@ def test_labels_or_lengths_tell_the_count() -> None:
     [
         ({"know": ("label",)}, "labels"),
         ({"mode": "training"}, "train"),
-        ({"clients": 0}, "0 clients"),
-        ({"local_steps": -1}, "-1 local steps"),
+        ({"clients": 0}, "clients are 0"),
+        ({"local_steps": -1}, "local steps are -1"),
     ],
 )
 def test_a_wrong_switch_is_one_sentence(given, said) -> None:
