@@ -72,7 +72,8 @@ def make(result: StudyResult, rehearsal: Rehearsal, decision: Recommendation) ->
                     "without_any_defence": _interval(control.utility if control else None)},
         "guarantee": {
             "epsilon": _plain(rehearsal.budget.epsilon), "delta": rehearsal.budget.delta,
-            "messages": rehearsal.budget.messages, "sigma_eff": claim.get("sigma_eff"),
+            "messages": rehearsal.rounds, "noised_steps": rehearsal.budget.messages,
+            "sigma_eff": claim.get("sigma_eff"),
             "unit": "client" if rehearsal.plan.unit == "update" else "example",
             "adjacency": "zero-out", "sampling": message.sampling,
             "statement": claim.get("statement", "No guarantee was computed."),
@@ -146,7 +147,7 @@ def to_markdown(card: Mapping[str, Any]) -> str:
         "",
         "## Guarantee",
         "",
-        f"epsilon = {_epsilon(claim['epsilon'])} at delta {claim['delta']:g}, after {claim['messages']} messages, per "
+        f"epsilon = {_epsilon(claim['epsilon'])} at delta {claim['delta']:g}, after {_count_words(claim)}, per "
         f"{claim['unit']}, {claim['adjacency']} adjacency.",
         "",
         visible(claim["statement"]),
@@ -215,12 +216,26 @@ def _bounds(bounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["", *told] if told else []
 
 
+def _count_words(claim: Mapping[str, Any]) -> str:
+    """How many messages, and of how many noised steps where one message is made of several."""
+    messages, steps = claim["messages"], claim["noised_steps"]
+    words = f"{messages} message{'' if messages == 1 else 's'}"
+    kind = "local" if math.isinf(float(claim["epsilon"])) else "noised"
+    return words if steps == messages else f"{words} ({steps} {kind} steps)"
+
+
 def _message_words(message: Mapping[str, Any]) -> str:
-    batch = f"Poisson batches of {message['batch_size']} (rate {message['sampling_rate']:.4g})"
+    size, rounds = message["batch_size"], message["rounds"]
+    batch = (
+        f"Poisson batch of {size} text{'' if size == 1 else 's'} on average (sampling rate "
+        f"{message['sampling_rate']:.4g})"
+    )
+    ending = f"{rounds} round{'' if rounds == 1 else 's'}."
     if message["kind"] == "gradient":
-        return f"A message is the gradient of one of {batch}; {message['rounds']} rounds."
+        return f"A message is the gradient of one {batch}; {ending}"
     steps = message["local_steps"]
-    return f"A message is the change of the weights after {steps} local steps on {batch}; {message['rounds']} rounds."
+    each = f"one local step on a {batch}" if steps == 1 else f"{steps} local steps, each on a {batch} of its own"
+    return f"A message is the change of the weights after {each}; {ending}"
 
 
 def _table_row(entry: Mapping[str, Any]) -> str:

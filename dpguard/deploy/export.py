@@ -16,7 +16,7 @@ from dpguard.federation.settings import Settings
 from dpguard.inputs import models
 from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
-from dpguard.policy.table import Policy
+from dpguard.policy.table import Plan, Policy
 from dpguard.report.frontier import frontier
 from dpguard.report.recommend import Recommendation, recommend
 from dpguard.report.result import StudyResult
@@ -113,10 +113,20 @@ def rehearse(result: StudyResult, policy: str, metrics: Sequence[str] = ()) -> R
             "expected fixed clips (dpguard fit-clips finds them)"
         )
     found = claim.result
-    budget = Budget(found["delta"], float(found["epsilon"]), int(found["steps"]))
+    budget = Budget(found["delta"], float(found["epsilon"]), _messages(plan, form, int(found["steps"])))
     return Rehearsal(
         str(result.study["name"]), policy, rows, ModelCard.of(loaded, labels), form, budget, tuple(metrics)
     )
+
+
+def _messages(plan: Plan, form: MessageForm, steps: int) -> int:
+    """The guarantee's steps as the site's ledger counts them.
+
+    The guarantee counts the local steps of a difference wherever the unit is an example. Where nothing is clipped or
+    noised, the ledger counts the difference as one message, and the steps are not to be taken for rounds.
+    """
+    counted = form.kind == "delta" and plan.unit == "example" and content_of(plan, form.kind) == "raw"
+    return max(1, steps // form.local_steps) if counted else steps
 
 
 def _model(claim: Record, own: Sequence[Record]) -> tuple[LoadedModel, int]:
@@ -193,8 +203,11 @@ def _warnings(made: Rehearsal, decision: Recommendation) -> list[str]:
     if made.budget.epsilon == float("inf"):
         told.append("epsilon is infinite: this policy proves nothing, and the card says why")
     if decision.policy != made.policy:
-        known = f"recommended is {decision.policy}" if decision.policy else decision.sentence
-        told.append(f"this is not the policy that the study recommends ({known})")
+        told.append(
+            f"this is not the policy that the study recommends (recommended is {decision.policy})"
+            if decision.policy
+            else f"the study recommends no policy ({decision.sentence.rstrip('.')})"
+        )
     told += [f"metric {name!r} leaves past clip and noise" for name in made.metrics]
     return told
 

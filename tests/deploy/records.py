@@ -32,7 +32,7 @@ def home(folder: Path) -> Path:
 
 def study(
     folder: Path, place: Path, *, threat: dict[str, Any] | None = None, federation: dict[str, Any] | None = None,
-    leakage: bool = True,
+    leakage: bool = True, caps: dict[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """Records in ``folder`` of the model in ``place``."""
     loaded = models.load(str(place / "model"), labels=2, seed=0)
@@ -92,7 +92,8 @@ def study(
         records.append(
             Record(cells[-1], "done", result={"scores": scores, "messages": 8, "shared_fraction": 1.0, "skipped": {}})
         )
-    spec = {"policies": list(TABLES), "question": "Q?", "recommend": {"max_leakage": 0.9, "max_epsilon": 100}, **more}
+    caps = caps or {"max_leakage": 0.9, "max_epsilon": 100}
+    spec = {"policies": list(TABLES), "question": "Q?", "recommend": caps, **more}
     with Store.open(folder, create=True) as store:
         store.set_study("s", "name: s", spec, cells)
         for record in records:

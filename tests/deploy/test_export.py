@@ -69,7 +69,10 @@ def test_the_card_says_what_was_attacked_and_what_is_promised(study, tmp_path):
     assert card["guarantee"]["epsilon"] == made.rehearsal.budget.epsilon
     words = (made.folder / "card.md").read_text()
     assert "Attacked was a gradient of 1 text" in words
-    assert "zero-out adjacency" in words
+    assert (
+        "A message is the gradient of one Poisson batch of 8 texts on average (sampling rate 0.25); 8 rounds." in words
+    )
+    assert "after 8 messages, per example, zero-out adjacency" in words
     assert "What it does not protect" in words
 
 
@@ -121,6 +124,28 @@ def test_a_federation_is_exported_as_it_was_rehearsed(home, tmp_path):
         other = records.study(tmp_path / name, home, federation={**federation, name: value})
         with pytest.raises(UserError, match=words):
             export(other, to="nvflare", policy="dp", out=tmp_path / f"{name} out")
+
+
+@pytest.mark.parametrize("policy", ["dp", "none"])
+def test_rounds_are_the_study_s_whether_or_not_epsilon_is_finite(policy, home, tmp_path):
+    federation = {"clients": 2, "per_round": 2, "rounds": records.STEPS // 2, "local_steps": 2,
+                  "batch_size": records.BATCH, "learning_rate": 0.05}  # fmt: skip
+    found = records.study(tmp_path / "s", home, federation=federation)
+    made = export(found, to="nvflare", policy=policy, out=tmp_path / "e")
+    assert made.rehearsal.rounds == Rehearsal.read(made.folder).rounds == federation["rounds"]
+    assert f'"--rounds", type=int, default={federation["rounds"]})' in (made.folder / "job.py").read_text()
+    words = (made.folder / "card.md").read_text()
+    assert "the change of the weights after 2 local steps, each on a Poisson batch of 8 texts on average" in words
+    assert "; 4 rounds." in words
+    assert ("after 4 messages (8 noised steps)" in words) == (policy == "dp")
+    assert ("after 4 messages, per example" in words) == (policy == "none")
+
+
+def test_without_a_recommendation_that_is_what_is_said(home, tmp_path):
+    found = records.study(tmp_path / "s", home, caps={"max_leakage": 0.01, "max_epsilon": 0.01})
+    made = export(found, to="flower", policy="dp", out=tmp_path / "e")
+    assert any(warning.startswith("the study recommends no policy (") for warning in made.warnings)
+    assert not any("not the policy" in warning for warning in made.warnings)
 
 
 @pytest.mark.parametrize(
