@@ -8,8 +8,12 @@ from typing import Annotated, Optional
 
 import click
 import typer
+import typer.core
 
 from dpguard.errors import UserError
+
+# plain help: with rich at hand typer escapes the brackets of its own "[default: ...]", and then prints the escapes
+typer.core.HAS_RICH = False
 
 app = typer.Typer(
     name="dpguard",
