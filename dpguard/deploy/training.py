@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,13 @@ from dpguard.deploy.rehearsal import MessageForm, check_model
 from dpguard.deploy.site import Reply, Site
 from dpguard.engine.client import Client
 from dpguard.engine.local import LocalTraining
+from dpguard.errors import UserError
 from dpguard.federation.personal import at_home
 from dpguard.federation.settings import derive
 from dpguard.federation.turn import client_batches
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.models import LoadedModel
-from dpguard.inputs.texts import Example
+from dpguard.inputs.texts import Example, examples, load
 
 
 def one_round(
@@ -81,13 +84,7 @@ def local_update(
     """
     meant = site.rehearsal.message
     check_model(site.rehearsal.model, model.module)
-    rate = meant.batch_size / max(1, len(texts))
-    if rate > meant.sampling_rate * (1 + 1e-9):
-        needed = round(meant.batch_size / meant.sampling_rate)
-        raise Refused(
-            f"the site has {len(texts)} texts, and batches of {meant.batch_size} at rate {meant.sampling_rate:.4g} "
-            f"were rehearsed; expected at least {needed} texts"
-        )
+    rate = sampling_rate(meant, len(texts))
     drawn = client_batches(
         seed, client, round_number, examples=len(texts), batch_size=meant.batch_size, steps=meant.local_steps
     )
@@ -110,6 +107,44 @@ def local_update(
     update = made.observe(batches).tensors
     site.keep_personal(made.state.personal)
     return update, form
+
+
+def sampling_rate(meant: MessageForm, texts: int) -> float:
+    """The rate at which a site with so many texts samples: the rehearsed one or less.
+
+    Raises:
+        Refused: too few texts, so that every one would be in more batches than was rehearsed.
+    """
+    rate = meant.batch_size / max(1, texts)
+    if rate > meant.sampling_rate * (1 + 1e-9):
+        needed = math.ceil(meant.batch_size / meant.sampling_rate - 1e-6)
+        raise Refused(
+            f"the site has {texts} texts, and batches of {meant.batch_size} at rate {meant.sampling_rate:.4g} "
+            f"were rehearsed; expected at least {needed} texts"
+        )
+    return rate
+
+
+def own_texts(path: str, labels: int) -> list[Example]:
+    """All texts of a site to train on: of a file every one, nothing is held out.
+
+    Args:
+        path: a jsonl, csv or parquet file with the columns ``text`` and ``label``; else what `inputs.texts.load` knows
+            (``demo``, a hub name), of which the training part.
+        labels: number of classes of the model.
+
+    Raises:
+        UserError: see `inputs.texts.load`; or a label that the model has no class for.
+    """
+    place = Path(path)
+    found = list(examples(place)) if place.is_file() else list(load(path).train)
+    for example in found:
+        if example.label >= labels:
+            raise UserError(
+                f"label is {example.label}; expected a class index below {labels}, as the model was rehearsed with",
+                where=example.where,
+            )
+    return found
 
 
 def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 
@@ -235,6 +236,32 @@ def test_stock_opacus_arguments_exist_for_one_flat_group_alone():
         assert arguments(rows) is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, "no data file"),
+        (31, "the site has 31 texts, and batches of 8 at rate 0.25 were rehearsed; expected at least 32 texts"),
+        (-40, "texts.jsonl:40: label is 2; expected a class index below 2"),
+    ],
+)
+def test_the_training_loop_s_mistakes_are_one_sentence_and_status_2(
+    rows, words, study, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    made = export(study, to="opacus", policy="dp", out=tmp_path / "e")
+    data = tmp_path / "texts.jsonl"
+    if rows is not None:
+        labels = [0] * (abs(rows) - 1) + [2 if rows < 0 else 1]
+        data.write_text("".join(json.dumps({"text": "a b c", "label": n}) + "\n" for n in labels))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(made.folder / "train.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out == ""
+    assert words in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_the_exported_training_loop_runs_and_goes_on(study, home, tmp_path):
     made = export(study, to="opacus", policy="dp", out=tmp_path / "e")
@@ -246,6 +273,14 @@ def test_the_exported_training_loop_runs_and_goes_on(study, home, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"{now} steps now, {total} in all" in done.stdout
+        assert "sampling rate 0.125: batches of 8 on average, of 64 texts" in done.stdout, "no text is held out"
+        assert "3.44" in done.stdout.split("the card's epsilon")[1].split("rehearsed rate 0.25")[0]
+        assert f"the model is in {made.folder / 'state' / 'model.safetensors'}" in done.stdout
+        assert "are done" not in done.stdout
+    done = subprocess.run(
+        [*words, "--steps", "5"], cwd=made.folder, capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert "all 5 steps asked for are done" in done.stdout, done.stderr
     done = subprocess.run(
         [*words, "--steps", "99"], cwd=made.folder, capture_output=True, text=True, check=False, env=_environment()
     )
