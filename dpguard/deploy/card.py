@@ -234,7 +234,7 @@ def _message_words(message: Mapping[str, Any]) -> str:
     if message["kind"] == "gradient":
         return f"A message is the gradient of one {batch}; {ending}"
     steps = message["local_steps"]
-    each = f"one local step on a {batch}" if steps == 1 else f"{steps} local steps, each on a {batch} of its own"
+    each = f"one local step on a {batch}" if steps == 1 else f"{steps} local steps, each on its own {batch}"
     return f"A message is the change of the weights after {each}; {ending}"
 
 

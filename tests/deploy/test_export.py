@@ -136,7 +136,7 @@ def test_rounds_are_the_study_s_whether_or_not_epsilon_is_finite(policy, home, t
     assert made.rehearsal.rounds == Rehearsal.read(made.folder).rounds == federation["rounds"]
     assert f'"--rounds", type=int, default={federation["rounds"]})' in (made.folder / "job.py").read_text()
     words = (made.folder / "card.md").read_text()
-    assert "the change of the weights after 2 local steps, each on a Poisson batch of 8 texts on average" in words
+    assert "the change of the weights after 2 local steps, each on its own Poisson batch of 8 texts on average" in words
     assert "; 4 rounds." in words
     assert ("after 4 messages (8 noised steps)" in words) == (policy == "dp")
     assert ("after 4 messages, per example" in words) == (policy == "none")
