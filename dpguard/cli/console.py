@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -15,10 +14,8 @@ from rich.text import Text
 
 @cache
 def console() -> Console:
-    """Standard output: at most 100 columns wide; what COLUMNS says, or 100, when it is no terminal."""
-    asked = os.environ.get("COLUMNS", "")
-    piped = max(40, int(asked)) if asked.isdigit() else 100
-    width = Console().width if sys.stdout.isatty() else piped
+    """Standard output: at most 100 columns wide; 100 when it is no terminal."""
+    width = Console().width if sys.stdout.isatty() else 100
     return Console(width=min(width, 100), highlight=False, soft_wrap=False)
 
 

@@ -168,9 +168,10 @@ def _print_plan(study: Study, planned: Planned, folder: Path) -> None:
         epsilon = planned.epsilons[named.label]
         shown = "inf" if math.isinf(epsilon) else f"{epsilon:.3g}"
         rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in own)])
-    columns = ["policy", "epsilon", "guarantee cells", "utility cells", "leakage cells", "finished"]
+    columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
     console().print(table(columns, rows, right=columns[1:]))
     left = sum(cell.id not in finished for cell in planned.cells)
+    console().print("The columns after epsilon count cells.", style="dim")
     console().print(f"{len(planned.cells)} cells, {left} to run; records in {folder}", markup=False)
 
 
