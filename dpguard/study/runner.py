@@ -1,6 +1,7 @@
 """Runs the cells of a study: one driver that stores, one process a cell, and nothing lost on the way.
 
-The driver imports no numeric library; ``execute`` is named, not imported, and runs in the workers.
+The driver imports no numeric library; ``execute`` is named, not imported, and runs where the executor puts it
+(`executor.Executor`; worker processes of this machine unless another one is given).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from dpguard.errors import UserError
+from dpguard.study.executor import Executor, Limits
 from dpguard.study.grid import NEEDS, describe
 from dpguard.study.progress import Display, Event
 from dpguard.study.record import Cell, Record, TextRow
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
-from dpguard.study.workers import Worker, warm_up
+from dpguard.study.workers import Workers, warm_up
 
 INTERRUPTED = 130
 
@@ -84,6 +86,9 @@ def run(
     execute: str,
     context: Mapping[str, Any] | None = None,
     workers: int | None = None,
+    threads: int = 1,
+    limits: Limits | None = None,
+    executor: Callable[[], Executor] | None = None,
     preload: Sequence[str] = (),
     show_text: bool = False,
     quiet: bool = False,
@@ -99,6 +104,10 @@ def run(
             its texts; it is imported in the workers only.
         context: plain data for ``execute`` that changes no result (paths, caches).
         workers: processes side by side; the number of usable cores when None.
+        threads: of each worker.
+        limits: what a cell may use.
+        executor: makes another executor than workers of this machine; called once, if there is anything to run.
+            ``workers``, ``threads``, ``limits`` and ``preload`` are then its own business.
         preload: modules that the worker server imports once.
         show_text: whether the report of this folder may show private texts.
         quiet: show nothing.
@@ -119,10 +128,13 @@ def run(
     with Store.open(folder, create=True) as store:
         store.set_study(study.name, study.text, study.plain(), cells, show_text=show_text)
         todo = _todo(cells, store.statuses())
-        if todo:
-            warm_up(preload)
+
+        def embedded() -> Executor:
+            warm_up(preload, threads)
+            return Workers(execute, context or {}, workers, limits=limits, threads=threads)
+
         with _Interrupts() as interrupts, Display(len(todo), quiet=quiet) as display:
-            driver = _Driver(store, todo, workers, execute, dict(context or {}), interrupts)
+            driver = _Driver(store, todo, executor or embedded, interrupts)
             driver.listeners = [display.show, *([on_event] if on_event else [])]
             driver.say = display.say
             driver.drive()
@@ -161,48 +173,42 @@ class _Driver:
     """The one process that decides what runs next and writes to the store."""
 
     def __init__(
-        self,
-        store: Store,
-        todo: Sequence[Cell],
-        workers: int,
-        execute: str,
-        context: Mapping[str, Any],
-        interrupts: _Interrupts,
+        self, store: Store, todo: Sequence[Cell], executor: Callable[[], Executor], interrupts: _Interrupts
     ) -> None:
         self.store = store
         self.todo = todo
-        self.workers = workers
-        self.execute = execute
-        self.context = context
+        self.make_executor = executor
         self.interrupts = interrupts
         self.listeners: list[Callable[[Event], None]] = []
         self.say: Callable[[str], None] = print
         self.pending = {cell.id: cell for cell in todo}
-        self.running: dict[str, Worker] = {}
+        self.running: dict[str, Cell] = {}
         self.finished: dict[str, Record] = {}
 
     def drive(self) -> None:
         """Run until nothing is left, or until interrupted."""
+        if not self.pending:
+            return
+        executor = self.make_executor()
         announced = False
         try:
             while self.pending or self.running:
                 if self.interrupts.count == 0:
-                    self._launch()
+                    self._launch(executor)
                 elif self.interrupts.count > 1 or not self.running:
                     break
                 elif not announced:
                     announced = True
                     self.say(f"finishing {len(self.running)} running; Ctrl-C again ends them")
                 if self.running:
-                    self._collect()
+                    self._collect(executor)
         finally:
-            for worker in self.running.values():
-                worker.kill()
+            executor.close()
 
-    def _launch(self) -> None:
+    def _launch(self, executor: Executor) -> None:
         """Fill the free places with the first cells that have what they need."""
         for cell in list(self.pending.values()):
-            if len(self.running) >= self.workers:
+            if len(self.running) >= executor.places:
                 return
             needed = cell.settings.get(NEEDS)
             if needed in self.pending or needed in self.running:
@@ -212,7 +218,8 @@ class _Driver:
             if reason:
                 self._finish(Record(cell, "skipped", reason), [])
             else:
-                self.running[cell.id] = Worker(cell, self.execute, self.context)
+                executor.start(cell)
+                self.running[cell.id] = cell
                 self._tell("started", cell, None)
 
     def _obstacle(self, needed: str | None) -> str:
@@ -223,13 +230,12 @@ class _Driver:
         verb = "failed" if record.status == "failed" else "was skipped"
         return f"it attacks the weights of {describe(record.cell)}, which {verb}: {record.reason}"
 
-    def _collect(self) -> None:
+    def _collect(self, executor: Executor) -> None:
         """Wait until a cell ends or Ctrl-C comes, and store what ended."""
-        owners = {item: worker for worker in self.running.values() for item in worker.waitable}
-        woken = {owners[item].cell.id for item in wait([*owners, self.interrupts.wake]) if item in owners}
+        answers = executor.wait(self.interrupts.wake)
         self.interrupts.clear()
-        for cell_id in woken:
-            record, texts = self.running.pop(cell_id).answer()
+        for record, texts in answers:
+            del self.running[record.cell.id]
             self._finish(record, texts)
 
     def _finish(self, record: Record, texts: Sequence[TextRow]) -> None:
@@ -238,8 +244,7 @@ class _Driver:
         self._tell("finished", record.cell, record)
 
     def _tell(self, kind: Any, cell: Cell, record: Record | None) -> None:
-        running = tuple(worker.cell for worker in self.running.values())
-        event = Event(kind, cell, record, len(self.finished), len(self.todo), running)
+        event = Event(kind, cell, record, len(self.finished), len(self.todo), tuple(self.running.values()))
         for listener in self.listeners:
             listener(event)
 

@@ -1,143 +1,287 @@
-"""One process a cell: forked from a server that has imported the heavy libraries once, and watched.
+"""The embedded executor: one process a cell, forked from a server that has imported the heavy libraries once.
 
 A worker ends when the driver does, keeps its output to itself, and cannot take the driver down: whatever
-happens in it, exception or signal, comes back as a record.
+happens in it, exception or signal, comes back as a record. Its own side is `forked`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any
 
 from dpguard.errors import UserError
-from dpguard.study.record import Cell, Record, TextRow, canonical
-
-Answer = tuple[Record, list[TextRow]]
-Execute = Callable[[Cell, Mapping[str, Any]], tuple[Record, Sequence[TextRow]]]
+from dpguard.study import forked, processes
+from dpguard.study.execution import failed
+from dpguard.study.executor import Answer, Limits
+from dpguard.study.forked import Setting
+from dpguard.study.record import Cell
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _TAIL = 4000  # characters of a failed worker's output that are kept
 _PATIENCE = 5.0  # seconds that a worker may take to end after it has answered
-# One thread a worker; set before any numeric library starts its pool, which happens in the server.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+_RESTART = 10.0  # seconds for which a server that was just killed may look alive
+_LOOK = 0.25  # seconds between looks at memory, and at workers whose server is gone
+_LATER = 3600.0
+_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def warm_up(preload: Sequence[str] = ()) -> None:
+def warm_up(preload: Sequence[str] = (), threads: int = 1) -> None:
     """Start the server that workers are forked from; it imports ``preload`` while the caller goes on.
 
     Later calls change nothing: the server keeps what it has imported until this process ends.
     """
-    _CONTEXT.set_forkserver_preload([__name__, *preload])
-    with _server_environment():
+    _CONTEXT.set_forkserver_preload([forked.__name__, *preload])
+    with _server_environment(threads):
         forkserver.ensure_running()
+
+
+class Workers:
+    """Runs cells on this machine, each in a process of its own (an `executor.Executor`).
+
+    Args:
+        execute: ``module:function`` or ``path/to/file.py:function``, called with the cell and the context.
+        context: plain data that every cell gets.
+        places: cells side by side.
+        limits: what a cell may use.
+        threads: of each worker.
+        devices: CUDA devices; when there are any, each running cell has one of its own.
+    """
+
+    def __init__(
+        self,
+        execute: str,
+        context: Mapping[str, Any],
+        places: int,
+        *,
+        limits: Limits | None = None,
+        threads: int = 1,
+        devices: Sequence[str] = (),
+    ) -> None:
+        self.execute = execute
+        self.context = dict(context)
+        self.places = min(places, len(devices)) if devices else places
+        self.limits = limits or Limits()
+        self.threads = threads
+        self._free = list(devices)
+        self._running: dict[str, Worker] = {}
+
+    def start(self, cell: Cell) -> None:
+        """Begin a cell; see `Executor.start`."""
+        device = self._free.pop(0) if self._free else None
+        self._running[cell.id] = Worker(cell, self.execute, self.context, Setting(self.threads, device))
+
+    def wait(self, wake: int, timeout: float | None = None) -> list[Answer]:
+        """Answers of the cells that have ended; see `Executor.wait`."""
+        until = time.monotonic() + (_LATER if timeout is None else timeout)
+        while True:
+            left = until - time.monotonic()
+            woken = wait([*self._waitables(), wake], max(0.0, min(left, self._next_look())))
+            for worker in self._running.values():
+                worker.look(self.limits)
+            ended = [worker for worker in self._running.values() if worker.ended]
+            if ended or wake in woken or left <= 0:
+                return [self._answer(worker) for worker in ended]
+
+    def _waitables(self) -> list[Any]:
+        return [item for worker in self._running.values() for item in worker.waitables]
+
+    def _next_look(self) -> float:
+        """Seconds until a limit may be passed."""
+        if self.limits.gigabytes is not None or any(worker.alone for worker in self._running.values()):
+            return _LOOK
+        if self.limits.minutes is None or not self._running:
+            return _LATER
+        oldest = max(worker.seconds for worker in self._running.values())
+        return max(0.05, 60 * self.limits.minutes - oldest + 0.01)
+
+    def _answer(self, worker: Worker) -> Answer:
+        answer = worker.answer()
+        self._forget(worker)
+        return answer
+
+    def _forget(self, worker: Worker) -> None:
+        del self._running[worker.cell.id]
+        if worker.setting.device is not None:
+            self._free.insert(0, worker.setting.device)
+
+    def kill(self, cell_id: str) -> None:
+        """End a cell without an answer; see `Executor.kill`."""
+        worker = self._running[cell_id]
+        worker.close()
+        self._forget(worker)
+
+    def close(self) -> None:
+        """End all that runs."""
+        for cell_id in list(self._running):
+            self.kill(cell_id)
 
 
 class Worker:
     """A running cell, as the driver sees it.
 
-    Args:
-        cell: what to run.
-        execute: ``module:function`` or ``path/to/file.py:function``, called with the cell and the context.
-        context: plain data that every cell gets.
+    Attributes:
+        cell: what it runs.
+        setting: how.
+        waitables: what `multiprocessing.connection.wait` wakes up on when something happened to it.
+        alone: the server that could tell its exit status is gone.
     """
 
-    def __init__(self, cell: Cell, execute: str, context: Mapping[str, Any]) -> None:
+    def __init__(self, cell: Cell, execute: str, context: Mapping[str, Any], setting: Setting) -> None:
         self.cell = cell
-        self.receiver, sender = _CONTEXT.Pipe(duplex=False)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `answer`
-        arguments = (sender, _Passed(self._log.fileno()), cell, execute, dict(context))
-        try:
-            self._process = _started(arguments)
-        except (EOFError, OSError):
-            # The server was killed a moment ago; asked once more, multiprocessing starts another.
-            self._process = _started(arguments)
-        # The driver must not hold the sending end, or it would never see the end of the worker's answer.
-        sender.close()
+        self.setting = setting
+        self.alone = False
+        self._answer: Answer | None = None
+        self._started = time.monotonic()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self.receiver, self._process = _started(self._log.fileno(), cell, execute, context, setting)
+        self._member = processes.identity(self._process.pid or 0)
+        self._server = processes.identity(getattr(forkserver._forkserver, "_forkserver_pid", None) or 0)
 
     @property
-    def waitable(self) -> tuple[Connection, int]:
-        """What `multiprocessing.connection.wait` wakes up on when the cell has ended."""
-        return self.receiver, self._process.sentinel
+    def waitables(self) -> list[Connection | int]:
+        """See the class."""
+        return [self.receiver] if self.alone else [self.receiver, self._process.sentinel]
 
-    def kill(self) -> None:
-        """End the worker at once; its cell gets no record."""
-        self._process.kill()
-        self._close()
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    @property
+    def ended(self) -> bool:
+        """Whether `answer` has one to give (after a `look`)."""
+        return self._answer is not None
+
+    def look(self, limits: Limits) -> None:
+        """Take the answer if there is one, find out that there will be none, or keep the limits."""
+        if self._answer is None and self.receiver.poll():
+            with contextlib.suppress(EOFError, OSError):  # it died before or within its answer
+                self._answer = self.receiver.recv()
+            if self._answer is None:
+                self._process.join(_PATIENCE)
+                self._answer = failed(self.cell, *_ending(self._process.exitcode, self._server_gone))
+        elif self._answer is None and not self.alone and self._process.exitcode is not None:
+            # The server says that it ended, or is gone itself; then only the answer's pipe can tell.
+            self.alone = self._server_gone
+            if not self.alone:
+                self._answer = failed(self.cell, *_ending(self._process.exitcode))
+        if self._answer is None and self.alone and not processes.is_same(self._member):
+            self._answer = failed(self.cell, *_ending(None, True))
+        if self._answer is None:
+            self._keep(limits)
+
+    def _keep(self, limits: Limits) -> None:
+        """End the worker when it is over a limit.
+
+        Memory is looked at from outside, as resident pages, a few times a second. A limit that the system enforces
+        (RLIMIT_AS) counts address space, of which torch maps many times what it uses.
+        """
+        late = limits.late(self.seconds)
+        used = 0 if limits.gigabytes is None else processes.memory(self._process.pid or 0)
+        large = limits.large(used)
+        if not late and not large:
+            return
+        self._end()
+        spent = {"seconds": round(self.seconds, 3), **({"peak_mb": round(used / 1e6, 1)} if used else {})}
+        self._answer = failed(self.cell, "time" if late else "memory", late or large, **spent)
+
+    @property
+    def _server_gone(self) -> bool:
+        """multiprocessing says 255 when the server cannot tell any more (and when a worker ended with 255)."""
+        return self._process.exitcode == 255 and not processes.is_same(self._server)
 
     def answer(self) -> Answer:
-        """What the cell left; a failed record when the worker did not live to say so.
-
-        Call it when `waitable` woke up.
-        """
-        answer: Answer | None = None
-        with contextlib.suppress(EOFError, OSError):  # it died before or within its answer
-            if self.receiver.poll():
-                answer = self.receiver.recv()
+        """What the cell left; a failed record when the worker did not live to say so. Call it once it has `ended`."""
+        if self._answer is None:
+            raise RuntimeError(f"cell {self.cell.id} still runs")
+        record, texts = self._answer
         self._process.join(_PATIENCE)
-        if answer is None:
-            answer = Record(self.cell, "failed", _ending(self._process.exitcode)), []
-        record, texts = answer
         if record.status == "failed":
             output = {"output": self._output()}
             record = dataclasses.replace(record, provenance={**record.provenance, **output})
-        self._close()
+        self.close()
         return record, texts
 
     def _output(self) -> str:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), _TAIL, max(0, size - _TAIL)).decode("utf-8", "replace")
 
-    def _close(self) -> None:
+    def _end(self) -> None:
+        """Kill the worker and all that its cell has started."""
+        processes.end(self._member)
         self._process.join(_PATIENCE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process.close()
+
+    def close(self) -> None:
+        """End what still runs of it, and let its pipes go."""
+        self._end()
+        with contextlib.suppress(ValueError):  # a process that cannot be waited for keeps its handle
+            self._process.close()
         self.receiver.close()
         self._log.close()
 
 
-def _started(arguments: tuple[Any, ...]) -> ForkServerProcess:
-    with _server_environment(), _without_main():
-        process = _CONTEXT.Process(target=_work, args=arguments)
-        process.start()
-    return process
+def _started(
+    log: int, cell: Cell, execute: str, context: Mapping[str, Any], setting: Setting
+) -> tuple[Connection, ForkServerProcess]:
+    """Where the answer will come from, and the process.
 
-
-def _ending(exit_code: int | None) -> str:
-    """Why a worker that gave no answer ended.
-
-    >>> _ending(-9), _ending(3)
-    ('worker ended with signal 9 (SIGKILL)', 'worker ended with exit status 3')
+    A server that was killed refuses connections a moment before the system reports its end; until then
+    multiprocessing starts no other. So it is asked again for a while. Each time with another pipe: a worker that the
+    dying server did fork ends by itself, and must not answer in place of the next.
     """
-    if exit_code is not None and exit_code < 0:
-        known = {item.value: f" ({item.name})" for item in signal.Signals}
-        return f"worker ended with signal {-exit_code}{known.get(-exit_code, '')}"
-    return f"worker ended with exit status {exit_code}"
+    deadline = time.monotonic() + _RESTART
+    while True:
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        try:
+            with _server_environment(setting.threads), _without_main():
+                process = _CONTEXT.Process(
+                    target=forked.live, args=(sender, _Passed(log), cell, execute, dict(context), setting)
+                )
+                process.start()
+            return receiver, process
+        except (EOFError, OSError) as error:
+            receiver.close()
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"no worker could be started ({error or 'its server ended'}), expected room for another process; "
+                    "what is stored stays"
+                ) from error
+            time.sleep(0.05)
+        finally:
+            # The driver must not hold the sending end, or it would never see the end of the worker's answer.
+            sender.close()
+
+
+def _ending(exit_code: int | None, unknown: bool = False) -> tuple[str, str]:
+    """(kind of failure, reason) of a worker that gave no answer.
+
+    >>> _ending(-11), _ending(3)
+    (('crashed', 'worker ended with signal 11 (SIGSEGV)'), ('crashed', 'worker ended with exit status 3'))
+    >>> _ending(-9)[1]
+    'worker ended with signal 9 (SIGKILL): somebody ended it, or the system ran out of memory'
+    """
+    if unknown or exit_code is None:
+        return "killed", "worker ended together with the server that it was forked from"
+    if exit_code >= 0:
+        return "crashed", f"worker ended with exit status {exit_code}"
+    known = {item.value: f" ({item.name})" for item in signal.Signals}
+    reason = f"worker ended with signal {-exit_code}{known.get(-exit_code, '')}"
+    if -exit_code == signal.SIGKILL:
+        reason += ": somebody ended it, or the system ran out of memory"
+    return "killed" if -exit_code in _OUTSIDE else "crashed", reason
 
 
 class _Passed:
@@ -156,10 +300,15 @@ def _received(passed: Any) -> int:
 
 
 @contextlib.contextmanager
-def _server_environment() -> Iterator[None]:
+def _server_environment(threads: int) -> Iterator[None]:
     """The server inherits this environment when the call inside is the one that starts it."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+    # Set before any numeric library starts its pool of threads, which happens in the server.
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    wanted = {**dict.fromkeys(pools, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+    if threading.current_thread() is threading.main_thread():
+        wanted[forked.DRIVER] = str(os.getpid())
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
@@ -183,65 +332,3 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _work(sender: Connection, log: int, cell: Cell, execute: str, context: dict[str, Any]) -> None:
-    """A worker's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
-    threading.Thread(target=_end_with_driver, daemon=True).start()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(1)
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    record, texts = _executed(cell, execute, context)
-    spent: dict[str, Any] = {
-        "started": started,
-        "seconds": round(time.perf_counter() - clock, 3),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-    }
-    sender.send((dataclasses.replace(record, provenance={**spent, **record.provenance}), texts))
-    sender.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and libraries' exit handlers cost time in every cell
-
-
-def _executed(cell: Cell, execute: str, context: dict[str, Any]) -> Answer:
-    """The cell's answer; any exception becomes a failed record with its reason and traceback."""
-    try:
-        record, texts = function(execute)(cell, context)
-        if record.cell.id != cell.id:
-            raise ValueError(f"{execute} answered cell {cell.id} with a record of cell {record.cell.id}")
-        canonical(dataclasses.asdict(record))  # a tensor or a NaN in a record is this cell's failure
-        return record, list(texts)
-    except Exception as error:
-        message = " ".join(str(error).split())[:500]
-        reason = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
-        return Record(cell, "failed", reason, provenance={"traceback": traceback.format_exc()}), []
-
-
-def function(name: str) -> Execute:
-    """The function called ``module:function`` or ``path/to/file.py:function``."""
-    source, _, attribute = name.rpartition(":")
-    if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        if spec is None or spec.loader is None:
-            raise ModuleNotFoundError(source)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
-    found: Execute = getattr(module, attribute)
-    return found
-
-
-def _end_with_driver() -> None:
-    """Wait for the driver to end, however it ends, or for the server, which alone can tell it of our end."""
-    driver, server = multiprocessing.parent_process(), os.getppid()
-    if driver is not None:
-        while os.getppid() == server and not wait([driver.sentinel], timeout=1.0):
-            pass
-        os._exit(1)
