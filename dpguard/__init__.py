@@ -24,6 +24,7 @@ _HOME = {
     "Observation": "dpguard.attacks.observation",
     "slots": "dpguard.inputs.family",
     "attack": "dpguard.attacks.panel",
+    "load": "dpguard.report.tidy",
     "UserError": "dpguard.errors",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dpguard.policy.ledger import Ledger as Ledger
     from dpguard.policy.table import Plan as Plan
     from dpguard.policy.table import Policy as Policy
+    from dpguard.report.tidy import load as load
 
 
 def __getattr__(name: str) -> Any:

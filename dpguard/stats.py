@@ -179,6 +179,43 @@ def mean_interval(
     return interval
 
 
+def mean_intervals(
+    values: ArrayLike,
+    *,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Interval | None]:
+    """As `mean_interval`, for many options at once: each gets the interval that it would get alone.
+
+    Args:
+        values: shape (options, targets, seeds); NaN where there is no score.
+        bounds: as in `max_interval`.
+        confidence: of each interval.
+        draws: number of bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        One interval an option; None where it has no score at all.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(array)
+    drawn = bootstrap_means(array, draws=draws, seed=seed)
+    tail = (1 - confidence) / 2
+    out: list[Interval | None] = []
+    for option in range(array.shape[0]):
+        if not known[option].any():
+            out.append(None)
+            continue
+        found = drawn[:, option][np.isfinite(drawn[:, option])]
+        value = float(array[option][known[option]].mean())
+        n = int(known[option].any(axis=1).sum())
+        low, high = _ends(np.quantile(found, [tail, 1 - tail]), value, n, bounds, confidence)
+        out.append(Interval(value, low, high, n, int(known[option].any(axis=0).sum())))
+    return out
+
+
 def paired_difference(
     first: ArrayLike,
     second: ArrayLike,

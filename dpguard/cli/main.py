@@ -10,6 +10,8 @@ import click
 import typer
 import typer.core
 
+from dpguard.cli import records
+from dpguard.cli.folder import Folder
 from dpguard.errors import UserError
 
 # plain help: with rich at hand typer escapes the brackets of its own "[default: ...]", and then prints the escapes
@@ -24,13 +26,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(records.app, name="records")
+
 Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of records and report.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[str, typer.Option("--model", help="demo, minilm, a local folder, or a hub name.")]
 Targets = Annotated[int, typer.Option("--targets", min=1, help="Messages to attack.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts in one message.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study's records.")]
 
 
 @app.command()

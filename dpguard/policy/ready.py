@@ -88,4 +88,4 @@ def _from_file(path: Path) -> Policy:
         policies = expand(str(document.data.get("name", path.stem)), document.data)
         if len(policies) > 1:
             raise UserError("sweep makes several policies; expected one (sweeps belong in a study)", loc=("sweep",))
-        return policies[0][1]
+        return policies[0].policy

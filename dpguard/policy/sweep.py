@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.table import Policy
@@ -12,7 +12,21 @@ from dpguard.policy.table import Policy
 _KEYS = ("name", "rows", "sweep")
 
 
-def expand(name: str, entry: Mapping[str, Any]) -> list[tuple[str, Policy]]:
+class Variant(NamedTuple):
+    """One policy of a sweep.
+
+    Attributes:
+        label: name and values, ``dp noise=0.3``.
+        policy: the table.
+        values: variable -> value; empty without a sweep.
+    """
+
+    label: str
+    policy: Policy
+    values: dict[str, Any]
+
+
+def expand(name: str, entry: Mapping[str, Any]) -> list[Variant]:
     """Every policy of ``{rows: [...], sweep: {noise: [...]}}``, labelled ``name noise=0.3``.
 
     Args:
@@ -23,7 +37,7 @@ def expand(name: str, entry: Mapping[str, Any]) -> list[tuple[str, Policy]]:
         UserError: unknown key, a sweep variable that no row uses, a placeholder that no sweep sets, or a
             mistake in a row; ``loc`` is relative to ``entry``.
 
-    >>> [label for label, _ in expand("dp", {"rows": [{"layers": "all", "clip": "$c"}], "sweep": {"c": [1, 2]}})]
+    >>> [variant.label for variant in expand("dp", {"rows": [{"layers": "all", "clip": "$c"}], "sweep": {"c": [1, 2]}})]
     ['dp c=1', 'dp c=2']
     """
     for key in entry:
@@ -36,12 +50,12 @@ def expand(name: str, entry: Mapping[str, Any]) -> list[tuple[str, Policy]]:
         raise UserError(f"rows is {rows!r}; expected a list of rows", loc=("rows",))
     _check_sweep(rows, sweep)
     if not sweep:
-        return [(name, Policy(rows, name))]
+        return [Variant(name, Policy(rows, name), {})]
     out = []
     for values in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, values, strict=True))
         label = f"{name} " + " ".join(f"{key}={_short(value)}" for key, value in chosen.items())
-        out.append((label, Policy(_fill(rows, chosen), label)))
+        out.append(Variant(label, Policy(_fill(rows, chosen), label), chosen))
     return out
 
 

@@ -35,6 +35,8 @@ class Named:
         document: the file that holds it: the study's, or the policy's own.
         loc: where in that file.
         federation: what it sets of the study's federation for itself, such as ``{view: aggregate}``.
+        entry: its name under ``policies``, without sweep values.
+        values: sweep variable -> value.
     """
 
     label: str
@@ -42,6 +44,8 @@ class Named:
     document: Document
     loc: Loc
     federation: Mapping[str, Any] = field(default_factory=dict)
+    entry: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -230,6 +234,7 @@ class Study:
             "model": self.model,
             "data": self.data.model_dump(mode="json"),
             "policies": [named.label for named in self.policies],
+            "sweeps": {n.label: {"entry": n.entry, "values": dict(n.values)} for n in self.policies if n.values},
             "leakage": self.leakage and self.leakage.model_dump(mode="json"),
             "utility": self.utility and self.utility.model_dump(mode="json"),
             **({"federation": self.federation.model_dump(mode="json")} if self.federation else {}),
@@ -319,4 +324,6 @@ def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
                 f"federation is {own!r}, expected a mapping such as {{view: aggregate}}", loc=("federation",)
             )
         table = {key: value for key, value in entry.items() if key != "federation"}
-        return [Named(label, policy, document, loc, own) for label, policy in expand(name, table)]
+        return [
+            Named(found.label, found.policy, document, loc, own, name, found.values) for found in expand(name, table)
+        ]
