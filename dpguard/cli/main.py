@@ -55,7 +55,7 @@ def run(
 @app.command()
 def report(folder: Folder) -> None:
     """Render the report of a folder of records again."""
-    from dpguard.cli.studies import render_report
+    from dpguard.cli.reporting import render_report
 
     render_report(folder)
 
@@ -69,7 +69,7 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Pick the policy of highest utility under caps (those of the study where none is given)."""
-    from dpguard.cli.studies import print_recommendation
+    from dpguard.cli.reporting import print_recommendation
 
     print_recommendation(
         folder, max_leakage=max_leakage, min_utility=min_utility, max_epsilon=max_epsilon, as_json=as_json

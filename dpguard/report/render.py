@@ -6,7 +6,6 @@ equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpguard.report import figures, text
+from dpguard.report import pictures, text
 from dpguard.report.figure_content import leakage_content, tradeoff_content
-from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row, frontier
+from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
 from dpguard.report.recommend import Caps, Recommendation, recommend
 from dpguard.report.result import StudyResult
 from dpguard.report.sources import grouped, provenance
 from dpguard.report.style import BANDS
-from dpguard.report.svg import Mark, inline, to_svg
 from dpguard.report.views import policy_views
-
-NAME_LENGTH = 80
-"""Longer policy names are cut where they stand in line with others, and printed in full in their own part."""
 
 
 def render(result: StudyResult, folder: Path) -> Path:
@@ -47,17 +42,16 @@ def render(result: StudyResult, folder: Path) -> Path:
     decision = recommend(
         table, max_leakage=caps.max_leakage, min_utility=caps.min_utility, max_epsilon=caps.max_epsilon
     )
-    drawn = _drawn(table)
-    context = _context(result, table, decision)
-    pictures = _pictures(table, drawn)
+    drawn = pictures.drawn(result, table)
+    context = {**_context(result, table, decision), "pictures": pictures.on_page(drawn, table)}
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name in ("tradeoff", "leakage"):
-        _write(folder / "figures" / f"{name}.svg", drawn[name])
+    for name, (wide, _) in drawn.items():
+        _write(folder / "figures" / f"{name}.svg", wide)
     _write(folder / "frontier.csv", table.to_csv())
     _write(folder / "report.md", _template("report.md.j2", escape=False).render(context))
     page = folder / "report.html"
-    _write(page, _template("report.html.j2", escape=True).render({**context, **pictures, **_styles()}))
+    _write(page, _template("report.html.j2", escape=True).render({**context, **_styles()}))
     return page
 
 
@@ -80,7 +74,7 @@ def _template(name: str, *, escape: bool) -> Any:
     )
     environment.filters |= {
         "visible": text.visible,
-        "name": lambda value: text.visible(value, limit=NAME_LENGTH),
+        "name": lambda value: text.visible(value, limit=pictures.NAME_LENGTH),
         "number": text.number,
         "span": text.span,
         "epsilon": text.epsilon,
@@ -134,58 +128,6 @@ def _sizes(table: Frontier) -> str:
         n, seeds = max(i.n for i in utilities), max(i.seeds for i in utilities)
         told.append(f"utility: {text.count(n, 'test text')}, {text.count(seeds, 'seed')}")
     return "; ".join(told)
-
-
-def _drawn(table: Frontier) -> dict[str, str]:
-    """Every figure as SVG, in the form of its own file."""
-    found = {}
-    for narrow in (False, True):
-        suffix = "-narrow" if narrow else ""
-        for name, axes in (
-            ("tradeoff", figures.tradeoff(table, narrow=narrow)),
-            ("leakage", figures.leakage(table, narrow=narrow)[0]),
-        ):
-            found[name + suffix] = to_svg(figures.figure_of(axes))
-    return found
-
-
-def _pictures(table: Frontier, drawn: Mapping[str, str]) -> dict[str, Any]:
-    """The figures as parts of the page; points lead to their policies."""
-    by_number = dict(enumerate(table.rows, 1))
-    marks = {
-        f"point-{point.number}": Mark(f"#policy-{point.number}", _said(by_number[point.number], table), point.number)
-        for point in tradeoff_content(table).points
-    }
-    titles = {
-        "tradeoff": "Leakage against utility, one point for every policy",
-        "leakage": "Leakage and exact recovery of every policy",
-    }
-    parts = {}
-    for name, svg in drawn.items():
-        kind = name.removesuffix("-narrow")
-        shape = "narrow" if name.endswith("-narrow") else "wide"
-        parts[name.replace("-", "_")] = Markup(
-            inline(
-                svg,
-                prefix=f"{name}-",
-                title=titles[kind],
-                css_class=shape,
-                marks=marks if kind == "tradeoff" else None,
-            )
-        )
-    return parts
-
-
-def _said(row: Row, table: Frontier) -> str:
-    """A point in words, for the tooltip and the screen reader."""
-    leakage, utility = row.leakage, row.utility
-    guarantee = f"epsilon {text.epsilon(row.epsilon)}" if row.formal else "no formal guarantee"
-    return (
-        f"{text.visible(row.policy, limit=NAME_LENGTH)}: leakage "
-        f"{text.number(leakage.value if leakage else None)} ({text.span(leakage)}), "
-        f"{text.metric_name(table.utility_metric)} {text.number(utility.value if utility else None)} "
-        f"({text.span(utility)}), {guarantee}"
-    )
 
 
 def _styles() -> dict[str, Any]:
