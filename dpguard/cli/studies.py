@@ -11,6 +11,7 @@ from typing import Any
 from dpguard.cli.console import console, table
 from dpguard.cli.reporting import render_report
 from dpguard.errors import UserError
+from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 from dpguard.study.spec import Study
@@ -94,15 +95,17 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
-    plans = study.plans(slots(loaded.module))
-    panel: dict[str, Any] | None = None
-    if study.leakage:
-        names = _panel(study, PANELS)
-        panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
+    parameters = slots(loaded.module)
     model_id = {"name": study.model, "hash": loaded.fingerprint}
     data_id = {
         "name": study.data.path, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
+    study = calibrated(study, parameters, data_id, _kept(folder, made=not epsilons))
+    plans = study.plans(parameters)
+    panel: dict[str, Any] | None = None
+    if study.leakage:
+        names = _panel(study, PANELS)
+        panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
     cells = study.cells(model_id, data_id, panel)
     with study.locating("federation"):
         legs.check_split(cells, corpus)
@@ -117,6 +120,16 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "trained": {c.id: vars(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
+
+
+def _kept(folder: Path, *, made: bool) -> Kept:
+    """Calibrated tables kept beside the records, so that resuming takes no time; a dry run makes no folder."""
+    from dpguard.study.cache import Cache
+    from dpguard.study.legs import versions
+
+    if not made and not folder.is_dir():
+        return lambda key, make: make()
+    return lambda key, make: Cache(folder).plain({**key, "versions": versions()}, make)
 
 
 def _engine(study: Study) -> str:

@@ -22,7 +22,7 @@ METRIC_NAMES = {
     "mcc": "Matthews correlation",
     "f1": "F1",
 }
-AT_NAMES = {"start": "first weights", "end": "last weights", "rounds": "several rounds"}
+AT_NAMES = {"start": "first weights", "tuned": "fine-tuned weights", "end": "last weights", "rounds": "several rounds"}
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from dpguard.errors import UserError
 from dpguard.study.record import Cell, Leg
+from dpguard.study.schedule import training
+from dpguard.study.sections import CEILING
 
 if TYPE_CHECKING:
     from dpguard.policy.table import Policy
-    from dpguard.study.spec import Named, Study
+    from dpguard.study.policies import Named
+    from dpguard.study.spec import Study
 
+_MOMENTS = ("start", "tuned", "rounds", "end")
 NEEDS = "needs"
 """Setting of a cell that starts from what another cell leaves: that cell's id."""
 
@@ -23,41 +27,68 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
     A cell's settings hold what changes its result and nothing else: not the metric that the report leads
     with (all are recorded), not the number of seeds. A leakage cell at ``end`` or ``rounds`` holds the id of the
     utility cell whose weights it attacks (`NEEDS`), and with it everything that training depends on;
-    that is the one with its own seed, or else with the first utility seed.
+    that is the one with its own seed, or else with the first utility seed. At ``tuned`` it is the undefended
+    control's at the first utility seed.
 
     Raises:
         UserError: more training examples, a larger batch or a larger delta than the data allows, or less
-            than one step of training; ``loc`` is in the study file.
+            than one step of training; with its place.
     """
-    examples = _examples(study, data)
+    texts = examples(study, data)
 
     def cell(leg: Leg, index: int, settings: dict[str, Any], seed: int = 0) -> Cell:
         named = study.policies[index]
+        if named.epsilon is not None:
+            raise ValueError(f"policy {named.label!r} still has a target epsilon; the study is not calibrated")
         return Cell(leg, named.label, named.table, model, data, settings, seed)
 
-    out = [cell("guarantee", index, _exposure(study, named, examples)) for index, named in enumerate(study.policies)]
+    out = [cell("guarantee", index, _exposure(study, named, texts)) for index, named in enumerate(study.policies)]
+    trainings = [_training(study, named, texts) for named in study.policies]
+    control = next(index for index, named in enumerate(study.policies) if named.label == CEILING)
     rounds: list[tuple[int, int, int, Cell]] = []
     for index, named in enumerate(study.policies):
-        training, attack = _training(study, named, examples), _attack(study, named, panel)
+        attack = _attack(study, named, panel)
         trained: dict[int, tuple[int, Cell]] = {}
         for turn, seed in enumerate(study.utility.seeds if study.utility else ()):
-            trained[seed] = turn, cell("utility", index, training, seed)
+            trained[seed] = turn, cell("utility", index, trainings[index], seed)
             rounds.append((turn, index, 0, trained[seed][1]))
         for turn, seed in enumerate(study.leakage.seeds if study.leakage else ()):
-            for at in sorted(study.leakage.at if study.leakage else (), reverse=True):
+            for at in sorted(study.leakage.at if study.leakage else (), key=_MOMENTS.index):
                 settings, when = {**attack, "at": at}, turn
                 if at == "rounds" and study.federation:
                     settings["observe"] = list(study.federation.observe)
-                if at != "start":
+                if at == "tuned" and study.utility:
+                    settings[NEEDS] = cell("utility", control, trainings[control], study.utility.seeds[0]).id
+                elif at != "start":
                     ready_at, needed = trained.get(seed) or next(iter(trained.values()))
                     settings[NEEDS], when = needed.id, max(turn, ready_at)
                 rounds.append((when, index, 1 if at == "start" else 2, cell("leakage", index, settings, seed)))
-    rounds.sort(key=lambda entry: entry[:3])
-    return out + [entry[3] for entry in rounds]
+    tuned = study.leakage is not None and "tuned" in study.leakage.at
+    # what other policies' cells need comes before them
+    rounds.sort(key=lambda entry: (entry[0], not (tuned and entry[1:3] == (control, 0)), *entry[1:3]))
+    return _distinct(study, out + [entry[3] for entry in rounds])
 
 
-def _examples(study: Study, data: dict[str, Any]) -> int:
-    """How many texts are trained on: the public N of the guarantee."""
+def _distinct(study: Study, planned: list[Cell]) -> list[Cell]:
+    seen: dict[str, Cell] = {}
+    for cell in planned:
+        twin = seen.setdefault(cell.id, cell)
+        if twin is not cell:
+            named = next(named for named in study.policies if named.label == cell.policy)
+            with named.document.locating(*named.loc):
+                raise UserError(
+                    f"policies {twin.policy!r} and {cell.policy!r} come to the same table in the same training, "
+                    "expected each one once"
+                )
+    return planned
+
+
+def examples(study: Study, data: dict[str, Any]) -> int:
+    """How many texts are trained on: the public N of the guarantee.
+
+    Raises:
+        UserError: more of them, more clients or a larger delta than the data allows.
+    """
     count = int(data["train"])
     delta = study.privacy.delta
     if study.utility and study.utility.train_examples is not None:
@@ -83,32 +114,12 @@ def _examples(study: Study, data: dict[str, Any]) -> int:
     return count
 
 
-def _schedule(study: Study, examples: int) -> tuple[float, int]:
-    """Sampling rate and steps of the training; one message of a known batch when nothing is trained."""
-    if study.utility is None:
-        return 1.0, 1
-    if study.utility.batch_size > examples:
-        raise UserError(
-            f"utility.batch_size: {study.utility.batch_size} is more than the {examples} training examples, "
-            f"expected at most {examples}",
-            loc=("utility", "batch_size"),
-        )
-    sampling_rate = study.utility.batch_size / examples
-    steps = round(study.utility.epochs / sampling_rate)
-    if steps < 1:
-        raise UserError(
-            f"utility.epochs: {study.utility.epochs:g} is less than one step, expected at least {sampling_rate:.2g}",
-            loc=("utility", "epochs"),
-        )
-    return sampling_rate, steps
-
-
-def _exposure(study: Study, named: Named, examples: int) -> dict[str, Any]:
+def _exposure(study: Study, named: Named, texts: int) -> dict[str, Any]:
     """What a guarantee is asked about: the sampling and steps of one training, or the federation and its seeds."""
-    asked = {"delta": study.privacy.delta, "examples": examples}
+    asked = {"delta": study.privacy.delta, "examples": texts}
     if study.federation is None or study.utility is None:
-        sampling_rate, steps = _schedule(study, examples)
-        return {"sampling_rate": sampling_rate, "steps": steps, **asked}
+        found = study.schedule_of(named, texts)
+        return {"sampling_rate": found.sampling_rate, "steps": found.steps, **_own(named), **asked}
     seen = {"seeds": list(study.utility.seeds), "messages": max(1, len(study.federation.observe))}
     return {**_federation(study, named), **seen, **asked}
 
@@ -119,13 +130,19 @@ def _federation(study: Study, named: Named) -> dict[str, Any]:
     return {} if found is None else {"federation": found.model_dump(mode="json", exclude={"observe", "engine"})}
 
 
-def _training(study: Study, named: Named, examples: int) -> dict[str, Any]:
-    if study.utility is None:
+def _training(study: Study, named: Named, texts: int) -> dict[str, Any]:
+    utility = study.utility_of(named)
+    if utility is None:
         return {}
     if study.federation is not None:
-        return {**_federation(study, named), "train_examples": examples, "delta": study.privacy.delta}
-    kept = study.utility.model_dump(mode="json", include={"epochs", "batch_size", "learning_rate", "optimizer"})
-    return {**kept, "train_examples": examples}
+        return {**_federation(study, named), "train_examples": texts, "delta": study.privacy.delta}
+    with study.training_of(named):
+        return training(utility, texts)
+
+
+def _own(named: Named) -> dict[str, Any]:
+    """A policy's own training: two policies with one table and two trainings share no cell."""
+    return {"training": dict(named.utility)} if named.utility else {}
 
 
 def _attack(study: Study, named: Named, panel: dict[str, Any] | None) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def _attack(study: Study, named: Named, panel: dict[str, Any] | None) -> dict[st
     kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "threat"})
     asked = study.leakage.attacks
     attacker = panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}
-    return {**kept, **_federation(study, named), "panel": attacker}
+    return {**kept, **_federation(study, named), **_own(named), "panel": attacker}
 
 
 def describe(cell: Cell) -> str:

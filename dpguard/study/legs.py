@@ -234,7 +234,7 @@ def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
         raise SkippedError("the policy shares nothing, so there is no message to attack")
     if "federation" in given:
         return _federated_leakage(cell, context, model, plan, corpus)
-    if given["at"] == "end":
+    if given["at"] in ("end", "tuned"):
         _load_weights(model, context, given["needs"], corpus)
     threat = Threat.of(given["threat"])
     messages = leakage.pick_targets(

@@ -79,7 +79,7 @@ class Record:
         "seen" and "federation" (with a federation: messages of one record that the bounds are about, the settings,
         and "worst": whose guarantee it is),
         "table" (list of {"parameters", "share", "train", "clip", "noise", "std", "release"} for print)}
-    leakage: {"at": "start"|"end"|"rounds", "scores": [{"target": int, "attack": "span",
+    leakage: {"at": "start"|"tuned"|"end"|"rounds", "scores": [{"target": int, "attack": "span",
         "metrics": {"rouge1","rouge2","rougeL","exact_match","token_recall","entity_recall"(or None)},
         "certain": bool, "inherited": bool (a cheaper attack was certain, this one did not run),
         "seconds", "steps", "candidates"}], "skipped": {attack: reason},

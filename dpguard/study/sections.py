@@ -21,7 +21,7 @@ FLOOR = "prior"
 
 LeakageMetric = Literal["rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall"]
 UtilityMetric = Literal["accuracy", "mcc", "f1"]
-Moment = Literal["start", "end", "rounds"]
+Moment = Literal["start", "tuned", "end", "rounds"]
 
 T = TypeVar("T")
 
@@ -93,6 +93,8 @@ Attacks = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_
 Rounds = Annotated[tuple[Count, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 _COUNT = "a whole number above 0"
 _ABOVE_0 = "a number above 0"
+OWN_TRAINING = ("batch_size", "learning_rate", "epochs", "optimizer")
+"""What a policy may set of the study's ``utility`` for itself."""
 _SEEDS = "distinct whole numbers from 0 on, such as [0, 1, 2]"
 
 
@@ -149,7 +151,8 @@ class Leakage(Section):
         metric: the score that the report leads with; every metric is recorded.
         targets: messages attacked in a cell.
         batch_size: texts in one message.
-        at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training, or those of
+        at: weights that are attacked: before (``start``) or after (``end``) the utility leg's training; those that
+            the undefended control ends with at its first seed, the same for all policies (``tuned``); or those of
             the federation's ``observe`` (``rounds``), each with a message of the same record.
         seeds: one cell a seed.
         attacks: only these of the panel (``prior`` is always among them); None = the whole panel.
@@ -160,7 +163,7 @@ class Leakage(Section):
     metric: LeakageMetric = Field(default="rougeL", description="a leakage metric such as rougeL")
     targets: Count = Field(default=20, description=_COUNT)
     batch_size: Count = Field(default=1, description=_COUNT)
-    at: Moments = Field(default=("start",), description="start, end, rounds or a list of them")
+    at: Moments = Field(default=("start",), description="start, tuned, end, rounds or a list of them")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     attacks: Attacks | None = Field(default=None, description="a list of attacks such as [span, match]")
     threat: ThreatModel = Field(default=ThreatModel(), description="a mapping such as {know: [count, labels]}")
@@ -173,7 +176,7 @@ class Utility(Section):
         metric: the score that the report leads with; every metric is recorded.
         epochs: expected passes over the training texts; steps = round(epochs / sampling rate).
         batch_size: expected size of a Poisson batch, the public divisor.
-        learning_rate: step size of the optimizer.
+        learning_rate: step size of the optimizer; ``public`` = by `schedule.public_learning_rate`.
         optimizer: which optimizer takes the private gradient.
         seeds: one cell a seed.
         train_examples: train on the first so many texts only; None = all.
@@ -182,7 +185,7 @@ class Utility(Section):
     metric: UtilityMetric = Field(default="accuracy", description="a utility metric such as accuracy")
     epochs: Positive = Field(default=3.0, description=_ABOVE_0)
     batch_size: Count = Field(default=256, description=_COUNT)
-    learning_rate: Positive = Field(default=5.0e-4, description=_ABOVE_0)
+    learning_rate: Positive | Literal["public"] = Field(default=5.0e-4, description="a number above 0, or public")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="adam, adamw or sgd")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     train_examples: Count | None = Field(default=None, description=_COUNT)

@@ -4,62 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dpguard.documents import Document, Loc
+from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.federation.settings import Settings, Split
 from dpguard.policy.layers import Slot
-from dpguard.policy.ready import ready
-from dpguard.policy.sweep import expand
-from dpguard.policy.table import Plan, Policy
+from dpguard.policy.table import Plan
 from dpguard.study import grid
+from dpguard.study.policies import Named, locate, read_policies
 from dpguard.study.record import Cell, canonical
-from dpguard.study.sections import CEILING, Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
+from dpguard.study.schedule import Schedule
+from dpguard.study.sections import Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
 
 SHARED = ("split", "split_seed", "observe", "engine")
 """What a policy cannot set for itself of the study's federation."""
-
-
-@dataclass(frozen=True)
-class Named:
-    """One policy of a study.
-
-    Attributes:
-        label: its name in every table, with its sweep values (``dp-sgd noise=0.6``).
-        policy: the table.
-        document: the file that holds it: the study's, or the policy's own.
-        loc: where in that file.
-        federation: what it sets of the study's federation for itself, such as ``{view: aggregate}``.
-        entry: its name under ``policies``, without sweep values.
-        values: sweep variable -> value.
-    """
-
-    label: str
-    policy: Policy
-    document: Document
-    loc: Loc
-    federation: Mapping[str, Any] = field(default_factory=dict)
-    entry: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def table(self) -> list[dict[str, Any]]:
-        """The rows as plain data."""
-        return [dict(row) for row in self.policy.rows]
-
-    def plan(self, slots: Sequence[Slot]) -> Plan:
-        """The policy resolved against a model.
-
-        Raises:
-            UserError: as `Policy.plan`, with file, line and column.
-        """
-        with self.document.locating(*self.loc):
-            return self.policy.plan(slots)
 
 
 @dataclass(frozen=True)
@@ -112,7 +75,7 @@ class Study:
             question=file.question,
             model=file.model,
             data=file.data,
-            policies=_policies(document),
+            policies=read_policies(document),
             leakage=file.leakage,
             utility=file.utility or (Utility() if file.federation else None),
             privacy=file.privacy,
@@ -123,6 +86,7 @@ class Study:
         with document.locating():
             study._check_legs()
             study._check_federation()
+            study._check_training()
         return study
 
     def _check_legs(self) -> None:
@@ -133,6 +97,12 @@ class Study:
                 "leakage.at: 'end' attacks the weights that the utility leg ends with, expected a 'utility' section",
                 loc=("leakage", "at"),
             )
+        if self.leakage and "tuned" in self.leakage.at and (self.utility is None or self.federation is not None):
+            raise UserError(
+                "leakage.at: 'tuned' attacks the weights that the undefended control is trained to in one place, "
+                "expected a 'utility' section and no federation",
+                loc=("leakage", "at"),
+            )
         for cap, leg, given in (
             ("max_leakage", "leakage", self.leakage),
             ("min_utility", "utility", self.utility),
@@ -141,6 +111,46 @@ class Study:
                 raise UserError(
                     f"recommend.{cap}: nothing measures it, expected a {leg!r} section", loc=("recommend", cap)
                 )
+
+    def _check_training(self) -> None:
+        """What a policy sets of the training for itself can be meant, and makes it another policy."""
+        same: dict[str, Named] = {}
+        for named in self.policies:
+            for key in ("utility", "epsilon"):
+                if getattr(named, key) and self.federation is not None:
+                    raise UserError(
+                        f"{key}: the federation says how long and with which step is trained, expected "
+                        + ("federation settings of the policy" if key == "utility" else "noise in its rows"),
+                        loc=(*named.loc, key),
+                    )
+            if named.utility and self.utility is None:
+                raise UserError(
+                    f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study",
+                    loc=(*named.loc, "utility"),
+                )
+            if self.federation is not None or self.utility is None:
+                continue
+            found = self.utility_of(named)
+            twin = same.setdefault(canonical([named.table, named.epsilon, found and found.model_dump()]), named)
+            if twin is not named:
+                raise UserError(
+                    f"policies {twin.label!r} and {named.label!r} are the same table in the same training, expected "
+                    "each one once",
+                    loc=named.loc,
+                )
+
+    def utility_of(self, named: Named) -> Utility | None:
+        """The training of one policy: the study's, with what the policy sets for itself.
+
+        Raises:
+            UserError: a setting that cannot be meant, with its place.
+        """
+        if self.utility is None or not named.utility:
+            return self.utility
+        try:
+            return Utility.model_validate({**self.utility.model_dump(exclude_unset=True), **named.utility})
+        except ValidationError as error:
+            raise named.document.explained(error, Utility, (*named.loc, "utility")) from None
 
     def _check_federation(self) -> None:
         """What a federation takes the place of is not set beside it, and what needs one has one."""
@@ -244,7 +254,7 @@ class Study:
 
     def locate(self, path: str) -> Path:
         """A file that the study names: beside the study file if it is there, else as seen from here."""
-        return _locate(self.document, path)
+        return locate(self.document, path)
 
     def locating(self, *loc: str | int) -> AbstractContextManager[None]:
         """A context in which every UserError gets its place under ``loc`` of this file."""
@@ -257,6 +267,24 @@ class Study:
             UserError: a selector that matches nothing, ``noise`` without ``clip`` ..., with its place.
         """
         return {named.label: named.plan(slots) for named in self.policies}
+
+    def schedule_of(self, named: Named, examples: int) -> Schedule:
+        """Sampling and steps of one policy's training; one message of a known batch when nothing is trained.
+
+        Raises:
+            UserError: settings that do not fit the number of texts, with their place.
+        """
+        utility = self.utility_of(named)
+        if utility is None:
+            return Schedule(1.0, 1)
+        with self.training_of(named):
+            return Schedule.of(utility, examples)
+
+    def training_of(self, named: Named) -> AbstractContextManager[None]:
+        """A context in which errors about a policy's training get the place of what set it."""
+        if named.utility:
+            return named.document.locating(*named.loc, "utility")
+        return self.document.locating("utility")
 
     def cells(
         self, model: Mapping[str, Any], data: Mapping[str, Any], panel: Mapping[str, Any] | None = None
@@ -274,56 +302,3 @@ class Study:
         """
         with self.document.locating():
             return grid.cells(self, dict(model), dict(data), dict(panel) if panel else None)
-
-
-def _locate(document: Document, path: str) -> Path:
-    beside = Path(document.path).parent / path
-    return beside if beside.exists() else Path(path)
-
-
-def _policies(document: Document) -> tuple[Named, ...]:
-    """The entries of ``policies``, expanded, with the undefended control first when it was left out."""
-    found: list[Named] = []
-    if CEILING not in document.data["policies"]:
-        found.append(Named(CEILING, ready(CEILING), document, ("policies",)))
-    for name, entry in document.data["policies"].items():
-        with document.locating("policies", name):
-            found.extend(_expanded(name, entry, document))
-    labels: dict[str, Named] = {}
-    tables: dict[str, Named] = {}
-    for named in found:
-        with named.document.locating(*named.loc):
-            if named.label in labels:
-                raise UserError(f"two policies are called {named.label!r}, expected a name of its own for each")
-            twin = tables.get(canonical([named.table, dict(named.federation)]))
-            if twin is not None:
-                raise UserError(
-                    f"policies {twin.label!r} and {named.label!r} are the same table, expected each one once"
-                )
-        labels[named.label] = tables[canonical([named.table, dict(named.federation)])] = named
-    return tuple(found)
-
-
-def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
-    loc: Loc = ("policies", name)
-    if name == CEILING and entry not in (None, CEILING):
-        raise UserError(f"{CEILING!r} is the undefended control of every study, expected another name for this")
-    if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
-        document, loc = Document.read(_locate(document, entry)), ()
-        entry = document.data
-    if entry is None or isinstance(entry, str):
-        return [Named(name, ready(name if entry is None else entry), document, loc)]
-    if not isinstance(entry, dict):
-        raise UserError(
-            f"policy {name!r} is {entry!r}, expected {{rows: [...]}}, a ready-made policy's name or a policy file"
-        )
-    own = entry.get("federation", {})
-    with document.locating(*loc):
-        if not isinstance(own, dict):
-            raise UserError(
-                f"federation is {own!r}, expected a mapping such as {{view: aggregate}}", loc=("federation",)
-            )
-        table = {key: value for key, value in entry.items() if key != "federation"}
-        return [
-            Named(found.label, found.policy, document, loc, own, name, found.values) for found in expand(name, table)
-        ]

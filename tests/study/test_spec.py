@@ -95,7 +95,7 @@ BAD = {
     ),
     "negative number": (
         "policies: {none: }\nutility: {learning_rate: -1e-3}\n",
-        "5:26: utility.learning_rate: found -0.001, expected a number above 0",
+        "5:26: utility.learning_rate: found -0.001, expected a number above 0, or public",
     ),
     "no finite number": (
         "policies: {none: }\nutility: {epochs: .inf}\n",
