@@ -45,11 +45,26 @@ def run(
     show_text: Annotated[
         bool, typer.Option("--show-text", help="Print the users' private sentences in the report.")
     ] = False,
+    shard: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--shard", metavar="I/N", help="Run part I of N, from 0/N on; see dpguard merge."),
+    ] = None,
 ) -> None:
     """Run a study; running it again does only what is missing."""
     from dpguard.cli.studies import run_study
 
-    raise typer.Exit(run_study(study, out, workers=workers, dry_run=dry_run, show_text=show_text))
+    raise typer.Exit(run_study(study, out, workers=workers, dry_run=dry_run, show_text=show_text, shard=shard))
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged records, new or of the same study.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of the study's shards.")],
+) -> None:
+    """Merge the records of a study that ran in shards, and report on them."""
+    from dpguard.cli.studies import merge_shards
+
+    raise typer.Exit(merge_shards(out, folders))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
+from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
 
@@ -44,30 +45,48 @@ class Planned:
     epsilons: dict[str, float]
 
 
-def run_study(path: Path, out: Path | None, *, workers: int | None, dry_run: bool, show_text: bool) -> int:
-    """Run a study and print its decision; the exit status says whether a cell failed."""
+def run_study(
+    path: Path, out: Path | None, *, workers: int | None, dry_run: bool, show_text: bool, shard: str | None = None
+) -> int:
+    """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
     from dpguard.study import runner
     from dpguard.study.workers import warm_up
 
+    part = Shard.parse(shard) if shard is not None else None
     study = Study.load(path)
-    folder = out or Path("reports") / study.name
+    folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
     if not dry_run:
         warm_up(PRELOAD)  # the worker server imports torch while this process reads model and texts
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         planned = plan_study(study, folder, epsilons=dry_run)
+    own = frozenset(cell.id for cell in (part.cells(planned.cells) if part else planned.cells))
     if dry_run:
-        _print_plan(study, planned, folder)
+        _print_plan(study, planned, folder, own)
         return 0
     summary = runner.run(
         study, folder, planned.cells, execute=EXECUTE, context=planned.context,
-        workers=workers, preload=PRELOAD, show_text=show_text,
+        workers=workers, preload=PRELOAD, show_text=show_text, only=own,
     )  # fmt: skip
     console().print(summary.sentence)
     for cell, reason in summary.failures:
         console().print(f"failed: {cell}: {reason}", style="bold", markup=False)
-    if not summary.interrupted:
+    if part:
+        missing = len(planned.cells) - len(own)
+        told = f"shard {part}: {missing} of the study's {len(planned.cells)} cells are not its own; dpguard merge OUT"
+        console().print(f"{told} {folder} DIR... joins it with the others", markup=False, soft_wrap=True)
+    elif not summary.interrupted:
         render_report(folder)
     return summary.exit_status
+
+
+def merge_shards(out: Path, folders: list[Path]) -> int:
+    """Merge folders of one study and report; the exit status says whether a cell failed or is missing."""
+    from dpguard.study.merge import merge
+
+    merged = merge(out, folders)
+    console().print(merged.sentence, markup=False)
+    render_report(out)
+    return merged.exit_status
 
 
 class _Nothing:
@@ -165,20 +184,21 @@ def _epsilons(cells: list[Cell], plans: Mapping[str, Any], corpus: Any) -> dict[
     return {cell.policy: legs.epsilon(cell, plans[cell.policy], corpus) for cell in cells if cell.leg == "guarantee"}
 
 
-def _print_plan(study: Study, planned: Planned, folder: Path) -> None:
+def _print_plan(study: Study, planned: Planned, folder: Path, own: frozenset[str]) -> None:
     finished: set[str] = set()
     if (folder / "records.sqlite").exists():
         with Store.open(folder) as store:
             finished = store.done_ids()
     rows = []
     for named in study.policies:
-        own = [cell for cell in planned.cells if cell.policy == named.label]
-        legs = [sum(cell.leg == leg for cell in own) for leg in ("guarantee", "utility", "leakage")]
+        cells = [cell for cell in planned.cells if cell.policy == named.label and cell.id in own]
+        legs = [sum(cell.leg == leg for cell in cells) for leg in ("guarantee", "utility", "leakage")]
         epsilon = planned.epsilons[named.label]
         shown = "inf" if math.isinf(epsilon) else f"{epsilon:.3g}"
-        rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in own)])
+        rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in cells)])
     columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
     console().print(table(columns, rows, right=columns[1:]))
-    left = sum(cell.id not in finished for cell in planned.cells)
+    left = len(own - finished)
     console().print("The columns after epsilon count cells.", style="dim")
-    console().print(f"{len(planned.cells)} cells, {left} to run; records in {folder}", markup=False)
+    total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
+    console().print(f"{total}, {left} to run; records in {folder}", markup=False)

@@ -14,6 +14,8 @@ Leg = Literal["guarantee", "leakage", "utility"]
 Status = Literal["done", "failed", "skipped"]
 
 SCHEMA = 1
+TIMINGS = ("seconds", "train_seconds")
+"""Entries of a result that say how long something took."""
 
 
 def canonical(value: Any) -> str:
@@ -98,6 +100,17 @@ class Record:
     reason: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def untimed(value: Any) -> Any:
+    """A result without the durations in it: what must be the same however and wherever a cell ran.
+
+    >>> untimed({"metrics": {"loss": 1}, "train_seconds": 2.5, "scores": [{"target": 0, "seconds": 0.1}]})
+    {'metrics': {'loss': 1}, 'scores': [{'target': 0}]}
+    """
+    if isinstance(value, dict):
+        return {name: untimed(item) for name, item in value.items() if name not in TIMINGS}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

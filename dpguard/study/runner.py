@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -93,6 +93,7 @@ def run(
     show_text: bool = False,
     quiet: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    only: Collection[str] | None = None,
 ) -> Summary:
     """Run what the folder's store does not hold yet; every record is on the disk before the next begins.
 
@@ -112,6 +113,7 @@ def run(
         show_text: whether the report of this folder may show private texts.
         quiet: show nothing.
         on_event: called in the driver whenever a cell starts or finishes.
+        only: ids of the cells to run here, one shard's; the store plans all, so that a report knows what is missing.
 
     Returns:
         The counts, with the exit status. The first Ctrl-C lets running cells finish and starts no other,
@@ -127,7 +129,8 @@ def run(
     _check_needs(cells)
     with Store.open(folder, create=True) as store:
         store.set_study(study.name, study.text, study.plain(), cells, show_text=show_text)
-        todo = _todo(cells, store.statuses())
+        own = [cell for cell in cells if only is None or cell.id in only]
+        todo = _todo(own, store.statuses())
 
         def embedded() -> Executor:
             warm_up(preload, threads)
@@ -138,7 +141,7 @@ def run(
             driver.listeners = [display.show, *([on_event] if on_event else [])]
             driver.say = display.say
             driver.drive()
-        return driver.summary(len(cells), len(store.ignored()))
+        return driver.summary(len(own), len(store.ignored()))
 
 
 def usable_cores() -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +86,7 @@ class Store:
             raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
         lock = _claim(folder) if create else None
         try:
-            with _explained(file):
+            with explained(file):
                 if create:
                     connection = sqlite3.connect(file, isolation_level=None)
                     connection.execute("PRAGMA journal_mode=WAL")
@@ -156,6 +156,11 @@ class Store:
             self._connection.execute("DELETE FROM plan")
             self._connection.executemany("INSERT INTO plan VALUES (?, ?, ?)", rows)
 
+    @property
+    def named(self) -> bool:
+        """Whether it was given a study."""
+        return "name" in self._meta()
+
     def study(self) -> StudyInfo:
         """The study of this folder.
 
@@ -163,7 +168,7 @@ class Store:
             UserError: the store was made and never given a study.
         """
         meta = self._meta()
-        if "name" not in meta:
+        if not self.named:
             raise UserError(f"{str(self.folder)!r} holds no study yet, expected one that was run")
         return StudyInfo(meta["name"], meta["yaml"], json.loads(meta["spec"]), bool(json.loads(meta["show_text"])))
 
@@ -179,15 +184,24 @@ class Store:
             UserError: no room left on the disk; what is stored stays.
             ValueError: a number that is not finite.
         """
-        row = (record.cell.id, record.status, canonical(_plain(record)))
-        found = [
-            (record.cell.id, position, item.target, item.attack, _encodable(item.text))
-            for position, item in enumerate(texts)
-        ]
+        self.put_all([(record, texts)])
+
+    def put_all(self, answers: Iterable[tuple[Record, Sequence[TextRow]]]) -> None:
+        """Store many records with their texts: all of them, or none.
+
+        Raises:
+            UserError, ValueError: as `put`.
+        """
         with self._writing():
-            self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", row)
-            self._connection.execute("DELETE FROM texts WHERE id = ?", (record.cell.id,))
-            self._connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?)", found)
+            for record, texts in answers:
+                row = (record.cell.id, record.status, canonical(_plain(record)))
+                found = [
+                    (record.cell.id, position, item.target, item.attack, _encodable(item.text))
+                    for position, item in enumerate(texts)
+                ]
+                self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", row)
+                self._connection.execute("DELETE FROM texts WHERE id = ?", (record.cell.id,))
+                self._connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?)", found)
 
     def records(self) -> list[Record]:
         """The records of the cells that the study plans, in its order, under the policy names of today."""
@@ -228,7 +242,7 @@ class Store:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """One transaction: all of it is on the disk, or none."""
-        with _explained(self.folder / FILE):
+        with explained(self.folder / FILE):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -240,7 +254,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def _explained(file: Path) -> Iterator[None]:
+def explained(file: Path) -> Iterator[None]:
     """Say in a sentence what SQLite found wrong with the file or the disk."""
     try:
         yield
@@ -251,6 +265,16 @@ def _explained(file: Path) -> Iterator[None]:
             f"{str(file)!r} cannot be used ({error}), expected the records of a study and room to write; "
             "nothing was deleted"
         ) from error
+
+
+def writer_of(folder: str | Path) -> str | None:
+    """The process that writes to a folder's store now, None when none does."""
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / LOCK, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(lock)
+    return None
 
 
 def _claim(folder: Path) -> IO[str]:
