@@ -6,20 +6,23 @@ with the macro ``picture``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from dpguard.report import figures, text
 from dpguard.report.figure_content import tradeoff_content
-from dpguard.report.frontier import Frontier, Row
+from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row, mark_front
 from dpguard.report.result import StudyResult
+from dpguard.report.scores import Scores
 from dpguard.report.svg import Mark, inline, to_svg
+from dpguard.stats import mean_interval
 
-NAME_LENGTH = 80
-"""Longer policy names are cut where they stand in line with others, and printed in full in their own part."""
+OTHERS = ("exact_match", "token_recall")
+"""Leakage metrics that can be picked beside the study's own."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +65,79 @@ PICTURES = (
 )
 
 
-def drawn(result: StudyResult, table: Frontier) -> dict[str, tuple[str, str]]:
-    """Every picture as SVG: name -> (wide, narrow); those with nothing to draw are absent."""
-    found = {}
-    for picture in PICTURES:
-        shapes = [picture.draw(result, table, narrow) for narrow in (False, True)]
-        svgs = [to_svg(figures.figure_of(axes)) for axes in shapes if axes is not None]
-        if len(svgs) == 2:
-            found[picture.name] = (svgs[0], svgs[1])
-    return found
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as SVG, in the form of its own file.
 
+    Attributes:
+        picture: which.
+        table: the frontier that it shows.
+        wide: for a page of text.
+        narrow: for a column the width of a phone.
+        file: name of its files, without an ending.
+        axes: the wide form, for other kinds of files.
+    """
 
-def on_page(svgs: Mapping[str, tuple[str, str]], table: Frontier) -> dict[str, Markup]:
-    """The pictures as parts of the page, wide and narrow together; points lead to their policies."""
-    found = {}
-    for picture in PICTURES:
-        if picture.name not in svgs:
-            continue
-        marks = picture.marks(table) if picture.marks else None
+    picture: Picture
+    table: Frontier
+    wide: str
+    narrow: str
+    file: str
+    axes: Axes
+
+    def on_page(self) -> Markup:
+        """Both forms as parts of the page; points lead to their policies."""
+        marks = self.picture.marks(self.table) if self.picture.marks else None
         parts = [
-            inline(svg, prefix=f"{picture.name}-{shape}-", title=picture.title, css_class=shape, marks=marks)
-            for svg, shape in zip(svgs[picture.name], ("wide", "narrow"), strict=True)
+            inline(svg, prefix=f"{self.file}-{shape}-", title=self.picture.title, css_class=shape, marks=marks)
+            for svg, shape in ((self.wide, "wide"), (self.narrow, "narrow"))
         ]
-        found[picture.name] = Markup("\n").join(Markup(part) for part in parts)
+        return Markup("\n").join(Markup(part) for part in parts)
+
+
+def draw_all(result: StudyResult, table: Frontier) -> dict[str, Drawn]:
+    """Every picture that has something to draw, by name."""
+    found = {}
+    for picture in PICTURES:
+        made = _drawn(picture, result, table, picture.name)
+        if made:
+            found[picture.name] = made
     return found
+
+
+def tradeoffs(result: StudyResult, table: Frontier) -> list[Drawn]:
+    """The trade-off by the other leakage metrics that the records have for some policy."""
+    found = []
+    scores = Scores(result.records)
+    for metric in OTHERS:
+        if metric == table.leakage_metric or metric not in scores.metrics:
+            continue
+        other = _measured_as(metric, table, scores)
+        if any(row.leakage and row.utility for row in other.rows):
+            made = _drawn(PICTURES[0], result, other, f"tradeoff-{metric}")
+            found += [made] if made else []
+    return found
+
+
+def _measured_as(metric: str, table: Frontier, scores: Scores) -> Frontier:
+    """The same frontier by another leakage metric; utility and guarantee stay as they were computed."""
+    rows = []
+    for row in table.rows:
+        found = scores.largest(row.policy, metric) if row.leakage else None
+        interval, (attack, at) = found or (None, ("", ""))
+        rows.append(replace(row, leakage=interval, attack=attack, at=at))
+    values = [scores.array(CONTROL, option, metric) for option in scores.options(CONTROL) if option[0] == FLOOR]
+    known = [array for array in values if np.isfinite(array).any()]
+    floor = mean_interval(known[0]) if known else None
+    return replace(table, rows=tuple(mark_front(rows)), leakage_metric=metric, floor=floor)
+
+
+def _drawn(picture: Picture, result: StudyResult, table: Frontier, file: str) -> Drawn | None:
+    wide, narrow = (picture.draw(result, table, narrow) for narrow in (False, True))
+    if wide is None or narrow is None:
+        return None
+    svgs = [to_svg(figures.figure_of(axes)) for axes in (wide, narrow)]
+    return Drawn(picture, table, svgs[0], svgs[1], file, wide)
 
 
 def said(row: Row, table: Frontier) -> str:
@@ -93,7 +145,7 @@ def said(row: Row, table: Frontier) -> str:
     leakage, utility = row.leakage, row.utility
     guarantee = f"epsilon {text.epsilon(row.epsilon)}" if row.formal else "no formal guarantee"
     return (
-        f"{text.visible(row.policy, limit=NAME_LENGTH)}: leakage "
+        f"{text.name(row.policy)}: leakage "
         f"{text.number(leakage.value if leakage else None)} ({text.span(leakage)}), "
         f"{text.metric_name(table.utility_metric)} {text.number(utility.value if utility else None)} "
         f"({text.span(utility)}), {guarantee}"

@@ -1,4 +1,4 @@
-"""Records to a report: one HTML page, the same in Markdown, the frontier as CSV, the figures as SVG.
+"""Records to a report: one HTML page, the same in Markdown, tables as CSV and LaTeX, figures as SVG, PNG and PDF.
 
 Nothing here computes: the page is a template over `frontier`, `recommend` and `views`, so equal records give
 equal bytes.
@@ -6,29 +6,29 @@ equal bytes.
 
 from __future__ import annotations
 
-from importlib.resources import files
+import re
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from dpguard.report import pictures, text
 from dpguard.report.figure_content import leakage_content, tradeoff_content
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
+from dpguard.report.latex import tables
+from dpguard.report.page import dress, template
 from dpguard.report.recommend import Caps, Recommendation, recommend
 from dpguard.report.result import StudyResult
 from dpguard.report.sources import grouped, provenance
-from dpguard.report.style import BANDS
+from dpguard.report.svg import KINDS, to_bytes
 from dpguard.report.views import policy_views
 
 
-def render(result: StudyResult, folder: Path) -> Path:
-    """Write report.html, report.md, frontier.csv and figures/*.svg.
+def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> Path:
+    """Write report.html, report.md, tables.tex, frontier.csv and the figures as SVG, PNG and PDF.
 
     Args:
         result: the study and its records.
         folder: where to write; made when it is not there.
+        metric: leakage metric instead of the study's.
 
     Returns:
         The path of report.html.
@@ -37,54 +37,67 @@ def render(result: StudyResult, folder: Path) -> Path:
         UserError: a metric or a cap of the study that cannot be meant.
         OSError: the folder cannot be written.
     """
-    table = frontier(result)
+    table = frontier(result, metric=metric)
     caps = Caps.read(result.spec)
     decision = recommend(
         table, max_leakage=caps.max_leakage, min_utility=caps.min_utility, max_epsilon=caps.max_epsilon
     )
-    drawn = pictures.drawn(result, table)
-    context = {**_context(result, table, decision), "pictures": pictures.on_page(drawn, table)}
+    drawn = pictures.draw_all(result, table)
+    others = pictures.tradeoffs(result, table)
+    context = _context(result, table, decision)
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, (wide, _) in drawn.items():
-        _write(folder / "figures" / f"{name}.svg", wide)
+    _write_figures(list(drawn.values()), folder / "figures")
     _write(folder / "frontier.csv", table.to_csv())
-    _write(folder / "report.md", _template("report.md.j2", escape=False).render(context))
+    _write(folder / "tables.tex", tables(context["views"], table, decision))
+    _write(folder / "report.md", template("report.md.j2", escape=False).render(context))
     page = folder / "report.html"
-    _write(page, _template("report.html.j2", escape=True).render({**context, **_styles()}))
+    _write(page, template("report.html.j2", escape=True).render(context | _shown(context, table, drawn, others)))
     return page
 
 
-def _write(path: Path, content: str) -> None:
+def _write_figures(drawn: list[pictures.Drawn], folder: Path) -> None:
+    for made in drawn:
+        _write(folder / f"{made.file}.svg", made.wide)
+        for kind in KINDS:
+            _write(folder / f"{made.file}.{kind}", to_bytes(made.axes, kind))
+
+
+def _shown(
+    context: dict[str, Any], table: Frontier, drawn: dict[str, pictures.Drawn], others: list[pictures.Drawn]
+) -> dict[str, Any]:
+    """What only the page has: the pictures as parts of it, the contents, style and script."""
+    trades = [drawn["tradeoff"], *others] if "tradeoff" in drawn else []
+    choices = [{"metric": made.table.leakage_metric, "drawn": made.on_page()} for made in trades]
+    points = [point.number for made in trades for point in tradeoff_content(made.table).points]
+    return {
+        "pictures": {name: made.on_page() for name, made in drawn.items() if name != "tradeoff"},
+        "choices": choices,
+        "contents": [(anchor, words) for anchor, words, there in CONTENTS if there in (None, *drawn, *_full(context))],
+        **dress(context["study"], sorted(set(points)), len(choices)),
+    }
+
+
+CONTENTS: tuple[tuple[str, str, str | None], ...] = (
+    ("tradeoff", "Trade-off", None),
+    ("frontier", "Frontier", None),
+    ("leaks", "What leaks", "leakage"),
+    ("policies", "Policies", None),
+    ("missing", "What is missing", "missing"),
+    ("how", "How it was made", None),
+)
+"""Sections of the page: anchor, words, and the picture or list without which it is not there."""
+
+
+def _full(context: dict[str, Any]) -> list[str]:
+    return ["missing"] if context["broken"] or context["skipped"] else []
+
+
+def _write(path: Path, content: str | bytes) -> None:
     """Write beside and move in place, so that a reader never sees half a file."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(content, encoding="utf-8", newline="\n")
+    beside.write_bytes(content if isinstance(content, bytes) else content.encode())
     beside.replace(path)
-
-
-def _template(name: str, *, escape: bool) -> Any:
-    loader = PackageLoader("dpguard.report", "templates")
-    environment = Environment(
-        loader=loader,
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "visible": text.visible,
-        "name": lambda value: text.visible(value, limit=pictures.NAME_LENGTH),
-        "number": text.number,
-        "span": text.span,
-        "epsilon": text.epsilon,
-        "percent": text.percent,
-        "metric": text.metric_name,
-        "at": text.at_name,
-        "md": text.markdown,
-    }
-    environment.globals |= {"count": text.count}
-    return environment.get_template(name)
 
 
 def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> dict[str, Any]:
@@ -111,6 +124,9 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "provenance": provenance(result.records),
         "yaml": yaml,
         "fence": text.fence(yaml),
+        "file_name": (re.sub(r"[^A-Za-z0-9_-]+", "-", str(result.study.get("name", "")))[:60].strip("-") or "study")
+        + ".yaml",
+        "card": "",
         "control": CONTROL,
         "prior": FLOOR,
     }
@@ -128,13 +144,3 @@ def _sizes(table: Frontier) -> str:
         n, seeds = max(i.n for i in utilities), max(i.seeds for i in utilities)
         told.append(f"utility: {text.count(n, 'test text')}, {text.count(seeds, 'seed')}")
     return "; ".join(told)
-
-
-def _styles() -> dict[str, Any]:
-    """The style sheet, and the steps of the epsilon scale by day and by night."""
-    sheet = (files("dpguard.report") / "templates" / "style.css").read_text("utf-8")
-    return {
-        "css": Markup(sheet),
-        "bands_day": Markup("".join(f"--eps-{n}:{step.colour};" for n, step in enumerate(BANDS))),
-        "bands_night": Markup("".join(f"--eps-{n}:{step.night};" for n, step in enumerate(BANDS))),
-    }

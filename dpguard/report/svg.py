@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpguard.report.style import BANDS, INK, LINE, MUTED, OPEN, PAPER, RED, styled
@@ -24,6 +25,9 @@ _ON_PAGE = {
     RED: "var(--bad)",
     **{step.colour: f"var(--eps-{number})" for number, step in enumerate(BANDS)},
 }
+
+_WORDS = {f"{{{SVG}}}{tag}" for tag in ("text", "tspan", "title", "desc")}
+_NUMBERS = ("d", "x", "y", "transform", "width", "height", "x1", "x2", "y1", "y2")
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,35 @@ def to_svg(figure: Figure) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def inline(svg: str, *, prefix: str, title: str, css_class: str, marks: Mapping[str, Mark] | None = None) -> str:
+KINDS = ("png", "pdf")
+"""Kinds of files beside SVG."""
+
+
+def to_bytes(axes: Axes, kind: str) -> bytes:
+    """The figure as a PNG or PDF file, without dates or versions."""
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise ValueError("these axes were removed from their figure")
+    buffer = io.BytesIO()
+    names = {"png": ("Software",), "pdf": ("Creator", "Producer", "CreationDate")}[kind]
+    with styled():
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(names))
+    return buffer.getvalue()
+
+
+def inline(
+    svg: str, *, prefix: str, title: str, css_class: str, about: str = "", marks: Mapping[str, Mark] | None = None
+) -> str:
     """The figure as an element of the page: the page's colours, ids of its own, points that can be focused.
+
+    Its style attributes become plain attributes, so that the page's security policy can forbid them.
 
     Args:
         svg: from `to_svg`.
         prefix: put before every id, since several figures share the page.
         title: what the figure shows, for screen readers.
         css_class: classes of the element.
+        about: a longer description, for screen readers.
         marks: group id -> what the point says; those groups become links.
     """
     for colour, variable in _ON_PAGE.items():
@@ -71,12 +96,44 @@ def inline(svg: str, *, prefix: str, title: str, css_class: str, marks: Mapping[
     for group, mark in (marks or {}).items():
         _link(root, group, mark)
     _own_ids(root, prefix)
-    for size in ("width", "height"):
+    for element in root.iter():
+        _plain(element)
+    for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
     root.set("class", css_class)
-    root.set("role", "group")
-    root.set("aria-label", title)
+    # a picture with links in it is a group: as an image it would hide them
+    root.set("role", "group" if marks else "img")
+    _describe(root, prefix, title, about)
     return ET.tostring(root, encoding="unicode")
+
+
+def _describe(root: ET.Element, prefix: str, title: str, about: str) -> None:
+    named = [("title", title), ("desc", about)] if about else [("title", title)]
+    for place, (tag, words) in enumerate(named):
+        element = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{prefix}{tag}"})
+        element.text = words
+        root.insert(place, element)
+    root.set("aria-labelledby", f"{prefix}title")
+    if about:
+        root.set("aria-describedby", f"{prefix}desc")
+
+
+def _plain(element: ET.Element) -> None:
+    """Style as attributes, numbers to two digits, no spaces for the eye: a third of the bytes go."""
+    element.tail = None
+    if element.tag not in _WORDS:
+        element.text = None
+    for part in element.attrib.pop("style", "").split(";"):
+        name, _, value = (text.strip() for text in part.partition(":"))
+        if name and name != "font-family":  # the page's own font
+            element.set(name, value)
+    for name, value in list(element.attrib.items()):
+        if name in _NUMBERS:
+            element.set(
+                name, re.sub(r"-?\d+\.\d+", lambda found: f"{float(found.group()):.2f}", " ".join(value.split()))
+            )
+    if element.attrib.get("transform", "").startswith("rotate(-0 "):
+        del element.attrib["transform"]
 
 
 def _link(root: ET.Element, group: str, mark: Mark) -> None:

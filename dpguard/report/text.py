@@ -24,6 +24,9 @@ METRIC_NAMES = {
 }
 AT_NAMES = {"start": "first weights", "tuned": "fine-tuned weights", "end": "last weights", "rounds": "several rounds"}
 
+NAME_LENGTH = 80
+"""Longer policy names are cut where they stand in line with others, and printed in full in their own part."""
+
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -42,6 +45,11 @@ def visible(text: Any, *, limit: int | None = None) -> str:
     """
     plain = "".join(_shown(c) for c in str(text).replace("\r\n", " "))
     return plain if limit is None or len(plain) <= limit else plain[: limit - 1] + "…"
+
+
+def name(text: Any) -> str:
+    """A policy's name where it stands in line with others."""
+    return visible(text, limit=NAME_LENGTH)
 
 
 def visible_lines(text: Any) -> str:
