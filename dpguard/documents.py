@@ -2,7 +2,8 @@
 
 Reading differs from plain YAML 1.1 where that surprises: ``1e-1`` is a number, ``1:30``, ``010`` and
 ``2024-01-01`` are not turned into something else, a duplicate key is an error, and ``${VAR}`` inside a
-value stands for the environment variable (``$${VAR}`` for the text itself). ``yes``/``no``/``on``/``off``
+value stands for the environment variable, ``${VAR:-word}`` for it or a word where it is not set (``$${VAR}`` for
+the text itself). ``yes``/``no``/``on``/``off``
 stay booleans, as YAML 1.1 has it; where a number was expected, the sentence says so.
 """
 
@@ -299,11 +300,12 @@ class _Reader:
         escaped, name = found.groups()
         if escaped:
             return f"${{{name}}}"
+        name, default, instead = name.partition(":-")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise self._error(f"{found.group()!r} names no environment variable, expected ${{NAME}}", node)
-        if not self.environ.get(name):
+        if not self.environ.get(name) and not default:
             raise self._error(f"environment variable {name} is not set; set it or write its value", node)
-        return self.environ[name]
+        return self.environ.get(name) or instead
 
 
 def _schema_at(model: type[BaseModel], loc: Loc) -> tuple[type[BaseModel], FieldInfo | None]:

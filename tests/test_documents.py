@@ -125,6 +125,16 @@ def test_environment_variables_stand_in_values_and_never_in_keys():
         Document.parse(text, environ={"ROOT": ""})
 
 
+def test_an_environment_variable_may_have_a_word_in_its_place():
+    text = "a: ${TASK:-cola}.jsonl\nb: ${TASK}.jsonl\nc: ${NONE:-}x\nd: $${TASK:-cola}\n"
+    assert Document.parse(text, environ={"TASK": "sst2"}).data == {
+        "a": "sst2.jsonl", "b": "sst2.jsonl", "c": "x", "d": "${TASK:-cola}",
+    }  # fmt: skip
+    assert Document.parse("a: ${TASK:-cola}.jsonl\n", environ={"TASK": ""}).data == {"a": "cola.jsonl"}
+    with pytest.raises(UserError, match="names no environment variable"):
+        Document.parse("a: ${A B:-c}\n", environ={})
+
+
 DEEP = Document.parse(
     """\
 name: x

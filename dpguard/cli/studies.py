@@ -14,6 +14,7 @@ from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
+from dpguard.study.resume import check_inputs
 from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -63,6 +64,8 @@ def run_study(
     if dry_run:
         _print_plan(study, planned, folder, own)
         return 0
+    with study.locating():
+        check_inputs(study, folder, planned.cells)
     summary = runner.run(
         study, folder, planned.cells, execute=EXECUTE, context=planned.context,
         workers=workers, preload=PRELOAD, show_text=show_text, only=own,
@@ -117,7 +120,7 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
     parameters = slots(loaded.module)
     model_id = {"name": study.model, "hash": loaded.fingerprint}
     data_id = {
-        "name": study.data.path, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
+        "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
     study = calibrated(study, parameters, data_id, _kept(folder, made=not epsilons))
     plans = study.plans(parameters)

@@ -236,6 +236,13 @@ class Study:
         """The file as it was written, environment variables not replaced."""
         return self.document.text
 
+    @property
+    def data_name(self) -> str:
+        """What the texts are called on record: the path, or the file's name alone where a variable says where it is."""
+        marks = self.document.marks
+        mark = marks.get(("data", "path")) or marks.get(("data",))
+        return Path(self.data.path).name if mark and "${" in mark.raw else self.data.path
+
     def plain(self) -> dict[str, Any]:
         """The study as plain data with every default filled in: what its store keeps and its report prints."""
         return {

@@ -1,0 +1,76 @@
+"""What goes wrong with the model and the texts of a study: one sentence, exit status 2, nothing begun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpguard.cli.studies import plan_study
+from dpguard.errors import UserError
+from dpguard.study import legs
+from dpguard.study.resume import check_inputs
+from dpguard.study.spec import Study
+from dpguard.study.store import Store
+from tests.cli.conftest import write_study
+from tests.cli.test_bad_input import one_sentence
+
+STUDIES = Path(__file__).resolve().parents[2] / "studies"
+
+
+def test_a_data_folder_without_the_expected_files(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPGUARD_DATA", str(tmp_path))
+    path = STUDIES / "which-part-leaks.yaml"
+    one_sentence(told("run", path, "--out", tmp_path / "out"), "which-part-leaks.yaml:", "cola.train.jsonl", "expected")
+    (tmp_path / "cola.train.jsonl").write_text(json.dumps({"text": "He left.", "label": 1}) + "\n")
+    one_sentence(told("run", path, "--out", tmp_path / "out"), "which-part-leaks.yaml:", "cola.validation.jsonl")
+    monkeypatch.delenv("DPGUARD_DATA")
+    one_sentence(told("run", path), "environment variable DPGUARD_DATA is not set")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_without_a_tokenizer(home, told, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+    path = write_study(home, tmp_path, (str(home / "model"), str(tmp_path / "model")))
+    one_sentence(
+        told("run", path, "--out", tmp_path / "out"), "study.yaml:2:", "has no tokenizer; expected tokenizer.json"
+    )
+
+
+def test_a_study_resumed_with_other_texts_or_weights(home, told, tmp_path):
+    shutil.copy(home / "texts.jsonl", tmp_path / "texts.jsonl")
+    path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(tmp_path / "texts.jsonl")))
+    study, out = Study.load(path), tmp_path / "out"
+    cells = plan_study(study, out).cells
+    out.mkdir(exist_ok=True)
+    check_inputs(study, out, cells)
+    with Store.open(out, create=True) as store:
+        store.set_study(study.name, study.text, study.plain(), cells)
+    check_inputs(study, out, cells)
+    rows = (tmp_path / "texts.jsonl").read_text().splitlines()
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    legs.load_corpus.cache_clear()  # another process reads the file again
+    one_sentence(told("run", path, "--out", out), "study.yaml:", "other texts", "expected the same, or another --out")
+    others = [replace(cell, model={**cell.model, "hash": "else"}) for cell in cells]
+    with pytest.raises(UserError, match="other weights"):
+        check_inputs(study, out, others)
+    path.write_text(path.read_text().replace("targets: 2", "targets: 3"))
+    check_inputs(Study.load(path), out, others)  # another study: its cells are new ones
+
+
+def test_where_the_texts_lie_is_no_part_of_a_cell(home, tmp_path, monkeypatch):
+    ids = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy(home / "texts.jsonl", tmp_path / place / "texts.jsonl")
+        monkeypatch.setenv("PLACE", str(tmp_path / place))
+        path = write_study(home, tmp_path, (str(home / "texts.jsonl"), "${PLACE}/texts.jsonl"))
+        cells = plan_study(Study.load(path), tmp_path / "out").cells
+        assert cells[0].data["name"] == "texts.jsonl"
+        ids.append([cell.id for cell in cells])
+    assert ids[0] == ids[1]

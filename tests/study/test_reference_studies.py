@@ -1,0 +1,142 @@
+"""studies/: every file can be read; the smoke versions run; nothing private is in what gets committed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpguard.cli.main import main
+from dpguard.study.schedule import REACH, public_learning_rate
+from dpguard.study.spec import Study
+from dpguard.study.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "studies").rglob("*.yaml"))
+SMOKE = sorted((ROOT / "studies" / "smoke").glob("*.yaml"))
+QUESTIONS = ("which-part-leaks", "does-dp-protect", "clip-prune-withhold", "fixed-budget")
+REFERENCE = [path for path in STUDIES if path.parent.name == "studies" and path.name.startswith(QUESTIONS)]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[str(p.relative_to(ROOT / "studies")) for p in STUDIES])
+def test_a_study_can_be_read(path, monkeypatch):
+    monkeypatch.setenv("DPGUARD_DATA", "/data")
+    for name in ("DPGUARD_TASK", "DPGUARD_MODEL", "DPGUARD_BATCH", "DPGUARD_TARGETS"):
+        monkeypatch.delenv(name, raising=False)
+    study = Study.load(path)
+    assert study.question.endswith("?")
+    assert "none" in [named.label for named in study.policies]
+    monkeypatch.setenv("DPGUARD_TASK", "sst2")
+    monkeypatch.setenv("DPGUARD_MODEL", "bert-base-uncased")
+    if path in REFERENCE:
+        other = Study.load(path)
+        assert (other.data.path, other.model) == ("/data/sst2.train.jsonl", "bert-base-uncased")
+        assert other.name == re.sub("cola|rotten_tomatoes", "sst2", study.name)
+
+
+@pytest.mark.parametrize("path", REFERENCE, ids=[p.stem for p in REFERENCE])
+def test_a_reference_study_says_how_it_is_run_what_it_costs_and_where_it_ends(path):
+    head = path.read_text().split("\nname:")[0]
+    assert re.search(rf"make study NAME={path.stem} DATA=", head)
+    assert re.search(r"# COST.*\d", head)
+    assert "# LIMITS" in head
+
+
+def test_every_question_has_its_smoke_version():
+    assert sorted(p.stem for p in SMOKE) == sorted(QUESTIONS)
+
+
+def test_the_map_has_every_block_and_role(monkeypatch):
+    monkeypatch.setenv("DPGUARD_DATA", "/data")
+    labels = {named.label for named in Study.load(ROOT / "studies" / "which-part-leaks.yaml").policies}
+    roles = (
+        "attention.qkv",
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "attention.output",
+        "mlp.in",
+        "mlp.out",
+    )
+    expected = {f"part block={b} part={r}" for b in range(6) for r in roles}
+    assert labels == {"none", "encoder", *(f"block block={b}" for b in range(6)), *expected}
+
+
+def test_the_public_rule():
+    # its anchor, the inverse root law, and two digits
+    assert public_learning_rate(202) == 5.0e-4
+    for steps in (1, 7, 83, 1_000, 17_060):
+        assert public_learning_rate(steps) == pytest.approx(REACH / math.sqrt(steps), rel=0.05)
+        assert public_learning_rate(4 * steps) == pytest.approx(public_learning_rate(steps) / 2, rel=0.1)
+    with pytest.raises(ValueError, match="steps=0"):
+        public_learning_rate(0)
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["dpguard", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMOKE, ids=[p.stem for p in SMOKE])
+def test_a_smoke_version_runs(path, tmp_path, monkeypatch):
+    assert run(monkeypatch, "run", path, "--out", tmp_path) == 0
+    with (tmp_path / "frontier.csv").open() as file:
+        rows = {row["policy"]: row for row in csv.DictReader(file)}
+    assert float(rows["none"]["leakage"]) > 0.8  # the attack has power here
+    for row in rows.values():
+        assert math.isfinite(float(row["leakage"]))
+        assert math.isfinite(float(row["utility"]))
+    for name in ("flat", "per-block", "more-noise-below"):
+        if path.stem == "fixed-budget":
+            assert 2.97 <= float(rows[name]["epsilon"]) <= 3
+
+
+PRIVATE = """\
+name: private
+question: Does a sentence get out?
+model: demo
+data: {path: texts.jsonl}
+policies: {clip-only: }
+leakage: {panel: demo, attacks: [rows, span], targets: 3}
+utility: {epochs: 1, batch_size: 8}
+privacy: {delta: 1.0e-3}
+"""
+
+
+def test_no_private_text_is_in_what_gets_committed(tmp_path, monkeypatch):
+    """Report, figures and the Parquet records of other people's texts; the store itself is not committed."""
+    source = (ROOT / "dpguard" / "inputs" / "demo" / "train.jsonl").read_text().splitlines()[:60]
+    texts = [json.loads(line)["text"] for line in source]
+    rows = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "study.yaml").write_text(PRIVATE)
+    out = tmp_path / "out"
+    assert run(monkeypatch, "run", tmp_path / "study.yaml", "--out", out) == 0
+    assert run(monkeypatch, "records", "export", out, "--what", "scores") == 0
+    assert run(monkeypatch, "records", "export", out) == 0
+    with Store.open(out) as store:
+        held = [row.text for record in store.records() for row in store.texts(record.cell.id)]
+    assert held, "the store does hold them, or this test shows nothing"
+    import pandas as pd
+
+    committed = [
+        p for p in out.rglob("*") if p.suffix in {".html", ".md", ".csv", ".svg", ".png", ".pdf", ".tex", ".json"}
+    ]
+    tables = [pd.read_parquet(p).to_csv() for p in out.rglob("*.parquet")]
+    assert len(tables) == 2
+    assert {"report.html", "report.md", "frontier.csv"} <= {p.name for p in committed}
+    written = [p.read_bytes().decode("utf-8", "replace") for p in committed] + tables
+    words = {word for text in [*texts, *held] if len(word := text.lower().strip()) > 12}
+    for content in written:
+        found = [text for text in words if text in content.lower()]
+        assert not found, found
+    assert os.path.getsize(out / "report.html") > 5_000
