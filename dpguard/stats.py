@@ -1,14 +1,16 @@
 """Intervals and comparisons: bootstrap over targets and seeds, exact for proportions. numpy and scipy only.
 
-Three habits hold everywhere. Targets and seeds are resampled as wholes, since scores of one target under two
-seeds are not two targets. Every resample comes from one explicit seed, so equal inputs give equal intervals,
-and arrays that list the same targets in the same order are resampled alike, which is what makes a difference
-paired. And an interval is never narrower than the number of targets allows: see `reach`.
+Three habits hold everywhere. Units and seeds are resampled as wholes: a unit is a target, or a message where one
+holds several targets, since scores of one unit are not independent of each other. Every resample comes from one
+explicit seed, so equal inputs give equal intervals, and arrays that list the same units in the same order are
+resampled alike, which is what makes a difference paired. And an interval is never narrower than the number of units
+allows: see `reach`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import rel_entr
 
 CONFIDENCE = 0.95
 DRAWS = 2000
@@ -32,8 +36,9 @@ class Interval:
         value: the point estimate.
         low: the lower end.
         high: the upper end.
-        n: how many independent things (targets, test examples, trials) it rests on.
+        n: how many independent things (targets, messages, test examples, trials) it rests on.
         seeds: how many seeds.
+        texts: how many texts those hold, where they are messages of several; else 0.
     """
 
     value: float
@@ -41,6 +46,7 @@ class Interval:
     high: float
     n: int
     seeds: int = 1
+    texts: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -73,6 +79,25 @@ def reach(n: int, *, confidence: float = CONFIDENCE) -> float:
     return float(((1 - confidence) / 2) ** (1 / n))
 
 
+@lru_cache(maxsize=256)
+def small(n: int, *, freedom: float | None = None, confidence: float = CONFIDENCE) -> float:
+    """How much wider than its percentiles a bootstrap interval of ``n`` units has to be.
+
+    A bootstrap of n units has the variance (n - 1) / n of the right one, and takes the normal law where Student's t
+    would stand (Hesterberg, arXiv 1411.5279, section 4.2.3).
+
+    Args:
+        n: number of units.
+        freedom: degrees of freedom where they are not n - 1; the variance is then taken as it is.
+        confidence: of the interval.
+    """
+    if n < 2:
+        return 1.0
+    right = 1 - (1 - confidence) / 2
+    ratio = float(scipy.stats.t.ppf(right, freedom or n - 1) / scipy.stats.norm.ppf(right))
+    return ratio if freedom else ratio * math.sqrt(n / (n - 1))
+
+
 @lru_cache(maxsize=16)
 def resamples(n: int, draws: int, seed: int) -> Floats:
     """How often each of ``n`` things appears in each bootstrap sample: shape (draws, n), rows sum to n."""
@@ -82,72 +107,121 @@ def resamples(n: int, draws: int, seed: int) -> Floats:
     return weights
 
 
-def bootstrap_means(values: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Means over targets and seeds in every bootstrap sample of targets and of seeds.
+def bootstrap_means(values: ArrayLike, counts: ArrayLike | None = None, *, draws: int = DRAWS, seed: int = 0) -> Floats:
+    """Means over units and seeds in every bootstrap sample of units and of seeds.
 
     Args:
-        values: shape (options, targets, seeds); NaN where an option has no score.
+        values: shape (options, units, seeds); NaN where an option has no score. With ``counts`` they are sums.
+        counts: how many scores each sum is made of, the same shape; 0 where there is none.
         draws: number of bootstrap samples.
         seed: of the resampling.
 
     Returns:
         Shape (draws, options); NaN where a sample holds no score of the option.
     """
-    array = np.asarray(values, dtype=np.float64)
-    options, targets, seeds = array.shape
-    flat = array.transpose(1, 0, 2).reshape(targets, options * seeds)
-    known = np.isfinite(flat)
-    of_targets = resamples(targets, draws, seed)
-    of_seeds = resamples(seeds, draws, seed + 1)[:, None, :]
-    shape = (draws, options, seeds)
-    total = ((of_targets @ np.where(known, flat, 0.0)).reshape(shape) * of_seeds).sum(axis=2)
-    count = ((of_targets @ known.astype(np.float64)).reshape(shape) * of_seeds).sum(axis=2)
+    sums = np.asarray(values, dtype=np.float64)
+    if counts is None:
+        known = np.isfinite(sums)
+        sums, counts = np.where(known, sums, 0.0), known
+    many = np.asarray(counts, dtype=np.float64)
+    options, units, seeds = sums.shape
+    of_units = resamples(units, draws, seed)
+
+    def drawn(array: Floats) -> Floats:
+        flat = of_units @ array.transpose(1, 0, 2).reshape(units, options * seeds)
+        if seeds == 1:
+            return flat
+        of_seeds = resamples(seeds, draws, seed + 1)[:, None, :]
+        summed: Floats = (flat.reshape(draws, options, seeds) * of_seeds).sum(axis=2)
+        return summed
+
+    total, count = drawn(sums), drawn(many)
     means: Floats = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return means
 
 
-def max_interval(
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """An estimate with its bootstrap samples.
+
+    Two with the same units were resampled alike, so the difference of their samples is paired.
+
+    Attributes:
+        value: the point estimate.
+        samples: of the bootstrap, shape (draws,).
+        units: what was resampled: targets, or messages of several targets.
+        seeds: how many seeds.
+    """
+
+    value: float
+    samples: Floats
+    units: tuple[Hashable, ...]
+    seeds: int = 1
+
+    def interval(self, bounds: tuple[float, float] | None = (0.0, 1.0), *, confidence: float = CONFIDENCE) -> Interval:
+        """The percentile interval, as wide as Student's t asks of so few units (`small`).
+
+        ``bounds``: least and greatest possible value, to widen by `reach`.
+        """
+        tail, n = (1 - confidence) / 2, len(self.units)
+        ends = np.quantile(self.samples[np.isfinite(self.samples)], [tail, 1 - tail])
+        ends = self.value + small(n, confidence=confidence) * (ends - self.value)
+        low, high = widened(ends, self.value, n, bounds, confidence)
+        return Interval(self.value, low, high, n, self.seeds)
+
+    def minus(self, other: Drawn) -> Interval | None:
+        """This less another with its paired interval; None when they do not rest on the same units."""
+        if self.units != other.units:
+            return None
+        less = Drawn(self.value - other.value, self.samples - other.samples, self.units, min(self.seeds, other.seeds))
+        return less.interval((-1.0, 1.0))
+
+
+def largest(
     values: ArrayLike,
+    counts: ArrayLike | None = None,
     *,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
-    confidence: float = CONFIDENCE,
+    units: Sequence[Hashable] = (),
     draws: int = DRAWS,
     seed: int = 0,
-) -> tuple[Interval, int]:
+) -> tuple[Drawn, int]:
     """The largest mean over options, with the maximum taken anew inside every bootstrap sample.
 
     Choosing the best option first and giving its interval would forget that the choice was made on the same
     targets.
 
     Args:
-        values: shape (options, targets, seeds), for instance one option for every attack and position; NaN
-            where there is no score.
-        bounds: least and greatest possible score, to widen by `reach`; None leaves the bootstrap alone.
-        confidence: of the interval.
+        values: shape (options, units, seeds), for instance one option for every attack and position; NaN where there
+            is no score. With ``counts`` they are sums.
+        counts: how many scores each sum is made of.
+        units: what the units are; counted from 0 by default.
         draws: number of bootstrap samples.
         seed: of the resampling.
 
     Returns:
-        The interval, and the index of the option with the largest mean (the first of equals).
+        The estimate, and the index of the option with the largest mean (the first of equals).
 
     Raises:
         ValueError: no score at all.
     """
-    array = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(array)
-    options = np.flatnonzero(known.any(axis=(1, 2)))
-    if options.size == 0:
+    sums = np.asarray(values, dtype=np.float64)
+    if counts is None:
+        many = np.isfinite(sums).astype(np.float64)
+        sums = np.where(many > 0, sums, 0.0)
+    else:
+        many = np.asarray(counts, dtype=np.float64)
+    held = many.sum(axis=(0, 2)) > 0
+    if not held.any():
         raise ValueError("no score to average")
-    means = np.array([array[o][known[o]].mean() for o in options])
-    best = int(options[int(np.argmax(means))])
-    drawn = bootstrap_means(array[options], draws=draws, seed=seed)
-    largest = np.max(np.where(np.isnan(drawn), -np.inf, drawn), axis=1)
-    largest = largest[np.isfinite(largest)]
-    tail = (1 - confidence) / 2
-    value = float(means.max())
-    n = int(known[best].any(axis=1).sum())
-    low, high = _ends(np.quantile(largest, [tail, 1 - tail]), value, n, bounds, confidence)
-    return Interval(value, low, high, n, int(known[best].any(axis=0).sum())), best
+    names = tuple(unit for unit, kept in zip(units or range(sums.shape[1]), held, strict=True) if kept)
+    sums, many = sums[:, held], many[:, held]
+    totals = many.sum(axis=(1, 2))
+    means = np.divide(sums.sum(axis=(1, 2)), totals, out=np.full(len(sums), -np.inf), where=totals > 0)
+    best = int(np.argmax(means))
+    drawn = bootstrap_means(sums, many, draws=draws, seed=seed)
+    samples = np.max(np.where(np.isnan(drawn), -np.inf, drawn), axis=1)
+    seeds = int((many[best].sum(axis=0) > 0).sum())
+    return Drawn(float(means[best]), np.where(np.isfinite(samples), samples, np.nan), names, seeds), best
 
 
 def mean_interval(
@@ -175,73 +249,29 @@ def mean_interval(
     """
     array = np.asarray(values, dtype=np.float64)
     array = array[:, None] if array.ndim == 1 else array
-    interval, _ = max_interval(array[None], bounds=bounds, confidence=confidence, draws=draws, seed=seed)
-    return interval
+    return largest(array[None], draws=draws, seed=seed)[0].interval(bounds, confidence=confidence)
 
 
-def mean_intervals(
-    values: ArrayLike,
-    *,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
-    confidence: float = CONFIDENCE,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> list[Interval | None]:
-    """As `mean_interval`, for many options at once: each gets the interval that it would get alone.
+def lower_limit(mean: float, n: int, level: float) -> float:
+    """Lower limit of the mean of ``n`` independent scores from 0 to 1 that holds with chance 1 - ``level``.
 
-    Args:
-        values: shape (options, targets, seeds); NaN where there is no score.
-        bounds: as in `max_interval`.
-        confidence: of each interval.
-        draws: number of bootstrap samples.
-        seed: of the resampling.
+    The Chernoff form of Hoeffding's inequality (JASA 58, 1963, theorem 1): the q with n KL(mean, q) = -log(level).
+    It needs no shape of the distribution.
 
-    Returns:
-        One interval an option; None where it has no score at all.
+    >>> round(lower_limit(1.0, 50, 0.025), 4), lower_limit(0.0, 50, 0.025)
+    (0.9289, 0.0)
     """
-    array = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(array)
-    drawn = bootstrap_means(array, draws=draws, seed=seed)
-    tail = (1 - confidence) / 2
-    out: list[Interval | None] = []
-    for option in range(array.shape[0]):
-        if not known[option].any():
-            out.append(None)
-            continue
-        found = drawn[:, option][np.isfinite(drawn[:, option])]
-        value = float(array[option][known[option]].mean())
-        n = int(known[option].any(axis=1).sum())
-        low, high = _ends(np.quantile(found, [tail, 1 - tail]), value, n, bounds, confidence)
-        out.append(Interval(value, low, high, n, int(known[option].any(axis=0).sum())))
-    return out
+    if mean <= 0:
+        return 0.0
+    mean = min(mean, 1.0)
+    room = -math.log(level) / n
 
+    def short(q: float) -> float:
+        return float(rel_entr(mean, q) + rel_entr(1 - mean, 1 - q)) - room
 
-def paired_difference(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    bounds: tuple[float, float] | None = (-1.0, 1.0),
-    confidence: float = CONFIDENCE,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Interval:
-    """Mean of ``first - second`` over the targets and seeds that both have.
-
-    Args:
-        first: shape (targets,) or (targets, seeds).
-        second: the same shape, the same targets in the same order.
-        bounds: least and greatest possible difference, to widen by `reach`; None leaves the bootstrap alone.
-        confidence: of the interval.
-        draws: number of bootstrap samples.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: the shapes differ, or no target is in both.
-    """
-    one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if one.shape != two.shape:
-        raise ValueError(f"paired values have shapes {one.shape} and {two.shape}, expected equal ones")
-    return mean_interval(one - two, bounds=bounds, confidence=confidence, draws=draws, seed=seed)
+    if mean == 1:
+        return math.exp(-room)
+    return float(brentq(short, 1e-12, mean)) if short(1e-12) > 0 else 0.0
 
 
 def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
@@ -279,53 +309,6 @@ def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
     raise ValueError(f"metric is {metric!r}, expected one of: {', '.join(UTILITY_METRICS)}")
 
 
-def utility_interval(
-    predictions: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    metric: str = "accuracy",
-    *,
-    confidence: float = CONFIDENCE,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Interval:
-    """Mean over seeds of a classification metric, with seeds and test examples resampled.
-
-    Test examples with equal label and equal predictions under all seeds are exchangeable, so whole kinds are
-    drawn at once: the same distribution, at a cost that does not grow with the test set.
-
-    Args:
-        predictions: shape (seeds, examples), predicted class of the same examples in the same order.
-        labels: shape (examples,), classes counted from 0.
-        metric: accuracy, f1 or mcc.
-        confidence: of the interval.
-        draws: number of bootstrap samples.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: nothing to judge, differing lengths, or an unknown metric.
-    """
-    truth = np.asarray(labels)
-    guesses = np.asarray(predictions)
-    if guesses.ndim != 2 or guesses.size == 0 or guesses.shape[1] != truth.shape[0]:
-        raise ValueError(f"predictions have shape {guesses.shape}, expected (seeds, {truth.shape[0]})")
-    seeds, examples = guesses.shape
-    classes = 1 + max(1, int(truth.max()), int(guesses.max()))
-    kinds, counts = np.unique(np.vstack([truth[None], guesses]), axis=1, return_counts=True)
-    rng = np.random.default_rng([seed, examples])
-    drawn = np.vstack([counts, rng.multinomial(examples, counts / examples, size=draws)]).astype(np.float64)
-    scores = np.empty((draws + 1, seeds))
-    for number in range(seeds):
-        pairs = np.zeros((kinds.shape[1], classes, classes))
-        pairs[np.arange(kinds.shape[1]), kinds[0], kinds[number + 1]] = 1
-        scores[:, number] = from_confusion(np.tensordot(drawn, pairs, axes=1), metric)
-    value = float(scores[0].mean())
-    samples = (scores[1:] * resamples(seeds, draws, seed + 1)).mean(axis=1)
-    tail = (1 - confidence) / 2
-    bounds = (0.0, 1.0) if metric == "accuracy" else None
-    low, high = _ends(np.quantile(samples, [tail, 1 - tail]), value, examples, bounds, confidence)
-    return Interval(value, low, high, examples, seeds)
-
-
 def _ratio(over: Any, under: Any) -> Floats:
     over, under = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
     out: Floats = np.zeros(np.broadcast(over, under).shape)
@@ -333,12 +316,14 @@ def _ratio(over: Any, under: Any) -> Floats:
     return out
 
 
-def _ends(
+def widened(
     quantiles: Floats, value: float, n: int, bounds: tuple[float, float] | None, confidence: float
 ) -> tuple[float, float]:
+    """The ends of an interval around its value, no nearer than `reach` allows and inside the bounds."""
     low, high = min(float(quantiles[0]), value), max(float(quantiles[1]), value)
     if bounds is None:
         return low, high
     least, greatest = bounds
     share = reach(n, confidence=confidence)
-    return min(low, least + (value - least) * share), max(high, greatest - (greatest - value) * share)
+    low, high = min(low, least + (value - least) * share), max(high, greatest - (greatest - value) * share)
+    return max(low, least), min(high, greatest)

@@ -112,13 +112,11 @@ def why_absent(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """One policy in the leakage chart; ``bound`` is the most that its guarantee allows for exact match."""
+    """One policy in the leakage chart."""
 
     number: int
     policy: str
     leakage: Interval | None
-    exact: Interval | None
-    bound: float | None
     band: Band | None
 
 
@@ -137,5 +135,5 @@ def leakage_content(frontier: Frontier) -> Bars:
     rows = list(enumerate(frontier.rows, 1))
     if len(rows) > LISTED:
         rows = [(number, row) for number, row in rows if row.on_front or row.policy == CONTROL][:LISTED]
-    bars = tuple(Bar(number, row.policy, row.leakage, row.exact, row.bound, band(row.epsilon)) for number, row in rows)
+    bars = tuple(Bar(number, row.policy, row.leakage, band(row.epsilon)) for number, row in rows)
     return Bars(bars, frontier.floor, len(frontier.rows) - len(bars), metric_name(frontier.leakage_metric))

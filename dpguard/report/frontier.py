@@ -9,161 +9,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pandas as pd
+from scipy.special import ndtri
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.policy.gaussian import success_bound
+from dpguard.report.board import (
+    COLUMNS,
+    CONTROL,
+    FLOOR,
+    Frontier,
+    Gap,
+    Measure,
+    Row,
+    led_by,
+    mark_front,
+)
 from dpguard.report.result import StudyResult
 from dpguard.report.scores import Scores, position
-from dpguard.report.text import csv_cell
-from dpguard.stats import UTILITY_METRICS, Interval, mean_interval, utility_interval
+from dpguard.report.utility import Judged, judge
+from dpguard.stats import UTILITY_METRICS
 from dpguard.study.record import Cell, Record
 
-CONTROL = "none"
-FLOOR = "prior"
-COLUMNS = [
-    "policy",
-    "leakage",
-    "leakage_low",
-    "leakage_high",
-    "leakage_metric",
-    "attack",
-    "utility",
-    "utility_low",
-    "utility_high",
-    "epsilon",
-    "shared_fraction",
-    "on_front",
-]
+__all__ = ["COLUMNS", "CONTROL", "FLOOR", "Frontier", "Gap", "Measure", "Row", "frontier", "judged", "mark_front"]
 
 Place = tuple[str, str, int]
 """Leg, position and seed of a cell."""
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A cell that gave no result: ``status`` is failed, skipped or missing; ``where`` names seed and position."""
-
-    policy: str
-    leg: str
-    status: str
-    reason: str
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One policy on the frontier; None where a leg is not whole.
-
-    Attributes:
-        policy: its name in the study.
-        leakage: largest mean of the leakage metric over attacks and positions, in [0, 1].
-        attack: the attack that reached it.
-        at: the position at which it did.
-        exact: the same for exact match, which is what ``bound`` speaks of.
-        utility: the study's utility metric on held-out texts.
-        epsilon: of the training; infinite when there is no formal guarantee.
-        proven: lower limit of exact match at the level `ALARM`, shared among all policies, attacks and positions.
-        bound: largest possible chance that one message gives one record away, when the guarantee has one.
-        kappa: the chance of a guess without the message that ``bound`` supposes.
-        shared_fraction: share of the parameters that leaves the client.
-        rows: length of the policy's table.
-        attacks: the attacks that ran, the prior among them.
-        gaps: what is missing, and why.
-        on_front: no other policy leaks no more and is worth no less, with one of the two strict.
-    """
-
-    policy: str
-    leakage: Interval | None = None
-    attack: str = ""
-    at: str = ""
-    exact: Interval | None = None
-    utility: Interval | None = None
-    epsilon: float | None = None
-    proven: float | None = None
-    bound: float | None = None
-    kappa: float | None = None
-    shared_fraction: float | None = None
-    rows: int = 0
-    attacks: tuple[str, ...] = ()
-    gaps: tuple[Gap, ...] = ()
-    on_front: bool = False
-
-    @property
-    def formal(self) -> bool:
-        """Whether epsilon is known and finite."""
-        return self.epsilon is not None and math.isfinite(self.epsilon)
-
-    @property
-    def broken(self) -> bool:
-        """More came back whole than the guarantee allows, beyond chance: a bug somewhere."""
-        return self.proven is not None and self.bound is not None and self.proven > self.bound
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """All policies of a study, in the study's order.
-
-    Attributes:
-        rows: one for every policy.
-        leakage_metric: what ``leakage`` measures.
-        utility_metric: what ``utility`` measures.
-        floor: the leakage metric of the prior attack, which sees no message; None when it did not run.
-        majority: accuracy of always answering the commonest class; None unless utility is accuracy.
-    """
-
-    rows: tuple[Row, ...]
-    leakage_metric: str
-    utility_metric: str
-    floor: Interval | None = None
-    majority: float | None = None
-
-    def row(self, policy: str) -> Row | None:
-        """The row of a policy, or None."""
-        return next((row for row in self.rows if row.policy == policy), None)
-
-    @property
-    def ceiling(self) -> Row | None:
-        """The undefended control."""
-        return self.row(CONTROL)
-
-    @property
-    def gaps(self) -> tuple[Gap, ...]:
-        """Every cell without a result."""
-        return tuple(gap for row in self.rows for gap in row.gaps)
-
-    def to_frame(self) -> pd.DataFrame:
-        """The columns of frontier.csv, typed; NaN where nothing was measured, and infinite epsilons."""
-        return pd.DataFrame([_columns(row, self.leakage_metric) for row in self.rows], columns=COLUMNS)
-
-    def to_csv(self) -> str:
-        """The text of frontier.csv: infinity is ``inf``, a missing number is empty, formulas are disarmed."""
-        frame = self.to_frame()
-        for name in ("policy", "leakage_metric", "attack"):
-            frame[name] = [csv_cell(text) for text in frame[name]]
-        return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
-
-
-def _columns(row: Row, metric: str) -> dict[str, Any]:
-    leakage, utility = row.leakage, row.utility
-    return {
-        "policy": row.policy,
-        "leakage": leakage.value if leakage else math.nan,
-        "leakage_low": leakage.low if leakage else math.nan,
-        "leakage_high": leakage.high if leakage else math.nan,
-        "leakage_metric": metric,
-        "attack": row.attack,
-        "utility": utility.value if utility else math.nan,
-        "utility_low": utility.low if utility else math.nan,
-        "utility_high": utility.high if utility else math.nan,
-        "epsilon": math.nan if row.epsilon is None else row.epsilon,
-        "shared_fraction": math.nan if row.shared_fraction is None else row.shared_fraction,
-        "on_front": row.on_front,
-    }
 
 
 def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: str | None = None) -> Frontier:
@@ -183,7 +57,7 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
     if utility_metric not in UTILITY_METRICS:
         hint = did_you_mean(utility_metric, UTILITY_METRICS)
         raise UserError(f"the utility metric is {utility_metric!r}{hint}", loc=("utility", "metric"))
-    scores = Scores(result.records)
+    scores = result.scores
     if scores.metrics and metric not in scores.metrics:
         hint = did_you_mean(metric, scores.metrics)
         raise UserError(f"no record has the leakage metric {metric!r}{hint}", loc=("leakage", "metric"))
@@ -195,29 +69,19 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
         planned[cell.policy].add(_place(cell))
     everywhere = {_place(record.cell) for record in result.records}
     rows = [
-        _row(policy, by_policy[policy], planned.get(policy, everywhere), scores, metric, utility_metric)
+        _row(policy, by_policy[policy], planned.get(policy, everywhere), result, utility_metric)
         for policy in result.policies
     ]
+    rows = [led_by(row, metric) for row in rows]
+    floors = [row.floor for row in sorted(rows, key=lambda row: row.policy != CONTROL) if row.floor]
     return Frontier(
         tuple(mark_front(rows)),
         metric,
         utility_metric,
-        _floor(rows, scores, metric),
+        floors[0] if floors else None,
         _majority(result.records) if utility_metric == "accuracy" else None,
+        _parts(result.records),
     )
-
-
-def mark_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows with ``on_front`` set: the Pareto front of low leakage and high utility, by the point estimates."""
-    known = [(row.leakage.value, row.utility.value) for row in rows if row.leakage and row.utility]
-
-    def on_front(row: Row) -> bool:
-        if row.leakage is None or row.utility is None:
-            return False
-        x, y = row.leakage.value, row.utility.value
-        return not any(a <= x and b >= y and (a < x or b > y) for a, b in known)
-
-    return [replace(row, on_front=on_front(row)) for row in rows]
 
 
 def _place(cell: Cell) -> Place:
@@ -225,38 +89,82 @@ def _place(cell: Cell) -> Place:
     return (cell.leg, position(cell) if cell.leg == "leakage" else "", cell.seed)
 
 
-def _row(
-    policy: str,
-    records: list[Record],
-    expected: set[Place],
-    scores: Scores,
-    metric: str,
-    utility_metric: str,
-) -> Row:
+def _row(policy: str, records: list[Record], expected: set[Place], result: StudyResult, utility_metric: str) -> Row:
     if not records:
         return Row(policy, gaps=(Gap(policy, "every leg", "missing", "no cell of this policy has run"),))
     gaps = _gaps(policy, records, expected)
     broken = {gap.leg for gap in gaps}
-    row = Row(policy, rows=len(records[0].cell.table), gaps=tuple(gaps))
-    for record in records:
-        share = record.result.get("shared_fraction")
-        if row.shared_fraction is None and share is not None:
-            row = replace(row, shared_fraction=float(share))
-        if record.cell.leg == "guarantee" and record.status == "done":
-            bound = record.result.get("bound") or {"success": None, "kappa": None}
-            row = replace(row, epsilon=float(record.result["epsilon"]), bound=bound["success"], kappa=bound["kappa"])
-    row = replace(row, attacks=tuple(dict.fromkeys(attack for attack, _ in scores.options(policy))))
-    if "leakage" not in broken and (found := scores.largest(policy, metric)):
-        exact = scores.largest(policy, "exact_match")
-        leakage, (attack, at) = found
-        row = replace(row, leakage=leakage, attack=attack, at=at, exact=exact[0] if exact else None)
-        row = replace(row, proven=scores.proven(policy))
+    table = records[0].cell.table
+    done = [record for record in records if record.status == "done"]
+    promise = next((record.result for record in done if record.cell.leg == "guarantee"), {})
+    shares = [r.result["shared_fraction"] for r in done if r.result.get("shared_fraction") is not None]
+    row = Row(
+        policy,
+        epsilon=float(promise["epsilon"]) if promise else None,
+        shared_fraction=float(shares[0]) if shares else None,
+        table=tuple(table),
+        rows=len(table),
+        columns=sum(len(set(line) - {"layers"}) for line in table),
+        attacks=tuple(dict.fromkeys(attack for attack, _ in result.scores.options(policy))),
+        positions=tuple(dict.fromkeys(at for _, at in result.scores.options(policy))),
+        gaps=tuple(gaps),
+    )
+    if row.formal and promise.get("sigma_eff"):
+        row = replace(row, sigma_eff=float(promise["sigma_eff"]))
+    if "leakage" not in broken:
+        row = replace(row, measures=_measures(policy, promise, result.scores))
     if "utility" not in broken and "utility" in {leg for leg, _, _ in expected}:
-        row = replace(row, utility=utility_of(records, utility_metric))
+        row = replace(row, utility=judged(done, utility_metric).interval())
     return row
 
 
-def utility_of(records: Sequence[Record], metric: str) -> Interval:
+def _measures(policy: str, promise: Mapping[str, Any], scores: Scores) -> dict[str, Measure]:
+    """Every recorded metric of a policy, with the chance and the bound that its guarantee's record holds."""
+    prior = next((option for option in scores.options(policy) if option[0] == FLOOR), None)
+    found = {}
+    for metric in scores.metrics:
+        best, interval = scores.largest(policy, metric), scores.interval(policy, metric)
+        if best is None or interval is None:
+            continue
+        attack, at = best[1]
+        chance, upper, bound = _ceiling(metric, promise, scores.blocks[policy].texts)
+        found[metric] = Measure(
+            metric, interval, attack, at,
+            floor=scores.interval(policy, metric, prior) if prior else None,
+            chance=chance, upper=upper, bound=bound,
+            proven=None if bound is None else scores.proven(policy, metric),
+        )  # fmt: skip
+    return found
+
+
+def _ceiling(metric: str, promise: Mapping[str, Any], texts: int) -> tuple[float | None, float | None, float | None]:
+    """Chance, its upper limit and the bound of a metric.
+
+    Where a message holds several texts, each is matched with the best of as many guesses. That many guesses reach at
+    most so many times the chance of one (a union bound), and the bound starts from there.
+    """
+    known = (promise.get("kappa") or {}).get(metric)
+    if known is None:
+        plain = promise.get("bound") if metric == "exact_match" else None  # records from before kappa was measured
+        known = {"value": plain["kappa"], "upper": plain["kappa"], "bound": plain["success"]} if plain else None
+    if known is None:
+        return None, None, None
+    chance, upper, bound = float(known["value"]), float(known["upper"]), known.get("bound")
+    if texts == 1 or bound is None:
+        return chance, upper, None if bound is None else float(bound)
+    chance, upper = min(1.0, texts * chance), min(1.0, texts * upper)
+    return chance, upper, success_bound(upper, _mu(promise)) if upper < 1 else 1.0
+
+
+def _mu(promise: Mapping[str, Any]) -> float:
+    """The mu of everything that the attacker saw, from the recorded bounds; infinite where they are certainty."""
+    pairs = [(b["kappa"], b["success"]) for b in promise.get("bounds") or ()]
+    pairs += [(k["upper"], k["bound"]) for k in (promise.get("kappa") or {}).values() if k.get("bound") is not None]
+    inside = [(kappa, success) for kappa, success in pairs if 0 < kappa < 1 and success < 1 - 1e-9]
+    return max((float(ndtri(success) - ndtri(kappa)) for kappa, success in inside), default=math.inf)
+
+
+def judged(records: Sequence[Record], metric: str) -> Judged:
     """A utility metric over the seeds of one policy.
 
     Raises:
@@ -266,7 +174,7 @@ def utility_of(records: Sequence[Record], metric: str) -> Interval:
     labels = cells[0].result["labels"]
     if any(cell.result["labels"] != labels for cell in cells):
         raise ValueError(f"{cells[0].cell.policy}: its seeds were judged on different test examples")
-    return utility_interval([cell.result["predictions"] for cell in cells], labels, metric)
+    return judge([cell.result["predictions"] for cell in cells], labels, metric)
 
 
 def _gaps(policy: str, records: list[Record], expected: set[Place]) -> list[Gap]:
@@ -286,19 +194,16 @@ def _where(leg: str, at: str, seed: int) -> str:
     return f"{at}, seed {seed}" if at else f"seed {seed}"
 
 
-def _floor(rows: Sequence[Row], scores: Scores, metric: str) -> Interval | None:
-    """The prior sees no message, so its scores under the control speak for every policy."""
-    for row in sorted(rows, key=lambda row: row.policy != CONTROL):
-        for option in scores.options(row.policy):
-            values = scores.array(row.policy, option, metric)
-            if option[0] == FLOOR and np.isfinite(values).any():
-                return mean_interval(values)
-    return None
-
-
 def _majority(records: Sequence[Record]) -> float | None:
     for record in records:
         if record.cell.leg == "utility" and record.status == "done" and record.result["labels"]:
             labels = record.result["labels"]
             return Counter(labels).most_common(1)[0][1] / len(labels)
     return None
+
+
+def _parts(records: Sequence[Record]) -> tuple[str, ...]:
+    """The parts of the model in its order, from the resolved tables of the guarantees."""
+    found = (r.result.get("table") or () for r in records if r.cell.leg == "guarantee" and r.status == "done")
+    longest = max(found, key=lambda table: len({group["parameters"] for group in table}), default=())
+    return tuple(dict.fromkeys(str(group["parameters"]) for group in longest))

@@ -30,6 +30,7 @@ def template(name: str, *, escape: bool) -> Template:
         "name": text.name,
         "number": text.number,
         "span": text.span,
+        "signed": text.signed,
         "epsilon": text.epsilon,
         "percent": text.percent,
         "metric": text.metric_name,

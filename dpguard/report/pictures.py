@@ -7,22 +7,22 @@ with the macro ``picture``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from dpguard.report import figures, text
 from dpguard.report.figure_content import tradeoff_content
-from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row, mark_front
+from dpguard.report.frontier import Frontier, Row
+from dpguard.report.map_content import map_content
 from dpguard.report.result import StudyResult
-from dpguard.report.scores import Scores
+from dpguard.report.sandwich_content import over_noise_content
 from dpguard.report.svg import Mark, inline, to_svg
-from dpguard.stats import mean_interval
 
-OTHERS = ("exact_match", "token_recall")
-"""Leakage metrics that can be picked beside the study's own."""
+MANY = 150
+"""With more policies than this the trade-off is drawn by the study's leakage metric alone."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,24 @@ def _marks(table: Frontier) -> dict[str, Mark]:
     }
 
 
+def _panels(table: Frontier, narrow: bool) -> Axes:
+    return figures.sandwich_panels(table, narrow=narrow)[0]
+
+
+def _over_noise(table: Frontier, narrow: bool) -> Axes | None:
+    return figures.over_noise(table, narrow=narrow) if over_noise_content(table) else None
+
+
+def _map(of: Literal["leakage", "utility"]) -> Callable[[StudyResult, Frontier, bool], Axes | None]:
+    def draw(_: StudyResult, table: Frontier, narrow: bool) -> Axes | None:
+        content = map_content(table)
+        if content is None or (of == "utility" and not any(cell.utility for cell in content.cells.values())):
+            return None
+        return figures.map(table, of=of, narrow=narrow)
+
+    return draw
+
+
 PICTURES = (
     Picture(
         "tradeoff",
@@ -58,10 +76,17 @@ PICTURES = (
         _marks,
     ),
     Picture(
-        "leakage",
-        "Leakage and exact recovery of every policy",
-        lambda _, table, narrow: figures.leakage(table, narrow=narrow)[0],
+        "sandwich",
+        "Chance, measured leakage and bound of every policy",
+        lambda _, table, narrow: _panels(table, narrow),
     ),
+    Picture(
+        "over_noise",
+        "Measured leakage, bound and floor over the noise",
+        lambda _, table, narrow: _over_noise(table, narrow),
+    ),
+    Picture("map", "What each part of the model leaks when just that is shared", _map("leakage")),
+    Picture("map_utility", "What each part of the model is worth when just that is trained", _map("utility")),
 )
 
 
@@ -106,30 +131,16 @@ def draw_all(result: StudyResult, table: Frontier) -> dict[str, Drawn]:
 
 
 def tradeoffs(result: StudyResult, table: Frontier) -> list[Drawn]:
-    """The trade-off by the other leakage metrics that the records have for some policy."""
+    """The trade-off by every other leakage metric that the records have."""
+    if len(table.rows) > MANY:
+        return []
     found = []
-    scores = Scores(result.records)
-    for metric in OTHERS:
-        if metric == table.leakage_metric or metric not in scores.metrics:
-            continue
-        other = _measured_as(metric, table, scores)
+    for metric in table.metrics[1:]:
+        other = table.by(metric)
         if any(row.leakage and row.utility for row in other.rows):
             made = _drawn(PICTURES[0], result, other, f"tradeoff-{metric}")
             found += [made] if made else []
     return found
-
-
-def _measured_as(metric: str, table: Frontier, scores: Scores) -> Frontier:
-    """The same frontier by another leakage metric; utility and guarantee stay as they were computed."""
-    rows = []
-    for row in table.rows:
-        found = scores.largest(row.policy, metric) if row.leakage else None
-        interval, (attack, at) = found or (None, ("", ""))
-        rows.append(replace(row, leakage=interval, attack=attack, at=at))
-    values = [scores.array(CONTROL, option, metric) for option in scores.options(CONTROL) if option[0] == FLOOR]
-    known = [array for array in values if np.isfinite(array).any()]
-    floor = mean_interval(known[0]) if known else None
-    return replace(table, rows=tuple(mark_front(rows)), leakage_metric=metric, floor=floor)
 
 
 def _drawn(picture: Picture, result: StudyResult, table: Frontier, file: str) -> Drawn | None:

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from dpguard.report import pictures, text
-from dpguard.report.figure_content import leakage_content, tradeoff_content
+from dpguard.report.differences import compared
+from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
 from dpguard.report.latex import tables
+from dpguard.report.map_content import map_content
+from dpguard.report.missing import missing
 from dpguard.report.page import dress, template
 from dpguard.report.recommend import Caps, Recommendation, recommend
 from dpguard.report.result import StudyResult
-from dpguard.report.sources import grouped, provenance
+from dpguard.report.sandwich_content import over_noise_content, sandwich_content, violations
+from dpguard.report.sizes import own_sizes, sizes
+from dpguard.report.sources import provenance
 from dpguard.report.svg import KINDS, to_bytes
 from dpguard.report.views import policy_views
 
@@ -81,7 +86,9 @@ def _shown(
 CONTENTS: tuple[tuple[str, str, str | None], ...] = (
     ("tradeoff", "Trade-off", None),
     ("frontier", "Frontier", None),
-    ("leaks", "What leaks", "leakage"),
+    ("leaks", "Chance and bound", "sandwich"),
+    ("map", "Map", "map"),
+    ("differences", "Differences", "differences"),
     ("policies", "Policies", None),
     ("missing", "What is missing", "missing"),
     ("how", "How it was made", None),
@@ -90,7 +97,11 @@ CONTENTS: tuple[tuple[str, str, str | None], ...] = (
 
 
 def _full(context: dict[str, Any]) -> list[str]:
-    return ["missing"] if context["broken"] or context["skipped"] else []
+    lists = {
+        "missing": context["missing"].broken or context["missing"].skipped,
+        "differences": any(found.rows for found in context["comparisons"]),
+    }
+    return [name for name, there in lists.items() if there]
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -103,7 +114,6 @@ def _write(path: Path, content: str | bytes) -> None:
 def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> dict[str, Any]:
     views = policy_views(result, table)
     yaml = text.visible_lines(result.study.get("yaml", ""))
-    groups = grouped(table.gaps)
     return {
         "study": text.visible(result.study.get("name", "")),
         "question": text.visible(result.study.get("question") or "What may a client share, and what does it cost?"),
@@ -111,14 +121,16 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "chosen": next((view for view in views if view.row.policy == decision.policy), None),
         "frontier": table,
         "views": views,
-        "broken": [group for group in groups if group.status != "skipped"],
-        "skipped": [group for group in groups if group.status == "skipped"],
-        "violations": [row for row in table.rows if row.broken],
-        "kappas": sorted({row.kappa for row in table.rows if row.kappa is not None}),
-        "left_out": leakage_content(table).left_out,
+        "missing": missing(table, decision),
+        "violations": violations(table),
+        "sandwich": sandwich_content(table),
+        "map": map_content(table),
+        "over_noise": over_noise_content(table),
+        "comparisons": compared(result, table, decision.policy),
         "absent": tradeoff_content(table).absent,
         "crowded": not all(point.labelled for point in tradeoff_content(table).points),
-        "sizes": _sizes(table),
+        "sizes": sizes(table),
+        "own_sizes": own_sizes(table),
         "synthetic": result.synthetic,
         "shows_text": result.shows_text,
         "provenance": provenance(result.records),
@@ -130,17 +142,3 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "control": CONTROL,
         "prior": FLOOR,
     }
-
-
-def _sizes(table: Frontier) -> str:
-    """What the numbers rest on, in words."""
-    told = []
-    leakages = [row.leakage for row in table.rows if row.leakage]
-    utilities = [row.utility for row in table.rows if row.utility]
-    if leakages:
-        n, seeds = max(i.n for i in leakages), max(i.seeds for i in leakages)
-        told.append(f"leakage: {text.count(n, 'target')}, {text.count(seeds, 'seed')}")
-    if utilities:
-        n, seeds = max(i.n for i in utilities), max(i.seeds for i in utilities)
-        told.append(f"utility: {text.count(n, 'test text')}, {text.count(seeds, 'seed')}")
-    return "; ".join(told)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dpguard.report.scores import Scores
 from dpguard.study.record import Cell, Record, TextRow
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ class StudyResult:
         """The study file as data."""
         spec: Mapping[str, Any] = self.study.get("spec") or {}
         return spec
+
+    @cached_property
+    def scores(self) -> Scores:
+        """All leakage scores as arrays."""
+        return Scores(self.records)
 
     @property
     def policies(self) -> list[str]:

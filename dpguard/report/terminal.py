@@ -13,9 +13,14 @@ from dpguard.stats import Interval
 def terminal_table(frontier: Frontier, width: int = 80) -> Table:
     """The frontier, one line a policy, no wider than ``width`` (at least 60) characters.
 
-    An asterisk marks the Pareto front; a dash stands for what was not measured.
+    An asterisk marks the Pareto front, as the line below says; a dash stands for what was not measured.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    legend = "* on the Pareto front: no other policy leaks less and is worth more"
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1), collapse_padding=True,
+        caption=legend if any(row.on_front for row in frontier.rows) else None,
+        caption_justify="left", caption_style="dim",
+    )  # fmt: skip
     room = max(width - 55, 12)
     table.add_column("policy", no_wrap=True, overflow="ellipsis", max_width=room)
     table.add_column(metric_name(frontier.leakage_metric), no_wrap=True, justify="right")

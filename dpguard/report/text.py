@@ -19,6 +19,7 @@ METRIC_NAMES = {
     "exact_match": "exact match",
     "token_recall": "token recall",
     "entity_recall": "entity recall",
+    "identification": "identification",
     "mcc": "Matthews correlation",
     "f1": "F1",
 }
@@ -98,6 +99,16 @@ def span(interval: Interval | None, digits: int = 2) -> str:
     '0.40 – 0.60'
     """
     return "" if interval is None else f"{number(interval.low, digits)} – {number(interval.high, digits)}"
+
+
+def signed(interval: Interval | None) -> str:
+    """The value of a difference, with its sign.
+
+    >>> signed(Interval(0.5, 0.4, 0.6, 10)), signed(Interval(-0.001, -0.1, 0.1, 10)), signed(None)
+    ('+0.50', '0.00', '–')
+    """
+    shown = number(interval.value if interval else None)
+    return f"+{shown}" if interval and interval.value > 0 and shown != "0.00" else shown
 
 
 def epsilon(value: float | None) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
 from dpguard.errors import UserError, did_you_mean
-from dpguard.report.scores import position
+from dpguard.report.scores import Scores, position
 from dpguard.report.text import plain
-from dpguard.stats import UTILITY_METRICS, Interval, binomial, mean_intervals, utility_interval
+from dpguard.report.utility import judge
+from dpguard.stats import UTILITY_METRICS, Interval
 from dpguard.study.record import Record
 from dpguard.study.store import Store, StudyInfo
 
@@ -145,7 +145,7 @@ def _metrics(record: Record) -> list[Row]:
     """One row a metric (and attack) of a cell; one row without a value for a cell that has none."""
     found: list[Row] = []
     if record.status == "done":
-        found = {"guarantee": _guaranteed, "leakage": _leaked, "utility": _useful}[record.cell.leg](record.result)
+        found = {"guarantee": _guaranteed, "leakage": _leaked, "utility": _useful}[record.cell.leg](record)
     return found or [{}]
 
 
@@ -156,47 +156,34 @@ def _row(metric: str, interval: Interval | None, **more: Any) -> Row:
             "n": interval.n, **more}  # fmt: skip
 
 
-def _guaranteed(result: dict[str, Any]) -> list[Row]:
+def _guaranteed(record: Record) -> list[Row]:
     """Numbers that are computed, not estimated: without an interval."""
+    result = record.result
     rows: list[Row] = [{"metric": name, "value": float(result[name])} for name in GUARANTEED if name in result]
     if result.get("bound"):
         rows.append({"metric": "bound", "value": result["bound"]["success"]})
     return rows
 
 
-def _leaked(result: dict[str, Any]) -> list[Row]:
+def _leaked(record: Record) -> list[Row]:
     """Every attack's mean over the targets, with its interval; an attack that was skipped says why."""
-    scores = result.get("scores", ())
-    targets = {target: i for i, target in enumerate(dict.fromkeys(int(s["target"]) for s in scores))}
-    options = list(dict.fromkeys((str(s["attack"]), metric) for s in scores for metric in s["metrics"]))
-    places = {option: i for i, option in enumerate(options)}
-    values = np.full((len(options), len(targets), 1), np.nan)
-    for score in scores:
-        for metric, value in score["metrics"].items():
-            if value is not None:
-                values[places[str(score["attack"]), metric], targets[int(score["target"])], 0] = value
-    found = mean_intervals(values) if options else []
-    rows = [
-        _row(metric, _exact(values[i, :, 0]) if metric == "exact_match" else found[i], attack=attack)
-        for i, (attack, metric) in enumerate(options)
-    ]
-    skipped = result.get("skipped") or {}
+    scores, policy, at = Scores([record]), record.cell.policy, position(record.cell)
+    options = dict.fromkeys(
+        (str(s["attack"]), metric) for s in record.result.get("scores", ()) for metric in s["metrics"]
+    )
+    rows = [_row(metric, scores.interval(policy, metric, (attack, at)), attack=attack) for attack, metric in options]
+    skipped = record.result.get("skipped") or {}
     return rows + [{"attack": name, "status": "skipped", "reason": why} for name, why in skipped.items()]
 
 
-def _exact(values: Any) -> Interval | None:
-    """A proportion of targets, with the exact interval."""
-    known = values[np.isfinite(values)]
-    return binomial(int(known.sum()), len(known)) if len(known) else None
-
-
-def _useful(result: dict[str, Any]) -> list[Row]:
+def _useful(record: Record) -> list[Row]:
     """Scores on the test examples; in a federation also those of the global model and of the worst clients."""
+    result = record.result
     labels, predictions = result.get("labels"), result.get("predictions")
     rows: list[Row] = []
     for metric, value in (result.get("metrics") or {}).items():
         if metric in UTILITY_METRICS and labels and predictions:
-            rows.append(_row(metric, utility_interval([predictions], labels, metric)))
+            rows.append(_row(metric, judge([predictions], labels, metric).interval()))
         else:
             rows.append({"metric": metric, "value": value, "n": len(labels) if labels else None})
     federation = result.get("federation") or {}

@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dpguard.report.evidence import Evidence, evidence
 from dpguard.report.frontier import Frontier, Row
 from dpguard.report.result import StudyResult
 from dpguard.report.scores import Scores, position
 from dpguard.report.text import at_name, metric_name, number, percent, plain, visible
-from dpguard.stats import Interval, binomial, mean_interval
+from dpguard.stats import Interval
 from dpguard.study.record import Record
 
 CHECKS = 12
@@ -28,7 +26,7 @@ class AttackRow:
         attack: its name.
         at: the position in words.
         leakage: the study's leakage metric.
-        exact: exact match, with its exact interval when there is one seed.
+        exact: exact match; as a proportion never narrower than the exact interval.
         recall: mean token recall, or None.
         entities: mean entity recall, or None where no entities are marked.
         certain: how many reconstructions the attack was certain of.
@@ -103,8 +101,7 @@ class PolicyView:
 
 def policy_views(result: StudyResult, frontier: Frontier) -> list[PolicyView]:
     """The view of every policy, in the study's order."""
-    scores = Scores(result.records)
-    return [_view(number, row, result, frontier, scores) for number, row in enumerate(frontier.rows, 1)]
+    return [_view(number, row, result, frontier, result.scores) for number, row in enumerate(frontier.rows, 1)]
 
 
 def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores: Scores) -> PolicyView:
@@ -194,33 +191,18 @@ def _attack_rows(policy: str, metric: str, scores: Scores) -> list[AttackRow]:
 
 
 def _attack_row(policy: str, option: tuple[str, str], metric: str, scores: Scores) -> AttackRow:
-    found = [score for _, score in scores.of(policy, option)]
-
-    def interval(name: str) -> Interval | None:
-        values = scores.array(policy, option, name)
-        known = values[np.isfinite(values)]
-        if known.size == 0:
-            return None
-        if name == "exact_match" and len(scores.seeds) == 1 and set(known.tolist()) <= {0.0, 1.0}:
-            return binomial(int(known.sum()), known.size)
-        return mean_interval(values)
-
-    def mean(name: str) -> float | None:
-        values = [score["metrics"].get(name) for score in found]
-        known = [float(value) for value in values if value is not None]
-        return sum(known) / len(known) if known else None
-
     attack, at = option
+    block = scores.blocks[policy]
     return AttackRow(
         visible(attack, limit=60),
         at_name(at),
-        interval(metric),
-        interval("exact_match"),
-        mean("token_recall"),
-        mean("entity_recall"),
-        sum(bool(score.get("certain")) for score in found),
-        sum(bool(score.get("inherited")) for score in found),
-        len(found),
+        scores.interval(policy, metric, option),
+        scores.interval(policy, "exact_match", option),
+        scores.mean(policy, option, "token_recall"),
+        scores.mean(policy, option, "entity_recall"),
+        block.certain[option],
+        block.inherited[option],
+        block.scores[option],
     )
 
 

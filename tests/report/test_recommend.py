@@ -1,6 +1,7 @@
 """The decision: caps hold at the bad end, dominated policies change nothing, and silence where nothing is known."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpguard.errors import UserError
-from dpguard.report.frontier import Frontier, Gap, Row, frontier
+from dpguard.report.frontier import Frontier, Gap, Measure, Row, frontier
 from dpguard.report.recommend import Caps, recommend
 from dpguard.stats import Interval
 from tests.report.made_up_study import sample
@@ -38,7 +39,7 @@ def boards(draw):
     count = draw(st.integers(0, 6))
     epsilons = st.one_of(st.just(math.inf), st.floats(0.1, 50).map(lambda x: round(x, 1)))
     rows = [policy(f"p{n}", draw(share), draw(share), draw(epsilons), draw(st.integers(1, 3))) for n in range(count)]
-    return board(*rows)
+    return board(*(replace(row, columns=draw(st.integers(0, 3))) for row in rows))
 
 
 caps_of = st.fixed_dictionaries(
@@ -109,7 +110,12 @@ def test_among_those_under_the_caps_the_most_useful_wins(table, cap):
 
 def test_ties_go_to_the_shorter_table():
     table = board(policy("long", 0.2, 0.8, rows=3), policy("short", 0.25, 0.8, epsilon=3.0, rows=1))
-    assert recommend(table, max_leakage=0.3).policy == "short"
+    got = recommend(table, max_leakage=0.3)
+    assert got.policy == "short"
+    assert any("as useful to three digits, and its table has 3 rows, not 1" in line for line in got.why)
+    wide = replace(policy("wide", 0.2, 0.8), columns=4)
+    slim = replace(policy("slim", 0.25, 0.8, epsilon=3.0), columns=2)
+    assert recommend(board(wide, slim), max_leakage=0.3).policy == "slim"
 
 
 def test_the_sentence_names_the_bad_ends():
@@ -123,16 +129,58 @@ def test_relaxing_a_cap_says_what_it_would_gain():
     table = board(policy("calm", 0.2, 0.6), policy("bold", 0.35, 0.85), policy("hush", 0.05, 0.4))
     got = recommend(table, max_leakage=0.3, min_utility=0.5)
     assert got.policy == "calm"
-    assert "Allowing leakage up to 0.350 would admit bold and gain 0.250 of utility." in got.sensitivity
-    assert any("would admit hush" in line for line in got.sensitivity)
+    assert got.sensitivity == (
+        "With 5.0 points more leakage (a cap of 0.350) you would gain 25.0 points of accuracy: bold would be chosen.",
+        "15.0 points less leakage would cost 20.0 points of accuracy: hush has both.",
+        "The choice stays the same for leakage caps from 0.200 to just under 0.350.",
+    )
+    fixed = recommend(board(policy("calm", 0.2, 0.6), policy("bold", 0.35, 0.95)), max_leakage=0.9)
+    assert fixed.sensitivity[-1] == "The choice stays the same for any leakage cap from 0.350 up."
+    strict = recommend(table, min_utility=0.5)
+    assert strict.policy == "calm"
+    assert (
+        "Accepting 20.0 points less accuracy (at least 0.400) would bring leakage down by 15.0 points: "
+        "hush would be chosen." in strict.sensitivity
+    )
+
+
+CLAIM = re.compile(r"\(a cap of ([\d.]+)\) you would gain ([\d.]+) points of accuracy: (\w+) would be chosen")
+
+
+@given(boards(), share, share)
+@settings(max_examples=200, deadline=None)
+def test_what_a_relaxed_cap_is_said_to_change_it_changes(table, leak, worth):
+    got = recommend(table, max_leakage=leak, min_utility=worth)
+    if got.verdict != "recommended":
+        return
+    for cap, gain, name in CLAIM.findall(" ".join(got.sensitivity)):
+        other = recommend(table, max_leakage=float(cap), min_utility=worth)
+        assert other.policy == name
+        gained = table.row(name).utility.low - table.row(got.policy).utility.low
+        assert gained == pytest.approx(float(gain) / 100, abs=6e-4)
+    [steady] = [line for line in got.sensitivity if line.startswith("The choice stays")]
+    least, *until = map(float, re.findall(r"\d\.\d{3}", steady))
+    for cap in (least, max(least, until[0] - 0.001) if until else 1.0):
+        assert recommend(table, max_leakage=cap, min_utility=worth).policy == got.policy
+
+
+@given(boards(), caps_of, st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_the_order_of_the_policies_never_matters(table, caps, random):
+    rows = list(table.rows)
+    random.shuffle(rows)
+    assert recommend(replace(table, rows=tuple(rows)), **caps) == recommend(table, **caps)
 
 
 def test_nearest_miss_is_in_words():
     got = recommend(board(policy("near", 0.34, 0.8), policy("far", 0.6, 0.8)), max_leakage=0.3, min_utility=0.7)
     assert got.verdict == "none qualifies"
-    assert "The nearest miss is near, for its leakage of up to 0.340." in got.sentence
+    assert "The nearest miss is near, for its leakage of up to 0.340 (0.040 too much)." in got.sentence
     both = recommend(board(policy("off", 0.34, 0.6, 30.0)), max_leakage=0.3, min_utility=0.95, max_epsilon=10)
-    assert "its leakage of up to 0.340 and its utility of only 0.600 and its epsilon of 30" in both.sentence
+    assert "its leakage of up to 0.340 (0.040 too much) and its accuracy of only 0.600 (0.350 too" in both.sentence
+    assert both.sentence.endswith("and its epsilon of 30.")
+    assert both.sensitivity == ()
+    assert got.sensitivity == ("With leakage at most 0.340, near would qualify.",)
 
 
 def test_without_caps_there_is_only_the_frontier():
@@ -171,6 +219,30 @@ def test_a_policy_that_was_not_measured_in_full_is_never_chosen():
     holes = [replace(whole, policy=f"without {leg}", **{leg: None}) for leg in ("leakage", "utility", "epsilon")]
     assert recommend(board(*holes), max_leakage=0.3).verdict == "none qualifies"
     assert recommend(board(*holes, whole), max_leakage=0.3).policy == "calm"
+
+
+def test_a_policy_above_its_bound_stops_every_recommendation():
+    whole = Measure("exact_match", Interval(0.9, 0.7, 1.0, 50), bound=0.2, proven=0.6)
+    table = board(replace(policy("calm", 0.2, 0.8), measures={"exact_match": whole}), policy("other", 0.2, 0.8))
+    got = recommend(table, max_leakage=0.3)
+    assert (got.verdict, got.policy) == ("bound broken", "")
+    assert got.sentence.startswith("Nothing is recommended: calm gave away more than the guarantee allows")
+    kept = board(replace(policy("calm", 0.2, 0.8), measures={"exact_match": replace(whole, proven=0.19)}))
+    assert recommend(kept, max_leakage=0.3).policy == "calm"
+    assert any(
+        "gives a text away whole with chance at most" in line
+        for line in recommend(
+            board(replace(policy("calm", 0.2, 0.8), measures={"exact_match": replace(whole, proven=0.1, upper=0.001)})),
+            max_leakage=0.3,
+        ).why
+    )
+
+
+def test_policies_that_could_not_be_considered_are_named():
+    lost = replace(policy("lost", 0.1, 0.9), leakage=None)
+    for cap in (0.3, 0.01):
+        got = recommend(board(policy("calm", 0.2, 0.8), lost), max_leakage=cap)
+        assert "1 policy was not measured in full and could not be considered: lost (no leakage)." in got.why
 
 
 def test_what_is_not_protected_is_said():

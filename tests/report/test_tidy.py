@@ -17,7 +17,8 @@ from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.report import tidy
 from dpguard.report.export import kind_of, write
-from dpguard.stats import binomial, mean_interval, mean_intervals, utility_interval
+from dpguard.report.utility import judge
+from dpguard.stats import binomial, mean_interval
 from dpguard.study.record import Cell, Record
 from dpguard.study.spec import Study
 from dpguard.study.store import FILE, Store
@@ -81,7 +82,7 @@ def test_values_and_intervals_are_those_of_the_records(made, table):
     assert tuple(own.loc["exact_match", ["value", "low", "high"]]) == (exact.value, exact.low, exact.high)
     record = next(r for r in made.records if r.cell.leg == "utility" and r.status == "done")
     row = table[(table.id == record.cell.id) & (table.metric == "accuracy")].iloc[0]
-    expected = utility_interval([record.result["predictions"]], record.result["labels"])
+    expected = judge([record.result["predictions"]], record.result["labels"]).interval()
     assert (row.value, row.low, row.high, row.n) == (expected.value, expected.low, expected.high, 400)
 
 
@@ -180,19 +181,6 @@ def test_a_federations_global_model_has_rows_of_its_own(tmp_path):
     found = dpguard.load(tmp_path).set_index("metric").value.to_dict()
     assert found["global_accuracy"] == found["worst_tenth_accuracy"] == 0.5
     assert (found["bytes"], found["bytes_per_round"]) == (10, 5)
-
-
-def test_intervals_of_many_are_those_of_each(table):
-    rng = np.random.default_rng(0)
-    values = rng.random((5, 9, 2))
-    values[1, 3:, :] = np.nan
-    values[4] = np.nan
-    found = mean_intervals(values)
-    assert found[4] is None
-    for one, own in zip(found[:4], values[:4], strict=True):
-        alone = mean_interval(own)
-        assert (one.value, one.n, one.seeds) == (alone.value, alone.n, alone.seeds)
-        assert (one.low, one.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
 
 
 def test_loading_needs_no_torch(folder):

@@ -1,0 +1,243 @@
+"""The frontier as data: each policy with what it leaks, what it is worth, what is guaranteed, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+
+from dpguard.errors import UserError, did_you_mean
+from dpguard.report.text import METRIC_NAMES, csv_cell
+from dpguard.stats import Interval
+
+CONTROL = "none"
+FLOOR = "prior"
+COLUMNS = [
+    "policy",
+    "leakage",
+    "leakage_low",
+    "leakage_high",
+    "leakage_metric",
+    "attack",
+    "utility",
+    "utility_low",
+    "utility_high",
+    "epsilon",
+    "shared_fraction",
+    "on_front",
+]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A cell that gave no result: ``status`` is failed, skipped or missing; ``where`` names seed and position."""
+
+    policy: str
+    leg: str
+    status: str
+    reason: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One leakage metric of one policy, between what a guess reaches and what the guarantee allows.
+
+    Attributes:
+        metric: its name.
+        measured: largest mean over attacks and positions.
+        attack, at: the attack and position that reached it.
+        floor: of the prior attack on the same messages.
+        chance: what a guess scores without any message, measured on public texts; None where it was not.
+        upper: upper limit of that chance, from which the bound starts.
+        bound: the most that any attack can score in the mean, given that chance; None without a guarantee.
+        proven: lower limit of the measured mean at the level `ALARM`, corrected for everything that was looked at;
+            None without a bound.
+    """
+
+    metric: str
+    measured: Interval
+    attack: str = ""
+    at: str = ""
+    floor: Interval | None = None
+    chance: float | None = None
+    upper: float | None = None
+    bound: float | None = None
+    proven: float | None = None
+
+    @property
+    def broken(self) -> bool:
+        """More was reached than the guarantee allows, beyond chance."""
+        return self.proven is not None and self.bound is not None and self.proven > self.bound
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy on the frontier; None where a leg is not whole.
+
+    Attributes:
+        policy: its name in the study.
+        leakage: largest mean of the leakage metric over attacks and positions, in [0, 1].
+        attack: the attack that reached it.
+        at: the position at which it did.
+        measures: metric -> the same for every recorded metric, with chance and bound: what the sandwich shows.
+        floor: the leakage metric of the prior attack on the same messages.
+        utility: the study's utility metric on held-out texts.
+        epsilon: of the training; infinite when there is no formal guarantee.
+        sigma_eff: effective noise multiplier of one step; None without a formal guarantee.
+        shared_fraction: share of the parameters that leaves the client.
+        table: the policy's rows as written.
+        rows, columns: length of the table, and how many columns its rows set in all: the simpler table has fewer rows,
+            then fewer columns.
+        attacks: the attacks that ran, the prior among them.
+        positions: where in the training messages were attacked.
+        gaps: what is missing, and why.
+        on_front: no other policy leaks no more and is worth no less, with one of the two strict.
+    """
+
+    policy: str
+    leakage: Interval | None = None
+    attack: str = ""
+    at: str = ""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    floor: Interval | None = None
+    utility: Interval | None = None
+    epsilon: float | None = None
+    sigma_eff: float | None = None
+    shared_fraction: float | None = None
+    table: tuple[Mapping[str, Any], ...] = ()
+    rows: int = 0
+    columns: int = 0
+    attacks: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    on_front: bool = False
+
+    @property
+    def formal(self) -> bool:
+        """Whether epsilon is known and finite."""
+        return self.epsilon is not None and math.isfinite(self.epsilon)
+
+    @property
+    def exact(self) -> Interval | None:
+        """How often a text came back whole."""
+        found = self.measures.get("exact_match")
+        return found.measured if found else None
+
+    @property
+    def broken(self) -> tuple[Measure, ...]:
+        """The measures of which more was reached than the guarantee allows, beyond chance: a bug somewhere."""
+        return tuple(measure for measure in self.measures.values() if measure.broken)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All policies of a study, in the study's order.
+
+    Attributes:
+        rows: one for every policy.
+        leakage_metric: what ``leakage`` measures.
+        utility_metric: what ``utility`` measures.
+        floor: the leakage metric of the prior attack, which sees no message; None when it did not run.
+        majority: accuracy of always answering the commonest class; None unless utility is accuracy.
+        parts: the parts of the model, in its order.
+    """
+
+    rows: tuple[Row, ...]
+    leakage_metric: str
+    utility_metric: str
+    floor: Interval | None = None
+    majority: float | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every recorded leakage metric, the one that the report leads with first."""
+        found = sorted({metric for row in self.rows for metric in row.measures} - {self.leakage_metric})
+        order = [name for name in METRIC_NAMES if name in found] + [name for name in found if name not in METRIC_NAMES]
+        return (self.leakage_metric, *order)
+
+    def by(self, metric: str) -> Frontier:
+        """The same policies led by another recorded leakage metric.
+
+        Raises:
+            UserError: a metric that no record has.
+        """
+        if metric == self.leakage_metric:
+            return self
+        if metric not in self.metrics:
+            raise UserError(
+                f"no record has the leakage metric {metric!r}{did_you_mean(metric, self.metrics)}",
+                loc=("leakage", "metric"),
+            )
+        rows = [led_by(row, metric) for row in self.rows]
+        control = next((row.floor for row in rows if row.policy == CONTROL and row.floor), None)
+        floor = control or next((row.floor for row in rows if row.floor), None)
+        return replace(self, rows=tuple(mark_front(rows)), leakage_metric=metric, floor=floor)
+
+    def row(self, policy: str) -> Row | None:
+        """The row of a policy, or None."""
+        return next((row for row in self.rows if row.policy == policy), None)
+
+    @property
+    def ceiling(self) -> Row | None:
+        """The undefended control."""
+        return self.row(CONTROL)
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Every cell without a result."""
+        return tuple(gap for row in self.rows for gap in row.gaps)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The columns of frontier.csv, typed; NaN where nothing was measured, and infinite epsilons."""
+        return pd.DataFrame([_columns(row, self.leakage_metric) for row in self.rows], columns=COLUMNS)
+
+    def to_csv(self) -> str:
+        """The text of frontier.csv: infinity is ``inf``, a missing number is empty, formulas are disarmed."""
+        frame = self.to_frame()
+        for name in ("policy", "leakage_metric", "attack"):
+            frame[name] = [csv_cell(text) for text in frame[name]]
+        return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+
+
+def _columns(row: Row, metric: str) -> dict[str, Any]:
+    leakage, utility = row.leakage, row.utility
+    return {
+        "policy": row.policy,
+        "leakage": leakage.value if leakage else math.nan,
+        "leakage_low": leakage.low if leakage else math.nan,
+        "leakage_high": leakage.high if leakage else math.nan,
+        "leakage_metric": metric,
+        "attack": row.attack,
+        "utility": utility.value if utility else math.nan,
+        "utility_low": utility.low if utility else math.nan,
+        "utility_high": utility.high if utility else math.nan,
+        "epsilon": math.nan if row.epsilon is None else row.epsilon,
+        "shared_fraction": math.nan if row.shared_fraction is None else row.shared_fraction,
+        "on_front": row.on_front,
+    }
+
+
+def led_by(row: Row, metric: str) -> Row:
+    """The row with another recorded metric as its leakage; without leakage where that was not measured."""
+    found = row.measures.get(metric)
+    if found is None:
+        return replace(row, leakage=None, attack="", at="", floor=None)
+    return replace(row, leakage=found.measured, attack=found.attack, at=found.at, floor=found.floor)
+
+
+def mark_front(rows: Sequence[Row]) -> list[Row]:
+    """Rows with ``on_front`` set: the Pareto front of low leakage and high utility, by the point estimates."""
+    known = [(row.leakage.value, row.utility.value) for row in rows if row.leakage and row.utility]
+
+    def on_front(row: Row) -> bool:
+        if row.leakage is None or row.utility is None:
+            return False
+        x, y = row.leakage.value, row.utility.value
+        return not any(a <= x and b >= y and (a < x or b > y) for a, b in known)
+
+    return [replace(row, on_front=on_front(row)) for row in rows]

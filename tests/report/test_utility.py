@@ -1,0 +1,91 @@
+"""Utility over test examples and seeds: closed forms, and intervals that hold as often as they say."""
+
+import numpy as np
+import pytest
+
+from dpguard.report.utility import judge
+from dpguard.stats import UTILITY_METRICS, binomial
+
+
+def interval(predictions, labels, metric="accuracy", **more):
+    return judge(predictions, labels, metric, **more).interval()
+
+
+def test_utility_interval_is_the_bootstrap_over_examples():
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 2, size=500)
+    guesses = np.where(rng.random(500) < 0.8, labels, 1 - labels)
+    got = interval([guesses.tolist()], labels.tolist(), draws=8000)
+    accuracy = float((guesses == labels).mean())
+    half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 500)
+    assert got.value == pytest.approx(accuracy)
+    assert got.low == pytest.approx(accuracy - half, abs=0.005)
+    assert got.high == pytest.approx(accuracy + half, abs=0.005)
+    assert (got.n, got.seeds) == (500, 1)
+
+
+def test_utility_interval_widens_with_differences_between_seeds():
+    labels = [0, 1] * 200
+    good, poor = labels, [0] * 400
+    together = interval([good, poor, good], labels)
+    assert together.value == pytest.approx((1 + 0.5 + 1) / 3)
+    assert together.low < 0.7
+    assert together.high > 0.99
+
+
+@pytest.mark.parametrize("metric", UTILITY_METRICS)
+def test_utility_interval_holds_its_value_for_every_metric(metric):
+    labels = [0, 1, 2, 1, 0, 2, 1, 1]
+    found = interval([[0, 1, 2, 2, 0, 1, 1, 0], labels], labels, metric)
+    assert found.low <= found.value <= found.high
+    assert found.value < 1
+
+
+def test_utility_interval_refuses_what_cannot_be_judged():
+    with pytest.raises(ValueError, match="expected"):
+        interval([[0, 1]], [0, 1, 1])
+    with pytest.raises(ValueError, match="expected"):
+        interval([], [0])
+    assert interval([[0, 0]], [0, 0]).value == 1.0
+
+
+def test_accuracy_of_one_training_is_never_narrower_than_the_exact_interval():
+    labels = [0, 1] * 20
+    for wrong in (0, 1, 7, 20):
+        guesses = [1 - label if n < wrong else label for n, label in enumerate(labels)]
+        got, exact = interval([guesses], labels), binomial(40 - wrong, 40)
+        assert got.low <= exact.low
+        assert got.high >= exact.high
+
+
+def runs(rng, *, seeds, examples, between):
+    """Predictions of trainings whose true accuracies differ by ``between`` around 0.8."""
+    labels = np.zeros(examples, dtype=int)
+    levels = 0.8 + rng.normal(0, between, seeds)
+    return [(rng.random(examples) > level).astype(int).tolist() for level in levels], labels.tolist()
+
+
+@pytest.mark.parametrize(("seeds", "between"), [(3, 0.08), (3, 0.0), (5, 0.04)])
+def test_the_interval_covers_the_true_accuracy(seeds, between):
+    rng = np.random.default_rng([seeds, round(100 * between)])
+    covered = 0
+    for trial in range(150):
+        predictions, labels = runs(rng, seeds=seeds, examples=200, between=between)
+        got = interval(predictions, labels, draws=300, seed=trial)
+        covered += got.low <= 0.8 <= got.high
+    assert covered >= 136
+
+
+@pytest.mark.parametrize("metric", UTILITY_METRICS)
+def test_policies_on_the_same_examples_differ_in_pairs(metric):
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 300)
+    better = np.where(rng.random((2, 300)) < 0.7, labels, 1 - labels)
+    worse = better.copy()
+    worse[:, :12] = 1 - labels[:12]
+    one, two = (judge(found.tolist(), labels.tolist(), metric) for found in (better, worse))
+    less = one.minus(two)
+    assert less.value == pytest.approx(one.interval().value - two.interval().value)
+    assert less.low > 0
+    assert one.interval().low < two.interval().high
+    assert judge([labels.tolist()], labels.tolist(), metric).minus(one) is None
