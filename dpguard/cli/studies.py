@@ -117,6 +117,7 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
+    _check_candidates(study, len(set(corpus.public)))
     parameters = slots(loaded.module)
     model_id = {"name": study.model, "hash": loaded.fingerprint}
     data_id = {
@@ -142,6 +143,16 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "trained": {c.id: vars(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
+
+
+def _check_candidates(study: Study, public: int) -> None:
+    """A closed world takes as many public texts as it has candidates."""
+    if study.leakage and study.leakage.threat.candidates > public:
+        with study.locating("leakage", "threat", "candidates"):
+            raise UserError(
+                f"leakage.threat.candidates: {study.leakage.threat.candidates} is more than the {public} public texts, "
+                f"expected at most {public}"
+            )
 
 
 def _kept(folder: Path, *, made: bool) -> Kept:

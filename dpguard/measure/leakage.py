@@ -96,8 +96,9 @@ def observation(
     sequences: int | None = 1,
     labels: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    candidates: Sequence[str] = (),
 ) -> Observation:
-    """What the server holds after one message; ``labels`` and ``lengths`` only where the threat model gives them."""
+    """What the server holds after one message; labels, lengths, candidates only where the threat model gives them."""
     training = update.training
     disclosed = Disclosed(
         tokenizer=model.tokenizer,
@@ -109,6 +110,7 @@ def observation(
         public_texts=tuple(public),
         labels=None if labels is None else tuple(labels),
         lengths=None if lengths is None else tuple(lengths),
+        candidates=tuple(candidates),
         mask_seed=update.mask_seed,
         local_steps=update.local_steps,
         learning_rate=training.learning_rate if training and training.optimizer == "sgd" else None,
@@ -150,6 +152,7 @@ def attack_message(
         public=corpus.public, sequences=len(examples) if threat.knows("count") else None,
         labels=[e.label for e in examples] if threat.knows("labels") else None,
         lengths=lengths if threat.knows("lengths") else None,
+        candidates=threat.disclosed_candidates(examples[0].text, corpus.public, seed),
     )  # fmt: skip
     truth = Truth.of(examples, model.tokenizer)
     outcomes = run_panel(seen, attacks, seed)

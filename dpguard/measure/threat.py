@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class Threat:
             over the same texts.
         learning_rate: of those steps.
         clients: 1 = one client's message; n = the mean of n clients', with ``batch_size`` texts each.
+        candidates: 0 = the open world; M = the text is one of M disclosed ones, the others public texts.
 
     >>> Threat(know=("labels",)).knows("count")
     True
@@ -40,6 +42,7 @@ class Threat:
     local_steps: int = 0
     learning_rate: float = 1e-3
     clients: int = 1
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         for word in self.know:
@@ -57,13 +60,40 @@ class Threat:
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Threat:
         """From a cell's settings; what is missing has its default."""
-        names = ("mode", "local_steps", "learning_rate", "clients")
+        names = ("mode", "local_steps", "learning_rate", "clients", "candidates")
         given = {name: settings[name] for name in names if name in settings}
         return Threat(know=tuple(settings.get("know", ("count",))), **given)
 
     def knows(self, what: str) -> bool:
         """Whether something is disclosed."""
         return what in self.know or (what == "count" and bool(self.know))
+
+    def disclosed_candidates(self, text: str, public: Sequence[str], seed: int) -> tuple[str, ...]:
+        """The closed world of one text: it and other public texts, shuffled; empty in the open world.
+
+        Args:
+            text: the true one.
+            public: where the others come from.
+            seed: of the choice and the order.
+
+        Raises:
+            UserError: too few public texts.
+
+        >>> sorted(Threat(candidates=3).disclosed_candidates("b", ["a", "b", "c"], 0))
+        ['a', 'b', 'c']
+        """
+        if not self.candidates:
+            return ()
+        others = [other for other in dict.fromkeys(public) if other != text]
+        if len(others) < self.candidates - 1:
+            raise UserError(
+                f"a closed world of {self.candidates} takes {self.candidates - 1} other public texts, "
+                f"expected at most {len(others) + 1} candidates"
+            )
+        source = random.Random(f"{seed}:candidates")
+        chosen = [*source.sample(others, self.candidates - 1), text]
+        source.shuffle(chosen)
+        return tuple(chosen)
 
     def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
         """What the server receives of these batches, one a client.

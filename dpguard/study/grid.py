@@ -119,6 +119,8 @@ def _exposure(study: Study, named: Named, texts: int) -> dict[str, Any]:
     asked = {"delta": study.privacy.delta, "examples": texts}
     if study.federation is None or study.utility is None:
         found = study.schedule_of(named, texts)
+        if study.leakage is not None and study.leakage.threat.candidates:
+            asked["candidates"] = study.leakage.threat.candidates
         return {"sampling_rate": found.sampling_rate, "steps": found.steps, **_own(named), **asked}
     seen = {"seeds": list(study.utility.seeds), "messages": max(1, len(study.federation.observe))}
     return {**_federation(study, named), **seen, **asked}
@@ -149,6 +151,8 @@ def _attack(study: Study, named: Named, panel: dict[str, Any] | None) -> dict[st
     if study.leakage is None:
         return {}
     kept = study.leakage.model_dump(mode="json", include={"targets", "batch_size", "threat"})
+    if not kept["threat"]["candidates"]:
+        del kept["threat"]["candidates"]  # the open world, as ever: its cells keep their ids
     asked = study.leakage.attacks
     attacker = panel or {"name": study.leakage.panel, "attacks": asked and list(asked)}
     return {**kept, **_federation(study, named), **_own(named), "panel": attacker}

@@ -110,7 +110,9 @@ def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
     model = models.load(context["model"], labels=corpus.classes, seed=0)
     plan = _plan(cell, model)
     found, seen, more = _promised(cell, plan, corpus)
-    bounds = [{"kappa": k, "success": found.bound(k, seen)} for k in KAPPAS]
+    closed = cell.settings.get("candidates")
+    kappas = (KAPPAS[0], 1 / closed) if closed else KAPPAS
+    bounds = [{"kappa": k, "success": found.bound(k, seen)} for k in kappas]
     return {
         "epsilon": _plain(found.epsilon),
         "sigma_eff": _plain(found.sigma_eff),

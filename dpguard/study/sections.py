@@ -132,6 +132,7 @@ class ThreatModel(Section):
         local_steps: 0 = the message is a gradient; k = the change of the weights after k steps of plain SGD.
         learning_rate: of those steps.
         clients: how many clients' messages the server sees only the mean of.
+        candidates: 0 = the open world; M = the server knows that the text is one of M, the others being public texts.
     """
 
     know: Knowledge = Field(default=("count",), description="a list of count, labels and lengths")
@@ -141,6 +142,9 @@ class ThreatModel(Section):
     )
     learning_rate: Positive = Field(default=1.0e-3, description=_ABOVE_0)
     clients: Count = Field(default=1, description=_COUNT)
+    candidates: Annotated[int, BeforeValidator(_number), Field(ge=0)] = Field(
+        default=0, description="a whole number from 2 on, or 0"
+    )
 
 
 class Leakage(Section):

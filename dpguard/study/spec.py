@@ -103,6 +103,7 @@ class Study:
                 "expected a 'utility' section and no federation",
                 loc=("leakage", "at"),
             )
+        self._check_candidates()
         for cap, leg, given in (
             ("max_leakage", "leakage", self.leakage),
             ("min_utility", "utility", self.utility),
@@ -111,6 +112,20 @@ class Study:
                 raise UserError(
                     f"recommend.{cap}: nothing measures it, expected a {leg!r} section", loc=("recommend", cap)
                 )
+
+    def _check_candidates(self) -> None:
+        """A closed world is about one text in one client's message."""
+        if self.leakage is None or not self.leakage.threat.candidates:
+            return
+        loc, threat = ("leakage", "threat", "candidates"), self.leakage.threat
+        if threat.candidates == 1:
+            raise UserError("leakage.threat.candidates: 1 leaves nothing to find, expected 2 or more", loc=loc)
+        if self.leakage.batch_size > 1 or threat.clients > 1 or self.federation is not None:
+            raise UserError(
+                "leakage.threat.candidates: which of the candidates it was is asked of one text in one message, "
+                "expected batch_size: 1, clients: 1 and no federation",
+                loc=loc,
+            )
 
     def _check_training(self) -> None:
         """What a policy sets of the training for itself can be meant, and makes it another policy."""
