@@ -68,11 +68,50 @@ def merge(
 
 
 @app.command()
-def report(folder: Folder) -> None:
+def report(
+    folder: Folder,
+    metric: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--metric", help="Leakage metric [the study's]: dpguard list metrics."),
+    ] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Print report.pdf as well (needs Chromium).")] = False,
+    show_text: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--show-text/--hide-text", help="Users' private sentences in the report [as the study was run]."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder of the report [DIR].")] = None,  # noqa: UP045
+) -> None:
     """Render the report of a folder of records again."""
     from dpguard.cli.reporting import render_report
 
-    render_report(folder)
+    render_report(folder, metric=metric, pdf=pdf, show_text=show_text, out=out)
+
+
+@app.command()
+def card(
+    folder: Folder,
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--policy", help="A policy of the study [the recommended one]."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder of the card [DIR/cards/POLICY].")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Write a policy's privacy card, to be attached to a model card: card.md and card.json."""
+    from dpguard.cli.reporting import write_card
+
+    write_card(folder, policy, out, as_json=as_json)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR DIR...", help="Folders of two or more studies.")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="File to write: compare.html or compare.md.")] = None,  # noqa: UP045
+) -> None:
+    """Put studies side by side: what differs between them, then the same policies."""
+    from dpguard.cli.reporting import compare_studies
+
+    compare_studies(folders, out)
 
 
 @app.command()

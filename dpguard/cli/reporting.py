@@ -1,8 +1,9 @@
-"""``dpguard report`` and ``recommend``: from records to a page and to a decision. No torch here."""
+"""``dpguard report``, ``recommend``, ``card`` and ``compare``: from records to pages and decisions. No torch here."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpguard.cli.console import console
@@ -13,26 +14,46 @@ from dpguard.report.terminal import terminal_table
 from dpguard.study.store import Store
 
 
-def read_result(folder: Path) -> StudyResult:
-    """The records of a folder."""
+def read_result(folder: Path, *, show_text: bool | None = None) -> StudyResult:
+    """The records of a folder, with private texts only where they may be shown."""
     with Store.open(folder) as store:
-        return StudyResult.read(store)
+        return StudyResult.read(store, show_text=show_text)
 
 
-def render_report(folder: Path) -> Path:
-    """Render report.html, report.md, frontier.csv and figures; print decision, frontier and path."""
+def render_report(
+    folder: Path,
+    *,
+    metric: str | None = None,
+    pdf: bool = False,
+    show_text: bool | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Render the report and its files into ``out`` (the folder itself); print decision, frontier and path.
+
+    Args:
+        folder: of the records.
+        metric: leakage metric instead of the study's.
+        pdf: print report.pdf as well, through an installed Chromium.
+        show_text: show private texts, or not, whatever was said when the study was run.
+        out: where to write.
+    """
+    from dpguard.report.pdf import browser, to_pdf
     from dpguard.report.render import render
 
-    result = read_result(folder)
-    page = render(result, folder)
-    found = frontier(result)
+    if pdf:
+        browser()  # a missing one is said before anything is made
+    result = read_result(folder, show_text=show_text)
+    page = render(result, out or folder, metric=metric)
+    found = frontier(result, metric=metric)
     decision = _decide(found, Caps.read(result.spec))
-    out = console()
-    out.print()
-    out.print(terminal_table(found, out.width))
-    out.print()
-    out.print(decision.sentence, style="bold", markup=False)
-    out.print(f"report: {page}", markup=False)
+    screen = console()
+    screen.print()
+    screen.print(terminal_table(found, screen.width))
+    screen.print()
+    screen.print(decision.sentence, style="bold", markup=False)
+    screen.print(f"report: {page}", markup=False)
+    if pdf:
+        screen.print(f"PDF: {to_pdf(page)}", markup=False)
     return page
 
 
@@ -65,3 +86,41 @@ def print_recommendation(
         out.print(f"- {line}", markup=False)
     out.print()
     out.print(terminal_table(found, out.width))
+
+
+def write_card(folder: Path, policy: str | None, out: Path | None, *, as_json: bool) -> None:
+    """Write the privacy card of a policy, the recommended one by default, and print where it is."""
+    from dpguard.report import card
+
+    result = read_result(folder)
+    found = frontier(result)
+    decision = _decide(found, Caps.read(result.spec))
+    chosen = card.pick(result, decision, policy)
+    made = card.content(result, found, decision, chosen)
+    target = out or folder / "cards" / card.file_name(chosen)
+    card.write(made, target)
+    if as_json:
+        print(json.dumps(made, indent=2))
+        return
+    console().print(f"{chosen}: {target / card.TEXT}, {target / card.JSON}", markup=False)
+
+
+def compare_studies(folders: Sequence[Path], out: Path | None) -> None:
+    """Print studies side by side; with ``out`` write the comparison as a page or as Markdown as well."""
+    from dpguard.report.compare import compare
+    from dpguard.report.compared import print_to, write
+
+    labels = _labels(folders)
+    found = compare([(label, read_result(folder)) for label, folder in zip(labels, folders, strict=True)])
+    screen = console()
+    for part in print_to(found, screen.width):
+        screen.print(part, markup=False) if isinstance(part, str) else screen.print(part)
+    if out:
+        write(found, out)
+        screen.print(f"comparison: {out}", markup=False)
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Folders by their last part where that tells them apart, else in full."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpguard.report import pictures, text
+from dpguard.report import card, pictures, text
 from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
@@ -28,7 +28,7 @@ from dpguard.report.views import policy_views
 
 
 def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> Path:
-    """Write report.html, report.md, tables.tex, frontier.csv and the figures as SVG, PNG and PDF.
+    """Write report.html, report.md, tables.tex, frontier.csv, the figures, and the card of the recommended policy.
 
     Args:
         result: the study and its records.
@@ -51,6 +51,8 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     others = pictures.tradeoffs(result, table)
     context = _context(result, table, decision)
     folder = Path(folder)
+    if decision.policy:
+        card.write(card.content(result, table, decision, decision.policy), folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     _write_figures(list(drawn.values()), folder / "figures")
     _write(folder / "frontier.csv", table.to_csv())
@@ -138,7 +140,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "fence": text.fence(yaml),
         "file_name": (re.sub(r"[^A-Za-z0-9_-]+", "-", str(result.study.get("name", "")))[:60].strip("-") or "study")
         + ".yaml",
-        "card": "",
+        "card": card.TEXT if decision.policy else "",
         "control": CONTROL,
         "prior": FLOOR,
     }

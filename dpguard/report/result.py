@@ -33,15 +33,20 @@ class StudyResult:
     planned: Sequence[Cell] = ()
 
     @classmethod
-    def read(cls, store: Store) -> StudyResult:
-        """Read a store; texts that may not be shown are not even read."""
+    def read(cls, store: Store, *, show_text: bool | None = None) -> StudyResult:
+        """Read a store; texts that may not be shown are not even read.
+
+        Args:
+            store: of the study.
+            show_text: show private texts, or not, instead of what was said when the study was run.
+        """
         info = store.study()
         study = {
             "name": info.name,
             "question": info.spec.get("question", ""),
             "yaml": info.yaml,
             "spec": info.spec,
-            "show_text": info.show_text,
+            "show_text": info.show_text if show_text is None else show_text,
         }
         result = cls(study, store.records(), planned=store.planned())
         if not result.shows_text:

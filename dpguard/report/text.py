@@ -29,7 +29,12 @@ NAME_LENGTH = 80
 """Longer policy names are cut where they stand in line with others, and printed in full in their own part."""
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
+_MARKDOWN = re.compile(
+    r"[\\`*\[\]<>|#~&$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # between letters an underscore means nothing
+    r"|^[-+=]|(?<=^\d)[.)]"  # lists and underlines begin a line
+    r"|(?<=:)//|(?<=www)\."  # addresses become links by themselves
+)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -148,7 +153,7 @@ def markdown(text: Any) -> str:
     >>> print(markdown("a|b <d>"))
     a\\|b \\<d\\>
     """
-    return _MARKDOWN.sub(r"\\\1", visible(text))
+    return _MARKDOWN.sub(r"\\\g<0>", visible(text).strip())
 
 
 def fence(text: str) -> str:
