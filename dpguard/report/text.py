@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?inf")
 _MARKDOWN = re.compile(
     r"[\\`*\[\]<>|#~&$]"
     r"|(?<![^\W_])_|_(?![^\W_])"  # between letters an underscore means nothing
-    r"|^[-+=]|(?<=^\d)[.)]"  # lists and underlines begin a line
+    r"|^[-+=]|(?<=^\d)[.)](?=\s|$)"  # lists and underlines begin a line
     r"|(?<=:)//|(?<=www)\."  # addresses become links by themselves
 )
 _TOKEN = re.compile(r"\w+|[^\w\s]")
