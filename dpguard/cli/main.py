@@ -49,11 +49,18 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option("--shard", metavar="I/N", help="Run part I of N, from 0/N on; see dpguard merge."),
     ] = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--only", metavar="POLICY", help="Just this policy and the control, into --out; may be repeated."),
+    ] = None,
 ) -> None:
     """Run a study; running it again does only what is missing."""
     from dpguard.cli.studies import run_study
 
-    raise typer.Exit(run_study(study, out, workers=workers, dry_run=dry_run, show_text=show_text, shard=shard))
+    status = run_study(
+        study, out, workers=workers, dry_run=dry_run, show_text=show_text, shard=shard, only=only or ()
+    )  # fmt: skip
+    raise typer.Exit(status)
 
 
 @app.command()

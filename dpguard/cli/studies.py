@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs
+from dpguard.study.selection import of_policies
 from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -47,7 +48,14 @@ class Planned:
 
 
 def run_study(
-    path: Path, out: Path | None, *, workers: int | None, dry_run: bool, show_text: bool, shard: str | None = None
+    path: Path,
+    out: Path | None,
+    *,
+    workers: int | None,
+    dry_run: bool,
+    show_text: bool,
+    shard: str | None = None,
+    only: Sequence[str] = (),
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
     from dpguard.study import runner
@@ -55,11 +63,17 @@ def run_study(
 
     part = Shard.parse(shard) if shard is not None else None
     study = Study.load(path)
+    if only and out is None:
+        raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
     if not dry_run:
         warm_up(PRELOAD)  # the worker server imports torch while this process reads model and texts
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         planned = plan_study(study, folder, epsilons=dry_run)
+    if only:
+        planned = replace(planned, cells=of_policies(planned.cells, only))
+        shown = {cell.policy for cell in planned.cells}
+        study = replace(study, policies=tuple(named for named in study.policies if named.label in shown))
     own = frozenset(cell.id for cell in (part.cells(planned.cells) if part else planned.cells))
     if dry_run:
         _print_plan(study, planned, folder, own)
