@@ -41,6 +41,8 @@ def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).")],
     out: Out = None,
     workers: Annotated[Optional[int], typer.Option("--workers", help="Processes side by side [all cores].")] = None,  # noqa: UP045
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of each process.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its epsilons, run nothing.")] = False,
     show_text: Annotated[
         bool, typer.Option("--show-text", help="Print the users' private sentences in the report.")
@@ -58,9 +60,42 @@ def run(
     from dpguard.cli.studies import run_study
 
     status = run_study(
-        study, out, workers=workers, dry_run=dry_run, show_text=show_text, shard=shard, only=only or ()
+        study, out, only=only or (),
+        workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text, shard=shard,
     )  # fmt: skip
     raise typer.Exit(status)
+
+
+@app.command()
+def status(folder: Folder, as_json: Json = False) -> None:
+    """Say what a study is doing, from any shell: counts, running cells, time remaining, failed cells."""
+    from dpguard.cli.watching import print_status
+
+    print_status(folder, as_json=as_json)
+
+
+@app.command()
+def show(
+    folder: Folder,
+    cell: Annotated[list[str], typer.Argument(metavar="CELL", help="The start of its id, or words: a policy, failed.")],
+    as_json: Json = False,
+) -> None:
+    """Show what one cell left: its record, and its error with traceback and output."""
+    from dpguard.cli.watching import print_cell
+
+    print_cell(folder, cell, as_json=as_json)
+
+
+@app.command()
+def cache(
+    folder: Folder,
+    clear: Annotated[bool, typer.Option("--clear", help="Drop it all; what is needed is made again.")] = False,
+    size: Annotated[bool, typer.Option("--size", help="Print its bytes, nothing else.")] = False,
+) -> None:
+    """Show what a study keeps of work that its cells share."""
+    from dpguard.cli.watching import print_cache
+
+    print_cache(folder, clear=clear, size=size)
 
 
 @app.command()

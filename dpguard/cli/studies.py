@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,17 @@ def run_study(
     out: Path | None,
     *,
     workers: int | None,
+    threads: int = 1,
     dry_run: bool,
+    retry_failed: bool = False,
     show_text: bool,
     shard: str | None = None,
     only: Sequence[str] = (),
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
+    from dpguard.cli.watching import best_point
     from dpguard.study import runner
+    from dpguard.study.lock import in_use
     from dpguard.study.workers import warm_up
 
     part = Shard.parse(shard) if shard is not None else None
@@ -67,7 +71,9 @@ def run_study(
         raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
     if not dry_run:
-        warm_up(PRELOAD)  # the worker server imports torch while this process reads model and texts
+        if holder := in_use(folder):  # told at once, not after reading model and texts
+            raise UserError(f"{str(folder)!r} is in use by {holder}, expected a folder that no other run writes to")
+        warm_up(PRELOAD, threads)  # the worker server imports torch while this process reads model and texts
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         planned = plan_study(study, folder, epsilons=dry_run)
     if only:
@@ -81,10 +87,10 @@ def run_study(
     with study.locating():
         check_inputs(study, folder, planned.cells)
     summary = runner.run(
-        study, folder, planned.cells, execute=EXECUTE, context=planned.context,
-        workers=workers, preload=PRELOAD, show_text=show_text, only=own,
+        study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers, threads=threads,
+        preload=PRELOAD, retry_failed=retry_failed, show_text=show_text, best=best_point, only=own,
     )  # fmt: skip
-    console().print(summary.sentence)
+    console().print(summary.sentence, markup=False)
     for cell, reason in summary.failures:
         console().print(f"failed: {cell}: {reason}", style="bold", markup=False)
     if part:
@@ -154,7 +160,8 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "keep_weights": sorted(needed),
         "keep_rounds": list(study.federation.observe) if study.federation else [],
         "engine": _engine(study),
-        "trained": {c.id: vars(c) for c in cells if c.id in needed},
+        "cache_gigabytes": study.cache.gigabytes,
+        "trained": {c.id: asdict(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
 
@@ -172,11 +179,11 @@ def _check_candidates(study: Study, public: int) -> None:
 def _kept(folder: Path, *, made: bool) -> Kept:
     """Calibrated tables kept beside the records, so that resuming takes no time; a dry run makes no folder."""
     from dpguard.study.cache import Cache
-    from dpguard.study.legs import versions
+    from dpguard.study.provenance import versions
 
     if not made and not folder.is_dir():
         return lambda key, make: make()
-    return lambda key, make: Cache(folder).plain({**key, "versions": versions()}, make)
+    return lambda key, make: Cache(folder).plain({"what": "table", **key, "versions": versions()}, make)
 
 
 def _engine(study: Study) -> str:

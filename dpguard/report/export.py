@@ -12,7 +12,7 @@ import pandas as pd
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.report.text import csv_cell
-from dpguard.study import store
+from dpguard.study import lock, store
 
 KINDS = ("parquet", "csv", "jsonl")
 
@@ -51,7 +51,7 @@ def write(frame: pd.DataFrame, file: Path, kind: str) -> None:
     Raises:
         UserError: the file is part of a store, or cannot be written.
     """
-    if file.name.startswith((store.FILE, store.LOCK)):
+    if file.name.startswith((store.FILE, lock.LOCK)):
         raise UserError(f"--out is {str(file)!r}, which would replace the records themselves, expected another name")
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpguard.engine.local import LocalState
@@ -153,29 +151,6 @@ def _state(weights: Mapping[str, Tensor], at_home: LocalState) -> dict[str, Tens
     return {name: value.detach().clone().contiguous() for name, value in {**weights, **home}.items()}
 
 
-def weights_file(folder: str | Path, cell_id: str, moment: int | str) -> Path:
-    """Where the weights of a utility cell are kept: those after the last round, or before a round.
-
-    >>> weights_file("reports/s", "abc", "end").name, weights_file("reports/s", "abc", 7).name
-    ('abc.safetensors', 'abc-round-7.safetensors')
-    """
-    name = f"{cell_id}.safetensors" if moment == "end" else f"{cell_id}-round-{moment}.safetensors"
-    return Path(folder) / "weights" / name
-
-
-def writer(folder: str | Path, cell_id: str) -> Callable[[int | str, dict[str, Tensor]], None]:
-    """A ``write`` for `train`; every file is written beside, then renamed, so never half a file."""
-
-    def write(moment: int | str, state: dict[str, Tensor]) -> None:
-        path = weights_file(folder, cell_id, moment)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(state, part)
-        part.replace(path)
-
-    return write
-
-
 def moments(cell: Cell) -> list[int | str]:
     """The weights that a leakage cell attacks: ``start``, ``end``, or the rounds that are observed."""
     at = cell.settings["at"]
@@ -195,23 +170,18 @@ class Moment:
     home: dict[str, Tensor]
 
 
-def go_to(model: LoadedModel, folder: str | Path, cell: Cell, moment: int | str, settings: Settings) -> Moment | None:
-    """Bring the model to the weights of a moment; None when their file is gone.
+def go_to(model: LoadedModel, state: Mapping[str, Tensor], moment: int | str, settings: Settings) -> Moment:
+    """Bring the model to the weights of a moment.
 
     Args:
         model: at its first weights.
-        folder: the study's.
-        cell: the leakage cell.
+        state: what `train` handed out for the moment; unused for ``start``.
         moment: see `moments`.
         settings: the federation.
     """
     if moment == "start":
         return Moment(1, {})
-    path = weights_file(folder, cell.settings["needs"], moment)
-    if not path.is_file():
-        return None
-    state = load_file(path)
-    rounds.set_weights(model.module, state)
+    rounds.set_weights(model.module, dict(state))
     home = {name.removeprefix(HOME): value for name, value in state.items() if name.startswith(HOME)}
     return Moment(settings.rounds if moment == "end" else int(moment), home)
 

@@ -17,6 +17,7 @@ from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from dpguard.study import processes
 from dpguard.study.execution import perform
 from dpguard.study.record import Cell
 
@@ -75,6 +76,7 @@ def _end_with_driver() -> None:
     driver = parent_process()
     if driver is not None:
         wait([driver.sentinel])
+        processes.end_all(processes.descendants(os.getpid()))
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
@@ -87,7 +89,10 @@ def _end_server_with_driver() -> None:
     thread that started the server ends. Elsewhere than on Linux the loop must do.
     """
     driver = os.environ.pop(DRIVER, None)
-    if driver is None or not sys.platform.startswith("linux"):
+    if driver is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, while this still imports too
+    if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import dpguard
 from dpguard.engine.accounting import guarantee
@@ -31,8 +27,9 @@ from dpguard.measure.threat import Threat
 from dpguard.policy.guarantee import Guarantee
 from dpguard.policy.table import Plan, Policy
 from dpguard.study import federated
-from dpguard.study.cache import Cache
+from dpguard.study.cache import GIGABYTES, Cache
 from dpguard.study.record import Cell, Record, TextRow, canonical
+from dpguard.study.tensors import shared
 
 Result = tuple[dict[str, Any], list[TextRow]]
 KAPPAS = (1e-4, 0.01)
@@ -44,13 +41,13 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
 
     Args:
         cell: what to run.
-        context: ``model`` (name), ``data`` (arguments of `texts.load`), ``folder`` (where weights are kept).
+        context: ``model`` (name), ``data`` (arguments of `texts.load`), ``folder`` (where the cache is),
+            ``cache_gigabytes`` (its room).
 
     Returns:
         The record, done or skipped with its reason, and its texts. Anything unexpected is raised: the
         runner makes it a failed record.
     """
-    torch.set_num_threads(1)
     started = time.perf_counter()
     leg = _LEGS[cell.leg]
     try:
@@ -58,26 +55,12 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
         status, reason = "done", ""
     except SkippedError as skip:
         result, rows, status, reason = {}, [], "skipped", str(skip)
-    provenance = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "device": "cpu",
-        "versions": versions(),
-    }
+    provenance = {"seconds": round(time.perf_counter() - started, 3), "device": "cpu"}
     return Record(cell, status, reason, result, provenance), rows  # type: ignore[arg-type]
 
 
 class SkippedError(Exception):
     """A cell that has no answer by its nature; the reason goes on record."""
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    import importlib.metadata as metadata
-
-    found = {name: metadata.version(name) for name in ("torch", "transformers", "opacus")}
-    return {"dpguard": dpguard.__version__, "python": platform.python_version(), "platform": sys.platform, **found}
 
 
 @lru_cache(maxsize=1)
@@ -195,8 +178,14 @@ def _kappa(cell: Cell, context: Mapping[str, Any], corpus: Corpus, model: Loaded
     def make() -> dict[str, dict[str, Any]]:
         return {metric: vars(k) for metric, k in kappa.measure(corpus.public, model.tokenizer).items()}
 
-    found: dict[str, dict[str, Any]] = Cache(context["folder"]).plain(key, make) if "folder" in context else make()
+    found: dict[str, dict[str, Any]] = _cache(context).plain(key, make)
     return found
+
+
+def _cache(context: Mapping[str, Any]) -> Cache:
+    """The study's cache; one without room where there is no folder."""
+    room = context.get("cache_gigabytes", GIGABYTES) if "folder" in context else 0
+    return Cache(context.get("folder", ""), room)
 
 
 def _plain(value: float) -> float | str:
@@ -267,12 +256,8 @@ def _federated_leakage(
     effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0])
     by_moment = []
     for moment in federated.moments(cell):
-        at = federated.go_to(model, context["folder"], cell, moment, settings)
-        if at is None:  # the weights are gone: the same seed gives the same ones
-            _train_federation(context, given["needs"], corpus, [moment])
-            at = federated.go_to(model, context["folder"], cell, moment, settings)
-        if at is None:
-            raise RuntimeError(f"cell {given['needs']} left no weights of {moment!r}")
+        state = {} if moment == "start" else _federation_weights(context, given["needs"], corpus, moment)
+        at = federated.go_to(model, state, moment, settings)
         by_moment.append(
             [
                 federated.observe(model, plan, corpus, indices, cell, at, seed=cell.seed * 1_000_003 + number)
@@ -312,7 +297,10 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
     if "federation" in cell.settings:
         _refuse(plan, Settings.of(cell.settings["federation"]))
         kept = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
-        write = federated.writer(context.get("folder", ""), cell.id)
+
+        def write(moment: int | str, state: dict[str, Tensor]) -> None:
+            shared(_cache(context), weights_key(cell.id, moment), lambda: state)
+
         found, run = federated.train(cell, model, plan, corpus, kept, write, engine=context.get("engine", "embedded"))
         return federated.utility(found, run, model), []
     try:
@@ -321,7 +309,7 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
         raise SkippedError(error.sentence) from None
     trained = _train(cell, model, plan, corpus)
     if cell.id in context.get("keep_weights", ()):
-        _save_weights(model, context, cell.id)
+        shared(_cache(context), weights_key(cell.id), lambda: _state(model))
     predictions, loss = utility.predict(model.module, model.tokenizer, corpus.test)
     labels = [e.label for e in corpus.test]
     return {
@@ -345,36 +333,40 @@ def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus) -> utilit
     )  # fmt: skip
 
 
-def _train_federation(context: Mapping[str, Any], cell_id: str, corpus: Corpus, keep: list[int | str]) -> None:
-    cell = Cell(**context["trained"][cell_id])
-    model = _model(cell, context, corpus)
-    federated.train(cell, model, _plan(cell, model), corpus, keep, federated.writer(context["folder"], cell_id))
+def _federation_weights(
+    context: Mapping[str, Any], cell_id: str, corpus: Corpus, moment: int | str
+) -> dict[str, Tensor]:
+    """Weights of a federation, which its utility cell kept; trained again (the same) if they are gone."""
+
+    def make() -> dict[str, Tensor]:
+        made: dict[int | str, dict[str, Tensor]] = {}
+        cell = Cell(**context["trained"][cell_id])
+        model = _model(cell, context, corpus)
+        federated.train(cell, model, _plan(cell, model), corpus, [moment], made.__setitem__)
+        return made[moment]
+
+    return shared(_cache(context), weights_key(cell_id, moment), make)
 
 
-def _weights(context: Mapping[str, Any], cell_id: str) -> Path:
-    return Path(context["folder"]) / "weights" / f"{cell_id}.safetensors"
+def weights_key(cell_id: str, moment: int | str = "end") -> dict[str, Any]:
+    """What weights are kept by: the utility cell that trained them, and when (``end``, or before a round)."""
+    return {"what": "weights", "cell": cell_id, "moment": moment}
 
 
-def _save_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str) -> None:
-    """Keep last weights for the cells that attack them; written beside, then renamed, so never half a file."""
-    path = _weights(context, cell_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    # tied tensors are stored once; load_state_dict(strict=False) fills them through their first name
-    state = {name: p.detach().contiguous() for name, p in model.module.named_parameters()}
-    save_file(state, part)
-    part.replace(path)
+def _state(model: LoadedModel) -> dict[str, Tensor]:
+    """The weights; tied tensors once, which load_state_dict(strict=False) fills through their first name."""
+    return {name: p.detach().contiguous() for name, p in model.module.named_parameters()}
 
 
 def _load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, corpus: Corpus) -> None:
-    """Last weights of a utility cell: from the file, or trained again (same seed, same weights) when it is gone."""
-    path = _weights(context, cell_id)
-    if not path.is_file():
+    """Last weights of a utility cell, which it kept; trained again (same seed, same weights) if they are gone."""
+
+    def make() -> dict[str, Tensor]:
         cell = Cell(**context["trained"][cell_id])
         _train(cell, model, _plan(cell, model), corpus)
-        _save_weights(model, context, cell_id)
-        return
-    model.module.load_state_dict(load_file(path), strict=False)
+        return _state(model)
+
+    model.module.load_state_dict(shared(_cache(context), weights_key(cell_id), make), strict=False)
 
 
 _LEGS: dict[str, Callable[[Cell, Mapping[str, Any]], Result]] = {

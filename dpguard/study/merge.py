@@ -13,8 +13,9 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study.grid import describe
+from dpguard.study.lock import in_use
 from dpguard.study.record import Cell, Record, TextRow, untimed
-from dpguard.study.store import FILE, Store, StudyInfo, explained, writer_of
+from dpguard.study.store import FILE, Store, StudyInfo, explained
 
 _RANK = {"failed": 0, "skipped": 1, "done": 2}
 
@@ -128,9 +129,8 @@ def _check_distinct(out: Path, paths: Sequence[Path]) -> None:
 
 
 def _read(folder: Path) -> Source:
-    holder = writer_of(folder)
-    if holder is not None:
-        raise UserError(f"{str(folder)!r} is in use by process {holder}, expected a run that has ended")
+    if holder := in_use(folder):
+        raise UserError(f"{str(folder)!r} is in use by {holder}, expected a run that has ended")
     with Store.open(folder) as store:
         return _source(store)
 

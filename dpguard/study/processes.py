@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +77,8 @@ def memory(pid: int) -> int:
 def end(process: Identity) -> None:
     """Kill a worker, its descendants, and its process group, of which it is the leader; nothing if all are gone."""
     if is_same(process):
-        for pid in (*descendants(process.pid), process.pid):
-            _kill(pid)
-    for pid in _group(process.pid):
-        _kill(pid)
+        end_all([*descendants(process.pid), process.pid])
+    end_all(_group(process.pid))
 
 
 def _group(leader: int) -> list[int]:
@@ -99,6 +98,8 @@ def _group(leader: int) -> list[int]:
     return found
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+def end_all(pids: Iterable[int]) -> None:
+    """Kill processes; those that are gone already are no matter."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)

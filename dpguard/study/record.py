@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 Leg = Literal["guarantee", "leakage", "utility"]
@@ -62,7 +63,7 @@ class Cell:
             "seed": self.seed,
         }
 
-    @property
+    @cached_property
     def id(self) -> str:
         """20 hex digits of the SHA-256 of the canonical content: equal before and after the run."""
         return hashlib.sha256(canonical(self.content()).encode()).hexdigest()[:20]
@@ -92,7 +93,9 @@ class Record:
         "federation" holds {"global" (scores), "personal" ({"mean", "worst_tenth", "clients"}), "bytes_per_message",
         "bytes_per_round", "bytes", "epsilon" ({"max", "median"} over clients), "texts", "rounds" (by client)}
 
-    ``provenance``: versions, device, seconds, peak_mb, started; it never enters a figure or an id.
+    ``provenance``: "versions" (name -> version), "git" ({"revision", "dirty", "of"} or None), "device", "started",
+    "seconds", "cpu_seconds", "peak_mb", "seed", "plan" (hash of the resolved policy); of a failed cell also "failure"
+    (`execution.FAILURES`), "traceback", "output". It never enters a figure or an id.
     """
 
     cell: Cell

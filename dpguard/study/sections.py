@@ -274,6 +274,30 @@ class Caps(Section):
     max_epsilon: Positive | None = Field(default=None, description=_ABOVE_0)
 
 
+class CellLimits(Section):
+    """What one cell may use before it is ended; None = no limit. No part of a cell's identity.
+
+    Attributes:
+        minutes: from its start to its end.
+        gigabytes: of resident memory (10^9 bytes), with the processes that it started.
+    """
+
+    minutes: Positive | None = Field(default=None, description=_ABOVE_0)
+    gigabytes: Positive | None = Field(default=None, description=_ABOVE_0)
+
+
+class Shared(Section):
+    """What is kept beside the records of work that several cells share; no part of a cell's identity.
+
+    Attributes:
+        gigabytes: room for it (10^9 bytes); over it, what was used longest ago is dropped. 0 = keep nothing.
+    """
+
+    gigabytes: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = Field(
+        default=4.0, description="a number from 0 on"
+    )
+
+
 class StudyFile(Section):
     """The whole file. The entries under ``policies`` are read by the policy room (`spec.Study.load`)."""
 
@@ -297,3 +321,5 @@ class StudyFile(Section):
     )
     privacy: Privacy = Field(default=Privacy(), description="a mapping such as {delta: 1.0e-5}")
     recommend: Caps = Field(default=Caps(), description="a mapping such as {max_leakage: 0.2}")
+    limits: CellLimits = Field(default=CellLimits(), description="a mapping such as {minutes: 60, gigabytes: 8}")
+    cache: Shared = Field(default=Shared(), description="a mapping such as {gigabytes: 4}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,18 @@ from dpguard.study import grid
 from dpguard.study.policies import Named, locate, read_policies
 from dpguard.study.record import Cell, canonical
 from dpguard.study.schedule import Schedule
-from dpguard.study.sections import Caps, Federation, Leakage, Privacy, Source, StudyFile, ThreatModel, Utility
+from dpguard.study.sections import (
+    Caps,
+    CellLimits,
+    Federation,
+    Leakage,
+    Privacy,
+    Shared,
+    Source,
+    StudyFile,
+    ThreatModel,
+    Utility,
+)
 
 SHARED = ("split", "split_seed", "observe", "engine")
 """What a policy cannot set for itself of the study's federation."""
@@ -39,6 +50,7 @@ class Study:
         federation: the utility leg is a federation of these settings; None = it trains in one place.
         privacy, recommend: delta and caps.
         document: the file, for places in error sentences.
+        limits, cache: of its cells and of what they share; they change no result.
     """
 
     name: str
@@ -52,6 +64,8 @@ class Study:
     recommend: Caps
     document: Document
     federation: Federation | None = None
+    limits: CellLimits = field(default_factory=CellLimits)
+    cache: Shared = field(default_factory=Shared)
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -82,6 +96,8 @@ class Study:
             recommend=file.recommend,
             document=document,
             federation=file.federation,
+            limits=file.limits,
+            cache=file.cache,
         )
         with document.locating():
             study._check_legs()
@@ -257,6 +273,11 @@ class Study:
         marks = self.document.marks
         mark = marks.get(("data", "path")) or marks.get(("data",))
         return Path(self.data.path).name if mark and "${" in mark.raw else self.data.path
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The study's file and those of its policies as they were read: path -> text."""
+        return {document.path: document.text for document in (self.document, *(n.document for n in self.policies))}
 
     def plain(self) -> dict[str, Any]:
         """The study as plain data with every default filled in: what its store keeps and its report prints."""

@@ -3,17 +3,18 @@
 One process writes (`Store.open(folder, create=True)` holds a lock on the folder), any number may read.
 A record is on the disk when `put` returns: write-ahead log, synchronous FULL. When the writer closes, the
 log is folded in, so that the file can be copied, committed or read from a read-only medium.
+
+Records and planned cells are kept as compressed JSON, a tenth of its size: 10,000 records are a file that one can
+send. A store of format 1 (plain JSON) is read as it is; a writer adds compressed rows to it and says format 2.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import sqlite3
-import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,18 @@ from types import TracebackType
 from typing import IO, Any
 
 from dpguard.errors import UserError
-from dpguard.study.record import SCHEMA, Cell, Record, TextRow, canonical
+from dpguard.study import lock
+from dpguard.study.record import Cell, Record, TextRow, canonical
 
 FILE = "records.sqlite"
-LOCK = "records.lock"
 FINISHED = ("done", "skipped")
+FORMAT = 2
+"""Of the file. What a cell's id hashes has a number of its own (`record.SCHEMA`)."""
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, cell TEXT NOT NULL);
-CREATE TABLE records (id TEXT PRIMARY KEY, status TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, cell BLOB NOT NULL);
+CREATE TABLE records (id TEXT PRIMARY KEY, status TEXT NOT NULL, record BLOB NOT NULL);
 CREATE TABLE texts (
     id TEXT NOT NULL, position INTEGER NOT NULL, target INTEGER NOT NULL, attack TEXT NOT NULL,
     text TEXT NOT NULL, PRIMARY KEY (id, position)
@@ -67,10 +70,10 @@ class Store:
     ({'steps': 3}, True)
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection, lock: IO[str] | None) -> None:
+    def __init__(self, folder: Path, connection: sqlite3.Connection, held: IO[str] | None) -> None:
         self.folder = folder
         self._connection = connection
-        self._lock = lock
+        self._lock = held
 
     @classmethod
     def open(cls, folder: str | Path, *, create: bool = False) -> Store:
@@ -84,7 +87,7 @@ class Store:
         file = folder / FILE
         if not create and not file.is_file():
             raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
-        lock = _claim(folder) if create else None
+        held = lock.claim(folder) if create else None
         try:
             with explained(file):
                 if create:
@@ -93,11 +96,11 @@ class Store:
                     connection.execute("PRAGMA synchronous=FULL")
                 else:
                     connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
-                store = cls(folder, connection, lock)
+                store = cls(folder, connection, held)
                 store._check_schema(create)
         except BaseException:
-            if lock is not None:
-                lock.close()
+            if held is not None:
+                held.close()
             raise
         return store
 
@@ -107,16 +110,19 @@ class Store:
             with self._writing():
                 for statement in _TABLES.split(";"):
                     self._connection.execute(statement)
-                self._set_meta({"schema": str(SCHEMA)})
+                self._set_meta({"schema": str(FORMAT)})
             return
         if "meta" not in tables or "records" not in tables:
             raise UserError(f"{str(self.folder / FILE)!r} holds no records of a study, expected a store of dpguard")
         schema = int(self._meta()["schema"])
-        if schema > SCHEMA:
+        if schema > FORMAT:
             raise UserError(
                 f"{str(self.folder / FILE)!r} has schema {schema}, made by a newer dpguard, "
-                f"expected at most {SCHEMA}: update dpguard to read it"
+                f"expected at most {FORMAT}: update dpguard to read it"
             )
+        if create and schema < FORMAT:
+            with self._writing():
+                self._set_meta({"schema": str(FORMAT)})
 
     def __enter__(self) -> Store:
         return self
@@ -150,11 +156,12 @@ class Store:
                 f"{str(self.folder)!r} holds the records of study {held!r}, "
                 f"expected an empty folder or records of {name!r}"
             )
-        rows = [(position, cell.id, canonical(_plain(cell))) for position, cell in enumerate(cells)]
+        rows = [(position, cell.id, _packed(cell)) for position, cell in enumerate(cells)]
         with self._writing():
             self._set_meta({"name": name, "yaml": yaml, "spec": canonical(spec), "show_text": canonical(show_text)})
-            self._connection.execute("DELETE FROM plan")
-            self._connection.executemany("INSERT INTO plan VALUES (?, ?, ?)", rows)
+            if rows != self._connection.execute("SELECT position, id, cell FROM plan ORDER BY position").fetchall():
+                self._connection.execute("DELETE FROM plan")
+                self._connection.executemany("INSERT INTO plan VALUES (?, ?, ?)", rows)
 
     @property
     def named(self) -> bool:
@@ -174,8 +181,8 @@ class Store:
 
     def planned(self) -> list[Cell]:
         """The cells of the study, in its order, with or without a record."""
-        rows = self._connection.execute("SELECT cell FROM plan ORDER BY position")
-        return [_cell(json.loads(cell)) for (cell,) in rows]
+        rows = self._rows("SELECT cell FROM plan ORDER BY position")
+        return [_cell(_unpacked(cell)) for (cell,) in rows]
 
     def put(self, record: Record, texts: Sequence[TextRow] = ()) -> None:
         """Store a record and its texts, in place of an earlier record of the same cell.
@@ -194,7 +201,7 @@ class Store:
         """
         with self._writing():
             for record, texts in answers:
-                row = (record.cell.id, record.status, canonical(_plain(record)))
+                row = (record.cell.id, record.status, _packed(record))
                 found = [
                     (record.cell.id, position, item.target, item.attack, _encodable(item.text))
                     for position, item in enumerate(texts)
@@ -205,36 +212,45 @@ class Store:
 
     def records(self) -> list[Record]:
         """The records of the cells that the study plans, in its order, under the policy names of today."""
-        rows = self._connection.execute("SELECT record, cell FROM plan JOIN records USING (id) ORDER BY position")
-        return [_record(json.loads(record), json.loads(cell)) for record, cell in rows]
+        rows = self._rows("SELECT record, cell FROM plan JOIN records USING (id) ORDER BY position")
+        return [_record(_unpacked(record), _unpacked(cell)) for record, cell in rows]
 
     def record(self, cell_id: str) -> Record | None:
         """The record of one cell, None when it has none."""
-        row = self._connection.execute("SELECT record FROM records WHERE id = ?", (cell_id,)).fetchone()
-        return None if row is None else _record(json.loads(row[0]))
+        rows = self._rows("SELECT record FROM records WHERE id = ?", cell_id)
+        return _record(_unpacked(rows[0][0])) if rows else None
 
     def ignored(self) -> list[Record]:
         """Records that an earlier form of the study left, and that it no longer plans."""
-        rows = self._connection.execute("SELECT record FROM records WHERE id NOT IN (SELECT id FROM plan) ORDER BY id")
-        return [_record(json.loads(record)) for (record,) in rows]
+        rows = self._rows("SELECT record FROM records WHERE id NOT IN (SELECT id FROM plan) ORDER BY id")
+        return [_record(_unpacked(record)) for (record,) in rows]
 
     def texts(self, cell_id: str) -> list[TextRow]:
         """True and recovered texts of one cell, in the order in which they were put."""
-        rows = self._connection.execute(
-            "SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position", (cell_id,)
-        )
+        rows = self._rows("SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position", cell_id)
         return [TextRow(*row) for row in rows]
 
     def statuses(self) -> dict[str, str]:
         """Cell id -> status, of every record."""
-        return dict(self._connection.execute("SELECT id, status FROM records").fetchall())
+        return dict(self._rows("SELECT id, status FROM records"))
+
+    def failed(self) -> list[Record]:
+        """The failed records of the cells that the study plans, in its order."""
+        rows = self._rows(
+            "SELECT record, cell FROM plan JOIN records USING (id) WHERE status = 'failed' ORDER BY position"
+        )
+        return [_record(_unpacked(record), _unpacked(cell)) for record, cell in rows]
 
     def done_ids(self) -> set[str]:
-        """Ids of the cells that need not run again: done and skipped ones. A failed cell is tried again."""
+        """Ids of the cells that need not run again: done and skipped ones."""
         return {cell_id for cell_id, status in self.statuses().items() if status in FINISHED}
 
     def _meta(self) -> dict[str, str]:
-        return dict(self._connection.execute("SELECT key, value FROM meta").fetchall())
+        return dict(self._rows("SELECT key, value FROM meta"))
+
+    def _rows(self, question: str, *values: object) -> list[tuple[Any, ...]]:
+        with explained(self.folder / FILE):
+            return self._connection.execute(question, values).fetchall()
 
     def _set_meta(self, values: Mapping[str, str]) -> None:
         self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(values.items()))
@@ -267,51 +283,20 @@ def explained(file: Path) -> Iterator[None]:
         ) from error
 
 
-def writer_of(folder: str | Path) -> str | None:
-    """The process that writes to a folder's store now, None when none does."""
-    with contextlib.suppress(FileNotFoundError), open(Path(folder) / LOCK, encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _holder(lock)
-    return None
-
-
-def _claim(folder: Path) -> IO[str]:
-    """Make the folder and hold its lock, which the system lets go when this process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - it is held until `close`
-    except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} cannot be written ({error.strerror}), expected a folder for records"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _holder(lock)
-        lock.close()
-        raise UserError(
-            f"{str(folder)!r} is in use by process {holder}, expected a folder that no other run writes to"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
-
-
-def _holder(lock: IO[str]) -> str:
-    """The pid in a lock file that another process holds; it writes it a moment after it takes the lock."""
-    for _ in range(20):
-        lock.seek(0)
-        if pid := lock.read().strip():
-            return pid
-        time.sleep(0.05)
-    return "unknown"
-
-
 def _plain(value: Cell | Record) -> dict[str, Any]:
     return dataclasses.asdict(value)
+
+
+def _packed(value: Cell | Record) -> bytes:
+    return zlib.compress(canonical(_plain(value)).encode())
+
+
+def _unpacked(kept: str | bytes) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(kept if isinstance(kept, str) else zlib.decompress(kept))
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"a stored record cannot be read ({error}), expected {FILE} as it was written") from error
+    return plain
 
 
 def _cell(plain: Mapping[str, Any]) -> Cell:

@@ -22,7 +22,7 @@ def test_an_entry_is_made_once_and_another_key_is_another_entry(tmp_path) -> Non
 
 def test_a_damaged_entry_is_made_again(tmp_path) -> None:
     Cache(tmp_path).plain({"a": 1}, lambda: 1)
-    (entry,) = (tmp_path / FOLDER).iterdir()
+    (entry,) = (tmp_path / FOLDER).glob("*.json")
     entry.write_text("{half")
     assert Cache(tmp_path).plain({"a": 1}, lambda: 2) == 2
     assert Cache(tmp_path).plain({"a": 1}, lambda: 3) == 2

@@ -17,8 +17,9 @@ from dpguard.errors import UserError
 from dpguard.study.grid import NEEDS, describe
 from dpguard.study.progress import Event, line
 from dpguard.study.record import Record
-from dpguard.study.runner import Summary, run
+from dpguard.study.runner import run
 from dpguard.study.store import Store
+from dpguard.study.summary import Summary
 
 DRIVER = """
 import json, sys
@@ -128,7 +129,7 @@ def test_an_exception_is_a_failed_record_and_the_study_goes_on(kit, tmp_path):
     summary = go(kit, tmp_path, {"leakage at start, none, seed 0": "raise"})
     assert (summary.failed, summary.done, summary.exit_status) == (1, len(kit.cells()) - 1, 1)
     assert summary.failures == (("leakage at start, none, seed 0", "ValueError: a deliberate failure"),)
-    assert "retry what failed" in summary.sentence
+    assert "--retry-failed runs the 1 failed again" in summary.sentence
     with Store.open(tmp_path) as store:
         [record] = [r for r in store.records() if r.status == "failed"]
     assert record.reason == "ValueError: a deliberate failure"
@@ -176,6 +177,8 @@ def test_what_needs_a_failed_cell_is_skipped_and_comes_back_with_it(kit, tmp_pat
     assert describe(skipped.cell) == attack
     assert skipped.reason == (f"it attacks the weights of {training}, which failed: ValueError: a deliberate failure")
     summary = go(kit, tmp_path)
+    assert (summary.done, summary.left, summary.resumed, summary.exit_status) == (0, 1, len(kit.cells()) - 1, 1)
+    summary = go(kit, tmp_path, retry_failed=True)
     assert (summary.done, summary.resumed, summary.exit_status) == (2, len(kit.cells()) - 2, 0)
     with Store.open(tmp_path) as store:
         assert {r.status for r in store.records()} == {"done"}
@@ -222,7 +225,10 @@ def test_a_changed_study_adds_its_cells_and_leaves_the_old_aside(kit, tmp_path):
     text = kit.text.replace("[0.3, 0.6]", "[0.3, 0.9]")
     summary = go(kit, tmp_path / "out", text=text, context={"log": str(log)})
     assert (summary.done, summary.ignored, summary.resumed) == (8, 8, 24)
-    assert "8 stored that the study no longer plans are left aside" in summary.sentence
+    assert summary.sentence.endswith(
+        "; 8 stored that the study no longer plans are left aside (leakage, dp-sgd noise=0.6 (4), "
+        "utility, dp-sgd noise=0.6 (3), guarantee, dp-sgd noise=0.6 (1))"
+    )
     assert set(starts(log).values()) == {1}
     summary = go(kit, tmp_path / "out")
     assert (summary.done, summary.ignored) == (0, 8)
@@ -320,7 +326,7 @@ def test_a_second_driver_is_refused_and_names_the_first(kit, tmp_path):
     waiting = {"script": {"guarantee, none": "wait"}, "gate": str(gate), "log": str(log)}
     driver = start(kit, tmp_path / "out", waiting)
     until(lambda: starts(log), "a cell started")
-    with pytest.raises(UserError, match=f"is in use by process {driver.pid}, expected a folder"):
+    with pytest.raises(UserError, match=rf"is in use by process {driver.pid} on .* since 20.*, expected a folder"):
         go(kit, tmp_path / "out")
     gate.touch()
     driver.communicate(timeout=120)

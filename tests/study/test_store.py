@@ -139,7 +139,9 @@ def test_a_reader_cannot_write(tmp_path):
 
 def test_a_second_writer_is_refused_and_names_the_first(tmp_path):
     with filled(tmp_path):
-        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}, expected a folder"):
+        with pytest.raises(
+            UserError, match=rf"is in use by process {os.getpid()} on \S+ since 20\S+, expected a folder"
+        ):
             Store.open(tmp_path, create=True)
         code = f"from dpguard.study.store import Store; Store.open({str(tmp_path)!r}, create=True)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -178,7 +180,7 @@ def test_a_newer_schema_is_refused(tmp_path):
         other.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     other.close()
     for create in (True, False):
-        with pytest.raises(UserError, match="has schema 99, made by a newer dpguard, expected at most 1"):
+        with pytest.raises(UserError, match="has schema 99, made by a newer dpguard, expected at most 2"):
             Store.open(tmp_path, create=create)
     with sqlite3.connect(tmp_path / FILE) as other:
         other.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
@@ -198,5 +200,5 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_is_stored(tmp_path):
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count={pages}")
         with pytest.raises(UserError, match=r"full.*nothing was deleted"):
-            store.put(Record(CELLS[1], "done", result={"x": "y" * 1_000_000}))
+            store.put(Record(CELLS[1], "done", result={"x": os.urandom(500_000).hex()}))
         assert store.done_ids() == {CELLS[0].id}

@@ -1,0 +1,39 @@
+"""Tensors that several cells share, kept as safetensors in the study's cache: weights, and messages costly to make."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpguard.study.cache import Cache
+
+Tensors = dict[str, Tensor]
+
+
+def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors], *, worth: float = 0.0) -> Tensors:
+    """What ``make`` gives, from the cache when an entry of this key is there and whole; see `Cache`.
+
+    Args:
+        cache: the study's.
+        key: what they are made from; ``key["what"]`` names the file.
+        make: makes them.
+        worth: seconds; what took less to make is not kept, because reading it costs about as much.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     one = shared(Cache(folder), {"what": "weights"}, lambda: {"w": torch.ones(2)})
+    ...     shared(Cache(folder), {"what": "weights"}, lambda: {"w": torch.zeros(2)})["w"]
+    tensor([1., 1.])
+    """
+
+    def write(path: Path, made: Tensors) -> None:
+        if time.perf_counter() - started >= worth:
+            save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)
+
+    started = time.perf_counter()
+    return cache.entry(key, ".safetensors", load_file, make, write)

@@ -1,0 +1,44 @@
+"""What a run has to do: the cells without an answer that counts. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpguard.study.grid import NEEDS
+from dpguard.study.record import Cell, Record
+from dpguard.study.store import FINISHED, Store
+
+AGAIN = ("killed", "room")
+"""Failures that say nothing about a cell: its process was ended from outside, or the disk was full. It runs again."""
+
+
+@dataclass(frozen=True)
+class Todo:
+    """The work of a run.
+
+    Attributes:
+        cells: to run, in the study's order.
+        left: failed records that stay as they are.
+    """
+
+    cells: tuple[Cell, ...]
+    left: tuple[Record, ...]
+
+    @staticmethod
+    def of(cells: Sequence[Cell], store: Store, *, retry_failed: bool = False) -> Todo:
+        """Cells without a record, failed ones that are to run again, and those skipped because of one of them."""
+        statuses = store.statuses()
+        left = {r.cell.id: r for r in store.failed() if not retry_failed and not again(r)}
+        todo: dict[str, Cell] = {}
+        for cell in cells:
+            status = statuses.get(cell.id)
+            waits = status == "skipped" and cell.settings.get(NEEDS) in todo
+            if waits or (status not in FINISHED and cell.id not in left):
+                todo[cell.id] = cell
+        return Todo(tuple(todo.values()), tuple(left[cell.id] for cell in cells if cell.id in left))
+
+
+def again(record: Record) -> bool:
+    """Whether a failed record is missing work rather than an answer."""
+    return record.provenance.get("failure") in AGAIN
