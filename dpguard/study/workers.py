@@ -43,7 +43,7 @@ def warm_up(preload: Sequence[str] = (), threads: int = 1) -> None:
 
     Later calls change nothing: the server keeps what it has imported until this process ends.
     """
-    _CONTEXT.set_forkserver_preload([forked.__name__, *preload])
+    _CONTEXT.set_forkserver_preload([forked.__name__, "dpguard.study.grid", *preload])
     with _server_environment(threads):
         forkserver.ensure_running()
 
@@ -144,11 +144,11 @@ class Worker:
         self.setting = setting
         self.alone = False
         self._answer: Answer | None = None
+        self._code: int | None = None
         self._started = time.monotonic()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self.receiver, self._process = _started(self._log.fileno(), cell, execute, context, setting)
         self._member = processes.identity(self._process.pid or 0)
-        self._server = processes.identity(getattr(forkserver._forkserver, "_forkserver_pid", None) or 0)
 
     @property
     def waitables(self) -> list[Connection | int]:
@@ -167,21 +167,33 @@ class Worker:
 
     def look(self, limits: Limits) -> None:
         """Take the answer if there is one, find out that there will be none, or keep the limits."""
-        if self._answer is None and self.receiver.poll():
+        if self._answer is not None:
+            return
+        self._settle(0)  # before the pipe is looked at: what was sent by then is in it
+        over = self._code is not None or (self.alone and not processes.is_same(self._member))
+        if self.receiver.poll():
             with contextlib.suppress(EOFError, OSError):  # it died before or within its answer
                 self._answer = self.receiver.recv()
-            if self._answer is None:
-                self._process.join(_PATIENCE)
-                self._answer = failed(self.cell, *_ending(self._process.exitcode, self._server_gone))
-        elif self._answer is None and not self.alone and self._process.exitcode is not None:
-            # The server says that it ended, or is gone itself; then only the answer's pipe can tell.
-            self.alone = self._server_gone
-            if not self.alone:
-                self._answer = failed(self.cell, *_ending(self._process.exitcode))
-        if self._answer is None and self.alone and not processes.is_same(self._member):
-            self._answer = failed(self.cell, *_ending(None, True))
-        if self._answer is None:
+            over = self._answer is None
+        if over:
+            self._settle(_PATIENCE)
+            self._answer = failed(self.cell, *_ending(self._code))
+        elif self._answer is None:
             self._keep(limits)
+
+    def _settle(self, patience: float) -> None:
+        """Learn the exit status if it comes within so many seconds, or that nobody can tell it any more.
+
+        multiprocessing would say 255 for a server that was killed, as for a worker that ended so. The pipe behind its
+        sentinel tells the two apart: the server writes the status, or its end closes the pipe.
+        """
+        if self.alone or self._code is not None or not wait([self._process.sentinel], patience):
+            return
+        try:
+            self._code = forkserver.read_signed(self._process.sentinel)
+        except (EOFError, OSError):
+            self.alone = True
+        vars(self._process)["_popen"].returncode = 255 if self._code is None else self._code
 
     def _keep(self, limits: Limits) -> None:
         """End the worker when it is over a limit.
@@ -198,17 +210,12 @@ class Worker:
         spent = {"seconds": round(self.seconds, 3), **({"peak_mb": round(used / 1e6, 1)} if used else {})}
         self._answer = failed(self.cell, "time" if late else "memory", late or large, **spent)
 
-    @property
-    def _server_gone(self) -> bool:
-        """multiprocessing says 255 when the server cannot tell any more (and when a worker ended with 255)."""
-        return self._process.exitcode == 255 and not processes.is_same(self._server)
-
     def answer(self) -> Answer:
         """What the cell left; a failed record when the worker did not live to say so. Call it once it has `ended`."""
         if self._answer is None:
             raise RuntimeError(f"cell {self.cell.id} still runs")
         record, texts = self._answer
-        self._process.join(_PATIENCE)
+        self._settle(_PATIENCE)
         if record.status == "failed":
             output = {"output": self._output()}
             record = dataclasses.replace(record, provenance={**record.provenance, **output})
@@ -222,7 +229,7 @@ class Worker:
     def _end(self) -> None:
         """Kill the worker and all that its cell has started."""
         processes.end(self._member)
-        self._process.join(_PATIENCE)
+        self._settle(_PATIENCE)
 
     def close(self) -> None:
         """End what still runs of it, and let its pipes go."""
@@ -251,6 +258,8 @@ def _started(
                     target=forked.live, args=(sender, _Passed(log), cell, execute, dict(context), setting)
                 )
                 process.start()
+            # Whenever it starts another, multiprocessing reads the exit status of all that it knows; this one is ours.
+            vars(multiprocessing.process)["_children"].discard(process)
             return receiver, process
         except (EOFError, OSError) as error:
             receiver.close()
@@ -265,7 +274,7 @@ def _started(
             sender.close()
 
 
-def _ending(exit_code: int | None, unknown: bool = False) -> tuple[str, str]:
+def _ending(exit_code: int | None) -> tuple[str, str]:
     """(kind of failure, reason) of a worker that gave no answer.
 
     >>> _ending(-11), _ending(3)
@@ -273,7 +282,7 @@ def _ending(exit_code: int | None, unknown: bool = False) -> tuple[str, str]:
     >>> _ending(-9)[1]
     'worker ended with signal 9 (SIGKILL): somebody ended it, or the system ran out of memory'
     """
-    if unknown or exit_code is None:
+    if exit_code is None:
         return "killed", "worker ended together with the server that it was forked from"
     if exit_code >= 0:
         return "crashed", f"worker ended with exit status {exit_code}"
