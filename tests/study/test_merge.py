@@ -159,7 +159,10 @@ def test_texts_may_be_shown_only_where_all_folders_allow_it(tmp_path):
 
 def test_a_running_driver_in_a_source_is_named(tmp_path):
     one = filled(tmp_path / "a", [done(0)])
-    with Store.open(one, create=True), pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on .*, expected"):
+    with (
+        Store.open(one, create=True),
+        pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on .*, expected"),
+    ):
         merge(tmp_path / "out", [one])
     merge(tmp_path / "out", [one])
 
