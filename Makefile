@@ -38,8 +38,11 @@ check: .venv/.installed-test
 # TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name) and BATCH as the study's header says; again to resume
 study: .venv/.installed-minilm
 	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
-	@DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" \
-	$(BIN)/dpguard run "studies/$(NAME).yaml" $(if $(OUT),--out "$(OUT)",$(if $(MODEL),--out "reports/$(NAME)-$(or $(TASK),default)-$(notdir $(MODEL))"))
+	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)"; \
+	task=$$(sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" | head -1); \
+	out="$(or $(OUT),reports/$(NAME)-$(or $(TASK),$$task)$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL))))"; \
+	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" && \
+	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores
 
 docs: .venv/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,3 +141,25 @@ def test_no_private_text_is_in_what_gets_committed(tmp_path, monkeypatch):
         found = [text for text in words if text in content.lower()]
         assert not found, found
     assert os.path.getsize(out / "report.html") > 5_000
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ("which-part-leaks-cola/report.html", True),
+        ("does-dp-protect-rotten_tomatoes/frontier.csv", True),
+        ("fixed-budget-cola/metrics.parquet", True),
+        ("clip-prune-withhold-cola/figures/tradeoff.svg", True),
+        ("which-part-leaks-cola/records.sqlite", False),
+        ("which-part-leaks-cola/records.sqlite-wal", False),
+        ("which-part-leaks-cola/weights/a.safetensors", False),
+        ("which-part-leaks-cola/cache/a.json", False),
+        ("mine/report.html", False),
+    ],
+)
+def test_only_what_holds_no_sentence_can_be_committed_by_mistake(file, kept):
+    command = ["git", "check-ignore", "--quiet", f"reports/{file}"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
+    if done.returncode > 1:
+        pytest.skip("no git checkout here")
+    assert (done.returncode == 1) == kept
