@@ -145,9 +145,9 @@ class Worker:
         self.alone = False
         self._answer: Answer | None = None
         self._code: int | None = None
-        self._started = time.monotonic()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self.receiver, self._process = _started(self._log.fileno(), cell, execute, context, setting)
+        self._started = time.monotonic()  # after the server's imports, which are no cell's time
         self._member = processes.identity(self._process.pid or 0)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,11 +30,21 @@ def execute(cell, context):
         return Record(cell, "done", result={"loss": float("nan")}), []
     if deed == "big":
         return Record(cell, "done", result={"noise": "x" * 3_000_000}), []
+    if deed == "sleep":
+        print("about to sleep", flush=True)
+        time.sleep(600)
+    if deed == "eat":
+        helper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        Path(context["pids"]).write_text(f"{os.getpid()} {helper.pid}")
+        eaten = bytearray(os.urandom(1000)) * 400_000
+        time.sleep(600)
+        del eaten
     if deed == "wait":
         while not Path(context["gate"]).exists():
             time.sleep(0.02)
     score = int(cell.id[:6], 16) / 16**6
-    return Record(cell, "done", result={"score": score}), [TextRow(0, "truth", f"text of {cell.id}")]
+    result = {"score": score, "device": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return Record(cell, "done", result=result), [TextRow(0, "truth", f"text of {cell.id}")]
 
 
 def _note(context, words):
