@@ -30,6 +30,8 @@ def execute(cell, context):
         return Record(cell, "done", result={"loss": float("nan")}), []
     if deed == "big":
         return Record(cell, "done", result={"noise": "x" * 3_000_000}), []
+    if deed == "big-random":
+        return Record(cell, "done", result={"noise": os.urandom(1_000_000).hex()}), []
     if deed == "sleep":
         print("about to sleep", flush=True)
         time.sleep(600)
