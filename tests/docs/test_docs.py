@@ -134,6 +134,18 @@ def test_a_command_in_the_docs_can_be_parsed(line):
     command.make_context(command.name, words)
 
 
+def test_every_file_that_a_page_shows_is_there():
+    shown = [
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(r"(?m)^ *--8<--\n *(\S+)\n *--8<--$", page.read_text("utf-8"))
+    ]
+    assert {name for _, name in shown} >= {"examples/nearest.py", "examples/electra.py", "tutorials/one_message.py"}
+    assert all((DOCS / name).is_file() for _, name in shown)
+    marks = sum(len(re.findall("8 ?<", page.read_text("utf-8"))) for page in PAGES)
+    assert marks == 2 * len(shown)  # a formatter once took the mark for a comparison
+
+
 def test_every_study_that_the_docs_name_exists():
     for page in PAGES:
         for name in re.findall(r"NAME=([a-z-]+)", page.read_text("utf-8")):
@@ -149,5 +161,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= 15
     for page in pages:
+        assert "8<" not in page.read_text("utf-8"), "a file that was to be shown is not"
+        assert "8 &lt;" not in page.read_text("utf-8"), "a file that was to be shown is not"
         loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?://[^\"]+)", page.read_text("utf-8"))
         assert not loaded, (page.name, loaded)
