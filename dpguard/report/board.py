@@ -94,6 +94,8 @@ class Row:
             then fewer columns.
         attacks: the attacks that ran, the prior among them.
         positions: where in the training messages were attacked.
+        candidates: among how many disclosed texts the true one was; 0 in the open world. Exact match is then
+            identification.
         gaps: what is missing, and why.
         on_front: no other policy leaks no more and is worth no less, with one of the two strict.
     """
@@ -113,6 +115,7 @@ class Row:
     columns: int = 0
     attacks: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
+    candidates: int = 0
     gaps: tuple[Gap, ...] = ()
     on_front: bool = False
 

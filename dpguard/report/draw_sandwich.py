@@ -50,10 +50,12 @@ def _allowed(ax: Axes, place: int, part: Slice) -> None:
         box.set(alpha=0.6, zorder=0.8)
         ax.add_patch(box)
         ends = [place - 0.38, place + 0.38]
-        ax.plot([part.bound] * 2, ends, color=RED, linewidth=1.8, zorder=1.6, gid=f"bound-{part.number}")
+        ax.plot([part.bound] * 2, ends, color=RED, linewidth=1.8, zorder=1.6, clip_on=False, gid=f"bound-{part.number}")
     if part.chance is not None:
         ends = [place - 0.38, place + 0.38]
-        ax.plot([part.chance] * 2, ends, color=MUTED, linewidth=1.2, zorder=1.5, gid=f"chance-{part.number}")
+        ax.plot(
+            [part.chance] * 2, ends, color=MUTED, linewidth=1.2, zorder=1.5, clip_on=False, gid=f"chance-{part.number}"
+        )
     if part.broken:
         ax.axhspan(place - 0.5, place + 0.5, color=RED, alpha=0.16, linewidth=0, zorder=0.5)
 
@@ -66,7 +68,7 @@ def _measured(ax: Axes, place: int, part: Slice) -> None:
     ends = [part.measured.low, part.measured.high]
     colour = part.band.colour if part.band else OPEN
     ax.plot(
-        ends, [place, place], color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round", zorder=2,
+        ends, [place, place], color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round", clip_on=False, zorder=2,
         gid=f"measured-{part.number}",
     )  # fmt: skip
     marker(ax, part.measured.value, place, part.band)
@@ -88,11 +90,11 @@ def _rows(ax: Axes, rows: Sequence[tuple[int, str]], title: str, *, narrow: bool
 def sandwich_legend(ax: Axes, panels: Sequence[Panel], *, narrow: bool) -> None:
     """What the marks, the band and its two ends mean."""
     parts = [part for panel in panels for part in panel.slices]
-    handles: list[Artist] = band_handles(part.band for part in parts if part.measured)
+    handles: list[Artist] = band_handles((part.band for part in parts if part.measured), narrow=narrow)
     if any(part.chance is not None for part in parts):
-        handles.append(_tick(MUTED, 1.4, "chance: no message"))
+        handles.append(_tick(MUTED, 1.4, "chance" if narrow else "chance: no message"))
     if any(part.bound is not None for part in parts):
-        handles.append(_tick(RED, 2.0, "the most that the guarantee allows"))
+        handles.append(_tick(RED, 2.0, "most allowed" if narrow else "the most that the guarantee allows"))
         handles.append(Patch(facecolor=LINE, alpha=0.6, label="allowed"))
     legend(ax, handles, 2 if narrow else -(-len(handles) // 2))
 
@@ -134,7 +136,8 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         colour = point.band.colour if point.band else OPEN
         _bar_at(ax, point.sigma, point.measured, RED if point.broken else colour, f"measured-{point.number}")
         marker(ax, point.sigma, point.measured.value, point.band, size=7.5)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    wide_range = max(sigmas) > 30 * min(sigmas)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide_range else (1.0, 2.0, 5.0), numticks=12))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("Effective noise multiplier of one step (more is safer)")
@@ -148,7 +151,9 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
 
 def _bar_at(ax: Axes, x: float, interval: Interval, colour: str, gid: str) -> None:
     ends = [interval.low, interval.high]
-    ax.plot([x, x], ends, color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round", zorder=2, gid=gid)
+    ax.plot(
+        [x, x], ends, color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round", clip_on=False, zorder=2, gid=gid
+    )
 
 
 def _name_noised(ax: Axes, content: OverNoise, *, narrow: bool) -> None:

@@ -70,7 +70,7 @@ def _lines(ax: Axes, content: Tradeoff, narrow: bool) -> None:
 
 def _point(ax: Axes, point: Point) -> None:
     x, y = point.leakage, point.utility
-    bars: dict[str, Any] = {"linewidth": 1.6, "alpha": 0.5, "solid_capstyle": "round", "zorder": 2}
+    bars: dict[str, Any] = {"linewidth": 1.6, "alpha": 0.5, "solid_capstyle": "round", "zorder": 2, "clip_on": False}
     bars["color"] = point.band.colour if point.band else OPEN
     if point.labelled:
         ax.plot([x.low, x.high], [y.value, y.value], gid=f"bar-{point.number}", **bars)

@@ -105,7 +105,7 @@ def sandwich(source: Source, *, metric: str | None = None, ax: Axes | None = Non
 
 
 def sandwich_panels(source: Source, *, narrow: bool = False) -> list[Axes]:
-    """The sandwich of the study's metric, of exact match and of identification, side by side in one new figure."""
+    """The sandwich of the study's metric and of exact match, side by side in one new figure."""
     content = sandwich_content(frontier_of(source))
     with styled(narrow):
         rows = len(content.panels[0].slices)

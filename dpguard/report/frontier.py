@@ -96,7 +96,8 @@ def _row(policy: str, records: list[Record], expected: set[Place], result: Study
     broken = {gap.leg for gap in gaps}
     table = records[0].cell.table
     done = [record for record in records if record.status == "done"]
-    promise = next((record.result for record in done if record.cell.leg == "guarantee"), {})
+    promised = next((record for record in done if record.cell.leg == "guarantee"), None)
+    promise = promised.result if promised else {}
     shares = [r.result["shared_fraction"] for r in done if r.result.get("shared_fraction") is not None]
     row = Row(
         policy,
@@ -112,13 +113,20 @@ def _row(policy: str, records: list[Record], expected: set[Place], result: Study
     if row.formal and promise.get("sigma_eff"):
         row = replace(row, sigma_eff=float(promise["sigma_eff"]))
     if "leakage" not in broken:
-        row = replace(row, measures=_measures(policy, promise, result.scores))
+        among = _candidates(records)
+        row = replace(row, candidates=among, measures=_measures(policy, promise, result.scores, among))
     if "utility" not in broken and "utility" in {leg for leg, _, _ in expected}:
         row = replace(row, utility=judged(done, utility_metric).interval())
     return row
 
 
-def _measures(policy: str, promise: Mapping[str, Any], scores: Scores) -> dict[str, Measure]:
+def _candidates(records: Sequence[Record]) -> int:
+    """Among how many disclosed texts the true one was: 0 in the open world."""
+    threats = [r.cell.settings.get("threat") or {} for r in records if r.cell.leg == "leakage"]
+    return max((int(threat.get("candidates") or 0) for threat in threats), default=0)
+
+
+def _measures(policy: str, promise: Mapping[str, Any], scores: Scores, among: int) -> dict[str, Measure]:
     """Every recorded metric of a policy, with the chance and the bound that its guarantee's record holds."""
     prior = next((option for option in scores.options(policy) if option[0] == FLOOR), None)
     found = {}
@@ -127,7 +135,10 @@ def _measures(policy: str, promise: Mapping[str, Any], scores: Scores) -> dict[s
         if best is None or interval is None:
             continue
         attack, at = best[1]
-        chance, upper, bound = _ceiling(metric, promise, scores.blocks[policy].texts)
+        if among:
+            chance, upper, bound = _closed(metric, promise, among)
+        else:
+            chance, upper, bound = _ceiling(metric, promise, scores.blocks[policy].texts)
         found[metric] = Measure(
             metric, interval, attack, at,
             floor=scores.interval(policy, metric, prior) if prior else None,
@@ -137,8 +148,20 @@ def _measures(policy: str, promise: Mapping[str, Any], scores: Scores) -> dict[s
     return found
 
 
-def _ceiling(metric: str, promise: Mapping[str, Any], texts: int) -> tuple[float | None, float | None, float | None]:
-    """Chance, its upper limit and the bound of a metric.
+Ceiling = tuple[float | None, float | None, float | None]
+"""Chance, its upper limit, and the bound that starts from there."""
+
+
+def _closed(metric: str, promise: Mapping[str, Any], among: int) -> Ceiling:
+    """In the closed world chance is known: 1/M to name the text whole. Nothing is known of partial scores."""
+    if metric != "exact_match":
+        return None, None, None
+    pairs = [pair for pair in promise.get("bounds") or () if math.isclose(pair["kappa"], 1 / among)]
+    return 1 / among, 1 / among, float(pairs[0]["success"]) if pairs else None
+
+
+def _ceiling(metric: str, promise: Mapping[str, Any], texts: int) -> Ceiling:
+    """Chance, its upper limit and the bound of a metric in the open world.
 
     Where a message holds several texts, each is matched with the best of as many guesses. That many guesses reach at
     most so many times the chance of one (a union bound), and the bound starts from there.

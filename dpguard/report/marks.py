@@ -48,7 +48,7 @@ def marker(ax: Axes, x: float, y: float, band: Band | None, *, size: float = 6.5
     )
 
 
-def band_handles(used: Iterable[Band | None]) -> list[Artist]:
+def band_handles(used: Iterable[Band | None], *, narrow: bool = False) -> list[Artist]:
     """Legend entries of the steps of the epsilon scale that occur, and of the open diamond."""
     found = set(used)
     handles: list[Artist] = [
@@ -59,7 +59,11 @@ def band_handles(used: Iterable[Band | None]) -> list[Artist]:
     ]  # fmt: skip
     if None in found:
         open_mark = Line2D([], [], marker="D", linestyle="none", markerfacecolor=PAPER, markersize=6)
-        open_mark.set(markeredgecolor=OPEN, markeredgewidth=1.6, label="no formal guarantee (ε = ∞)")
+        open_mark.set(
+            markeredgecolor=OPEN,
+            markeredgewidth=1.6,
+            label="no guarantee (ε = ∞)" if narrow else "no formal guarantee (ε = ∞)",
+        )
         handles.append(open_mark)
     return handles
 

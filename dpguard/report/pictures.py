@@ -114,7 +114,7 @@ class Drawn:
         """Both forms as parts of the page; points lead to their policies."""
         marks = self.picture.marks(self.table) if self.picture.marks else None
         parts = [
-            inline(svg, prefix=f"{self.file}-{shape}-", title=self.picture.title, css_class=shape, marks=marks)
+            inline(svg, prefix=f"{self.file}-{shape[0]}-", title=self.picture.title, css_class=shape, marks=marks)
             for svg, shape in ((self.wide, "wide"), (self.narrow, "narrow"))
         ]
         return Markup("\n").join(Markup(part) for part in parts)

@@ -69,10 +69,11 @@ def _next(chosen: Case, fit: Sequence[Case], caps: Caps, metric: str) -> list[st
     if not others:
         return ["No other policy keeps every cap."]
     keep = "policy keeps" if others == 1 else "policies keep"
-    told = [f"{others} other {keep} every cap. Next, at the bad ends of the intervals:"]
-    for case in after(chosen, fit, caps, NEXT):
+    told = [f"{others} other {keep} every cap."]
+    for place, case in zip(("Next", "Then"), after(chosen, fit, caps, NEXT), strict=False):
         told.append(
-            f"{visible(case.policy)}: {_signed(case.utility - chosen.utility)} of {metric}, "
+            f"{place} comes {visible(case.policy)}, at the bad ends of the intervals: "
+            f"{_signed(case.utility - chosen.utility)} of {metric}, "
             f"{_signed(case.leakage - chosen.leakage)} of leakage, epsilon {show_epsilon(case.epsilon)}"
             f"{_simpler(chosen, case)}."
         )

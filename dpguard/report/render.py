@@ -128,6 +128,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "sandwich": sandwich_content(table),
         "map": map_content(table),
         "over_noise": over_noise_content(table),
+        "closed": any(row.candidates for row in table.rows),
         "comparisons": compared(result, table, decision.policy),
         "absent": tradeoff_content(table).absent,
         "crowded": not all(point.labelled for point in tradeoff_content(table).points),

@@ -17,8 +17,6 @@ from dpguard.stats import Interval
 
 LISTED = 60
 """With more policies than this, only the front, the control and what broke its bound are listed."""
-IDENTIFICATION = "identification"
-"""Metric of the closed world: the true text was picked among candidates."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +75,27 @@ def sandwich_content(frontier: Frontier, metrics: Sequence[str] = ()) -> Sandwic
 
     Args:
         frontier: of the study.
-        metrics: which metrics get a panel; by default the study's, exact match, and identification where it was
-            recorded.
+        metrics: which metrics get a panel; by default the study's and exact match, which is identification in the
+            closed world.
     """
     shown = metrics or [
         name
-        for name in dict.fromkeys((frontier.leakage_metric, "exact_match", IDENTIFICATION))
+        for name in dict.fromkeys((frontier.leakage_metric, "exact_match"))
         if name == frontier.leakage_metric or name in frontier.metrics
     ]
     rows = list(enumerate(frontier.rows, 1))
     if len(rows) > LISTED:
         rows = [(n, row) for n, row in rows if row.on_front or row.policy == CONTROL or row.broken][:LISTED]
-    panels = tuple(Panel(name, metric_name(name), tuple(_slice(n, row, name) for n, row in rows)) for name in shown)
-    return Sandwich(panels, len(frontier.rows) - len(rows))
+    panels = tuple(
+        Panel(name, _named(name, frontier), tuple(_slice(n, row, name) for n, row in rows)) for name in shown
+    )
+    return Sandwich(tuple(panels), len(frontier.rows) - len(rows))
+
+
+def _named(metric: str, frontier: Frontier) -> str:
+    """The metric in words; in the closed world exact match is identification."""
+    among = max((row.candidates for row in frontier.rows), default=0)
+    return f"identified among {among}" if among and metric == "exact_match" else metric_name(metric)
 
 
 def _slice(number: int, row: Row, metric: str) -> Slice:

@@ -98,6 +98,7 @@ def inline(
     _own_ids(root, prefix)
     for element in root.iter():
         _plain(element)
+    _said_once(root)
     _unwrap(root)
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
@@ -159,25 +160,36 @@ def _link(root: ET.Element, group: str, mark: Mark) -> None:
     found.set("href", mark.href)
     found.set("class", "mark")
     found.set("data-policy", str(mark.number))
-    found.set("aria-label", mark.label)
     title = ET.Element(f"{{{SVG}}}title")
     title.text = mark.label
     found.insert(0, title)
 
 
 def _own_ids(root: ET.Element, prefix: str) -> None:
-    """Prefix the ids that something refers to, and drop the others."""
+    """Give short ids of this figure's own to what something refers to, and drop the others."""
     text = ET.tostring(root, encoding="unicode")
-    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'xlink:href="#([^"]+)"', text))
+    used = re.findall(r'url\(#([^)]+)\)|xlink:href="#([^"]+)"', text)
+    short = {name: f"{prefix}{n}" for n, name in enumerate(dict.fromkeys(one or two for one, two in used))}
     for element in root.iter():
-        name = element.get("id")
-        if name is not None:
-            if name in used:
-                element.set("id", prefix + name)
-            else:
-                del element.attrib["id"]
-        for key, value in element.attrib.items():
-            if key == f"{{{XLINK}}}href" and value.startswith("#"):
-                element.set(key, f"#{prefix}{value[1:]}")
+        name = element.attrib.pop("id", None)
+        if name in short:
+            element.set("id", short[name])
+        for key, value in list(element.attrib.items()):
+            if key == f"{{{XLINK}}}href":
+                del element.attrib[key]
+                element.set("href", f"#{short[value[1:]]}")
             elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}"))
+                element.set(key, re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{short[found.group(1)]})", value))
+
+
+def _said_once(root: ET.Element) -> None:
+    """Drop from each use of a shape what the shape says itself; what has no area needs no colour to fill it."""
+    shapes = {element.get("id"): element for element in root.iter(f"{{{SVG}}}path") if element.get("id")}
+    for element in root.iter(f"{{{SVG}}}use"):
+        shape = shapes.get((element.get("href") or "#")[1:])
+        if shape is None:
+            continue
+        for name in ("fill", "stroke", "stroke-width"):
+            flat = name == "fill" and "z" not in shape.get("d", "")
+            if name in element.attrib and (flat or element.get(name) == shape.get(name)):
+                del element.attrib[name]

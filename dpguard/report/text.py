@@ -19,7 +19,6 @@ METRIC_NAMES = {
     "exact_match": "exact match",
     "token_recall": "token recall",
     "entity_recall": "entity recall",
-    "identification": "identification",
     "mcc": "Matthews correlation",
     "f1": "F1",
 }

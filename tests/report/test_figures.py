@@ -9,12 +9,14 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
+from dpguard.errors import UserError
 from dpguard.report import figures
 from dpguard.report.figure_content import LABELLED, LISTED, leakage_content, tradeoff_content
 from dpguard.report.frontier import Frontier, Row, frontier, mark_front
 from dpguard.report.style import BANDS, band
 from dpguard.report.svg import Mark, inline, to_svg
 from dpguard.stats import Interval
+from dpguard.study.store import Store
 from tests.report.made_up_study import POLICIES, sample
 
 
@@ -167,3 +169,44 @@ def test_inline_svg_takes_the_colours_of_the_page_and_links_its_points(table):
     assert set(re.findall(r"url\(#([^)]+)\)", part)) <= set(ids)
     with pytest.raises(KeyError, match="point-99"):
         inline(svg, prefix="x-", title="T", css_class="wide", marks={"point-99": mark})
+
+
+def test_figures_are_drawn_from_a_folder_records_a_result_or_a_frontier(tmp_path):
+    study = sample(6)
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("s", "name: s", {**study.spec, "recommend": {}}, [record.cell for record in study.records])
+        for record in study.records:
+            store.put(record)
+    for source in (tmp_path, str(tmp_path), study.records, study, frontier(study)):
+        drawn = figures.tradeoff(source, metric="exact_match")
+        assert "exact match" in drawn.get_xlabel()
+        assert sum(str(line.get_gid()).startswith("point-") for line in drawn.lines) == 11
+    with pytest.raises(UserError, match="did you mean 'exact_match'"):
+        figures.leakage(frontier(study), metric="exact_mach")
+    with pytest.raises(UserError, match="fewer than two noise levels"):
+        figures.over_noise([record for record in study.records if record.cell.policy == "none"])
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "leakage", "sandwich", "over_noise", "map"])
+def test_every_figure_draws_onto_axes_of_the_users_and_leaves_their_figure_alone(table, name):
+    figure = Figure(layout="constrained")
+    ax, other = figure.subplots(1, 2)
+    assert getattr(figures, name)(table, ax=ax) is ax
+    assert figure.get_layout_engine() is not None
+    assert not figure.legends
+    assert not other.has_data()
+    assert ax.has_data()
+
+
+@pytest.mark.parametrize("kind", figures.FORMATS)
+def test_a_saved_figure_is_the_same_bytes_again(table, kind, tmp_path):
+    for name in ("one", "two"):
+        figures.save(figures.sandwich(table), tmp_path / f"{name}.{kind}")
+    found = (tmp_path / f"one.{kind}").read_bytes()
+    assert found == (tmp_path / f"two.{kind}").read_bytes()
+    assert not re.search(rb"CreationDate|dc:date", found)
+
+
+def test_figures_have_three_formats(table, tmp_path):
+    with pytest.raises(UserError, match="cannot be written as 'gif'; expected one of: svg, png, pdf"):
+        figures.save(figures.leakage(table), tmp_path / "x.gif")
