@@ -135,7 +135,10 @@ def bootstrap_means(values: ArrayLike, counts: ArrayLike | None = None, *, draws
         summed: Floats = (flat.reshape(draws, options, seeds) * of_seeds).sum(axis=2)
         return summed
 
-    total, count = drawn(sums), drawn(many)
+    total = drawn(sums)
+    if (many == many.flat[0]).all():  # nothing is missing: every sample holds as many scores
+        return total / max(float(many[0].sum()), 1.0)
+    count = drawn(many)
     means: Floats = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return means
 
@@ -164,7 +167,8 @@ class Drawn:
         ``bounds``: least and greatest possible value, to widen by `reach`.
         """
         tail, n = (1 - confidence) / 2, len(self.units)
-        ends = np.quantile(self.samples[np.isfinite(self.samples)], [tail, 1 - tail])
+        known = self.samples if np.isfinite(self.samples).all() else self.samples[np.isfinite(self.samples)]
+        ends = np.quantile(known, [tail, 1 - tail])
         ends = self.value + small(n, confidence=confidence) * (ends - self.value)
         low, high = widened(ends, self.value, n, bounds, confidence)
         return Interval(self.value, low, high, n, self.seeds)
@@ -213,15 +217,17 @@ def largest(
     held = many.sum(axis=(0, 2)) > 0
     if not held.any():
         raise ValueError("no score to average")
-    names = tuple(unit for unit, kept in zip(units or range(sums.shape[1]), held, strict=True) if kept)
-    sums, many = sums[:, held], many[:, held]
+    names = tuple(units or range(sums.shape[1]))
+    if not held.all():
+        names = tuple(unit for unit, kept in zip(names, held, strict=True) if kept)
+        sums, many = sums[:, held], many[:, held]
     totals = many.sum(axis=(1, 2))
     means = np.divide(sums.sum(axis=(1, 2)), totals, out=np.full(len(sums), -np.inf), where=totals > 0)
     best = int(np.argmax(means))
     drawn = bootstrap_means(sums, many, draws=draws, seed=seed)
-    samples = np.max(np.where(np.isnan(drawn), -np.inf, drawn), axis=1)
+    samples = np.fmax.reduce(drawn, axis=1) if len(drawn.T) > 1 else drawn[:, 0]
     seeds = int((many[best].sum(axis=0) > 0).sum())
-    return Drawn(float(means[best]), np.where(np.isfinite(samples), samples, np.nan), names, seeds), best
+    return Drawn(float(means[best]), samples, names, seeds), best
 
 
 def mean_interval(

@@ -166,5 +166,6 @@ def _name_noised(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     named = [
         Named(p.sigma, p.measured.value, str(p.number) if narrow else visible(p.policy, limit=NAME_LENGTH))
         for p in content.points
+        if p.labelled
     ]
     name_points(ax, named, hard=hard, soft=along(ax, runs))

@@ -25,7 +25,7 @@ from dpguard.report.draw_tradeoff import draw_tradeoff
 from dpguard.report.figure_content import leakage_content, tradeoff_content
 from dpguard.report.frontier import frontier
 from dpguard.report.map_content import LEAST, map_content
-from dpguard.report.marks import new_axes
+from dpguard.report.marks import new_axes, settle
 from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content, sandwich_content
 from dpguard.report.style import styled
@@ -85,6 +85,7 @@ def leakage(source: Source, *, metric: str | None = None, ax: Axes | None = None
     with styled(narrow):
         ax = ax if ax is not None else new_axes(narrow, height(len(content.bars), narrow=narrow))[0]
         draw_bars(ax, content, narrow=narrow)
+        settle(ax)
     return ax
 
 
@@ -101,6 +102,7 @@ def sandwich(source: Source, *, metric: str | None = None, ax: Axes | None = Non
         ax = ax if ax is not None else new_axes(narrow, height(len(panel.slices), narrow=narrow))[0]
         draw_panel(ax, panel, narrow=narrow)
         sandwich_legend(ax, content.panels, narrow=narrow)
+        settle(ax)
     return ax
 
 
@@ -113,6 +115,7 @@ def sandwich_panels(source: Source, *, narrow: bool = False) -> list[Axes]:
         for ax, panel in zip(axes, content.panels, strict=True):
             draw_panel(ax, panel, narrow=narrow)
         sandwich_legend(axes[0], content.panels, narrow=narrow)
+        settle(axes[0])
     return axes
 
 
@@ -157,6 +160,7 @@ def map(
     with styled(narrow):
         ax = ax if ax is not None else new_axes(narrow, 1.1 + 0.55 * len(content.rows))[0]
         draw_map(ax, content, of=of, narrow=narrow)
+        settle(ax)
     return ax
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from scipy.special import ndtri
@@ -15,8 +15,10 @@ from dpguard.report.style import Band, band
 from dpguard.report.text import metric_name
 from dpguard.stats import Interval
 
-LISTED = 60
+LISTED = 40
 """With more policies than this, only the front, the control and what broke its bound are listed."""
+LABELLED = 24
+"""With more points than this over noise, only those of the front and what broke its bound are named."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Noised:
     bound: float | None
     band: Band | None
     broken: bool
+    labelled: bool
 
 
 @dataclass(frozen=True)
@@ -170,18 +173,22 @@ class OverNoise:
 def over_noise_content(frontier: Frontier) -> OverNoise | None:
     """Compute the picture over noise; None with fewer than two policies that have noise, a guarantee and a measure."""
     metric = frontier.leakage_metric
-    points, starts = [], []
+    points: list[Noised] = []
+    starts: list[tuple[float, float, float]] = []
     for number, row in enumerate(frontier.rows, 1):
         found = row.measures.get(metric)
         if found is None or row.sigma_eff is None or not 0 < row.sigma_eff < math.inf:
             continue
-        points.append(
-            Noised(number, row.policy, row.sigma_eff, found.measured, found.bound, band(row.epsilon), found.broken)
-        )
+        colour, broken = band(row.epsilon), found.broken
+        point = Noised(number, row.policy, row.sigma_eff, found.measured, found.bound, colour, broken, labelled=True)
+        points.append(point)
         if found.bound is not None and found.upper is not None and 0 < found.upper < 1:
             starts.append((row.sigma_eff, found.upper, found.bound))
     if len({point.sigma for point in points}) < 2:
         return None
+    named = {point.number for point in points if frontier.rows[point.number - 1].on_front or point.broken}
+    if len(points) > LABELLED:
+        points = [replace(point, labelled=point.number in named) for point in points]
     points.sort(key=lambda point: (point.sigma, point.number))
     chances = [m.chance for row in frontier.rows if (m := row.measures.get(metric)) and m.chance is not None]
     return OverNoise(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Block:
     inherited: dict[Option, int] = field(default_factory=dict)
     scores: dict[Option, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def texts(self) -> int:
         """How many texts a message holds."""
         return max((len(_targets(unit)) for unit in self.units), default=1)
@@ -166,7 +167,8 @@ class Scores:
         drawn, option = found
         interval = drawn.interval()
         sums, counts = self._of(policy, metric, [option])
-        if counts.max() == 1 and counts.sum() == len(drawn.units) and set(np.unique(sums)) <= {0.0, 1.0}:
+        whole = counts.max() == 1 and counts.sum() == len(drawn.units)
+        if whole and bool(((sums == 0) | (sums == 1)).all()):
             exact = binomial(int(sums.sum()), len(drawn.units))
             low, high = (
                 (min(interval.low, exact.low), max(interval.high, exact.high)) if chosen else (exact.low, exact.high)

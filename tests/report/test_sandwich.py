@@ -124,9 +124,6 @@ def test_in_the_closed_world_exact_match_is_identification():
     pairs = [{"kappa": 1e-4, "success": 0.5}, {"kappa": 0.01, "success": 0.9}]
     promise = promised("dp", kappa=kappa, bounds=pairs, bound=pairs[1])
     records = [leak("dp", scores, threat={"candidates": 100}), promise]
-        leak("dp", scores, threat={"candidates": 100}),
-        promised("dp", kappa=kappa, bounds=pairs, bound=pairs[1]),
-    ]
     table = frontier(StudyResult({}, records))
     exact = table.row("dp").measures["exact_match"]
     assert (exact.chance, exact.bound, exact.measured.value) == (0.01, 0.9, 0.75)
