@@ -51,15 +51,16 @@ def along(value: float) -> str:
     return f"{4 + 192 * min(max(value, 0.0), 1.0):.4g}"
 
 
-def dress(name: str, points: Iterable[int], choices: int) -> dict[str, Any]:
+def dress(name: str, points: Iterable[int], choices: int, looks: str = "") -> dict[str, Any]:
     """Style sheet and script of one page, with the hashes that its security policy names.
 
     Args:
         name: of the study, for the foot of every printed page.
         points: numbers of the policies that can be pointed at.
         choices: how many leakage metrics can be picked.
+        looks: rules of the pictures.
     """
-    style = "\n".join([_read("style.css"), _bands(), _readouts(list(points)), _picks(choices), _paper(name)])
+    style = "\n".join([_read("style.css"), looks, _bands(), _readouts(list(points)), _picks(choices), _paper(name)])
     script = _read("page.js")
     return {
         "css": Markup(style),

@@ -19,7 +19,7 @@ from dpguard.report.frontier import Frontier, Row
 from dpguard.report.map_content import map_content
 from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content
-from dpguard.report.svg import Mark, inline, to_svg
+from dpguard.report.svg import Looks, Mark, inline, to_svg
 
 MANY = 150
 """With more policies than this the trade-off is drawn by the study's leakage metric alone."""
@@ -110,14 +110,14 @@ class Drawn:
     file: str
     axes: Axes
 
-    def on_page(self) -> Markup:
-        """Both forms as parts of the page; points lead to their policies."""
+    def on_page(self, looks: Looks) -> Markup:
+        """Both forms as parts of the page, with classes from ``looks``; points lead to their policies."""
         marks = self.picture.marks(self.table) if self.picture.marks else None
         parts = [
             inline(svg, prefix=f"{self.file}-{shape[0]}-", title=self.picture.title, css_class=shape, marks=marks)
             for svg, shape in ((self.wide, "wide"), (self.narrow, "narrow"))
         ]
-        return Markup("\n").join(Markup(part) for part in parts)
+        return Markup("\n").join(Markup(looks.apply(part)) for part in parts)
 
 
 def draw_all(result: StudyResult, table: Frontier) -> dict[str, Drawn]:

@@ -23,7 +23,7 @@ from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content, sandwich_content, violations
 from dpguard.report.sizes import own_sizes, sizes
 from dpguard.report.sources import provenance
-from dpguard.report.svg import KINDS, to_bytes
+from dpguard.report.svg import KINDS, Looks, to_bytes
 from dpguard.report.views import policy_views
 
 
@@ -51,6 +51,8 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     others = pictures.tradeoffs(result, table)
     context = _context(result, table, decision)
     folder = Path(folder)
+    for stale in (card.JSON, card.TEXT):
+        (folder / stale).unlink(missing_ok=True)
     if decision.policy:
         card.write(card.content(result, table, decision, decision.policy), folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -74,14 +76,16 @@ def _shown(
     context: dict[str, Any], table: Frontier, drawn: dict[str, pictures.Drawn], others: list[pictures.Drawn]
 ) -> dict[str, Any]:
     """What only the page has: the pictures as parts of it, the contents, style and script."""
+    looks = Looks()
     trades = [drawn["tradeoff"], *others] if "tradeoff" in drawn else []
-    choices = [{"metric": made.table.leakage_metric, "drawn": made.on_page()} for made in trades]
+    choices = [{"metric": made.table.leakage_metric, "drawn": made.on_page(looks)} for made in trades]
     points = [point.number for made in trades for point in tradeoff_content(made.table).points]
+    shown = {name: made.on_page(looks) for name, made in drawn.items() if name != "tradeoff"}
     return {
-        "pictures": {name: made.on_page() for name, made in drawn.items() if name != "tradeoff"},
+        "pictures": shown,
         "choices": choices,
         "contents": [(anchor, words) for anchor, words, there in CONTENTS if there in (None, *drawn, *_full(context))],
-        **dress(context["study"], sorted(set(points)), len(choices)),
+        **dress(context["study"], sorted(set(points)), len(choices), looks.style()),
     }
 
 

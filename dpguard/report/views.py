@@ -14,6 +14,8 @@ from dpguard.report.text import at_name, metric_name, number, percent, plain, vi
 from dpguard.stats import Interval
 from dpguard.study.record import Record
 
+PRINTED = ("parameters", "fraction", "share", "train", "clip", "group", "noise", "std", "release")
+"""Order of the columns of a resolved table; others follow."""
 CHECKS = 12
 """Lines of the defence-effect check printed for each policy."""
 
@@ -139,7 +141,8 @@ def table_rows(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _printed(group: Mapping[str, Any]) -> dict[str, str]:
     """One resolved row; what is not set is empty, the share of the parameters is in per cent."""
     shown = {}
-    for key, value in group.items():
+    order = {key: place for place, key in enumerate(PRINTED)}
+    for key, value in sorted(group.items(), key=lambda item: order.get(item[0], len(order))):
         text = percent(value) if key == "fraction" else "" if value is None else visible(plain(value), limit=240)
         shown[visible(key)] = text
     return shown

@@ -58,6 +58,7 @@ class Browser(contextlib.AbstractContextManager):
         self._session = answer["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", {"enabled": True})
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):
