@@ -96,6 +96,19 @@ def test_a_smoke_version_runs(path, tmp_path, monkeypatch):
     for row in rows.values():
         assert math.isfinite(float(row["leakage"]))
         assert math.isfinite(float(row["utility"]))
+    # the figures of the report are those of the records: the strongest attack's mean over the targets
+    with Store.open(tmp_path) as store:
+        records = store.records()
+    for policy, row in rows.items():
+        means: dict[tuple[str, str], list[float]] = {}
+        for record in records:
+            if (record.cell.leg, record.cell.policy) == ("leakage", policy):
+                for score in record.result["scores"]:
+                    key = score["attack"], record.cell.settings["at"]
+                    means.setdefault(key, []).append(score["metrics"]["rougeL"])
+            if (record.cell.leg, record.cell.policy) == ("utility", policy):
+                assert float(row["utility"]) == pytest.approx(record.result["metrics"]["accuracy"], abs=1e-6)
+        assert float(row["leakage"]) == pytest.approx(max(sum(v) / len(v) for v in means.values()), abs=1e-6)
     for name in ("flat", "per-block", "more-noise-below"):
         if path.stem == "fixed-budget":
             assert 2.97 <= float(rows[name]["epsilon"]) <= 3
