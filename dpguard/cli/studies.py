@@ -161,6 +161,7 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "keep_rounds": list(study.federation.observe) if study.federation else [],
         "engine": _engine(study),
         "cache_gigabytes": study.cache.gigabytes,
+        "plans": {label: plan.hash for label, plan in plans.items()},
         "trained": {c.id: asdict(c) for c in cells if c.id in needed},
     }
     return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})

@@ -42,7 +42,7 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
     Args:
         cell: what to run.
         context: ``model`` (name), ``data`` (arguments of `texts.load`), ``folder`` (where the cache is),
-            ``cache_gigabytes`` (its room).
+            ``cache_gigabytes`` (its room), ``plans`` (policy label -> hash of the resolved policy).
 
     Returns:
         The record, done or skipped with its reason, and its texts. Anything unexpected is raised: the
@@ -55,7 +55,11 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
         status, reason = "done", ""
     except SkippedError as skip:
         result, rows, status, reason = {}, [], "skipped", str(skip)
-    provenance = {"seconds": round(time.perf_counter() - started, 3), "device": "cpu"}
+    provenance = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "device": "cpu",
+        "plan": context.get("plans", {}).get(cell.policy),
+    }
     return Record(cell, status, reason, result, provenance), rows  # type: ignore[arg-type]
 
 

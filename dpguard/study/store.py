@@ -284,7 +284,9 @@ def explained(file: Path) -> Iterator[None]:
 
 
 def _plain(value: Cell | Record) -> dict[str, Any]:
-    return dataclasses.asdict(value)
+    """The fields, not copied: `dataclasses.asdict` takes ten times as long for a study of 10,000 cells."""
+    plain = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {**plain, "cell": _plain(value.cell)} if isinstance(value, Record) else plain
 
 
 def _packed(value: Cell | Record) -> bytes:

@@ -94,8 +94,17 @@ def test_a_failed_cell_is_a_record_and_the_study_goes_on(home, told, tmp_path, m
     assert "the moon was in the way" in said
     assert "the moon was in the way" in (tmp_path / "out" / "report.html").read_text()
     monkeypatch.undo()
+    # what failed stays until it is asked for, and can be looked at
+    status, said, _err = told("status", tmp_path / "out")
+    assert status == 0
+    assert "1 failed · 0 running · 0 left" in said
+    assert "the moon was in the way" in said
+    status, said, _err = told("show", tmp_path / "out", "failed")
+    assert status == 0
+    assert "Traceback (most recent call last)" in said
+    assert "failed utility, none, seed 0" in said
     # the fault is gone: only what failed runs again
-    status, said, _err = told("run", path, "--out", tmp_path / "out", "--workers", "1")
+    status, said, _err = told("run", path, "--out", tmp_path / "out", "--workers", "1", "--retry-failed")
     assert status == 0, said
 
 

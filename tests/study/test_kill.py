@@ -22,9 +22,11 @@ def kill_something(driver, choose):
     """SIGKILL for the driver, a worker or the server; what is left of a killed driver ends within 5 seconds."""
     everyone = session(driver.pid)
     workers = [pid for pid in everyone if pid != driver.pid]
-    victim = driver.pid if choose.random() < 0.5 or not workers else choose.choice(workers)
+    victim = driver.pid if choose.random() < 0.4 or not workers else choose.choice(workers)
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
+    if victim == driver.pid:
+        driver.wait(timeout=60)
     return victim == driver.pid
 
 
@@ -81,7 +83,7 @@ def test_killed_at_three_moments_and_run_again(kit, tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_moments_and_run_again(kit, tmp_path):
     folder, killed_drivers = rounds(kit, tmp_path, 20, seed=11)
-    assert 4 <= killed_drivers <= 16
+    assert 3 <= killed_drivers <= 17
     check(kit, tmp_path, folder)
 
 
