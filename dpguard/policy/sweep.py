@@ -1,4 +1,7 @@
-"""Sweeps: one table with ``$name`` placeholders becomes one policy for every combination of values."""
+"""Sweeps: one table with ``$name`` placeholders becomes one policy for every combination of values.
+
+A variable that is to be looked for (`auto`) stands for the two ends of its range.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.policy.auto import Auto, read_auto
 from dpguard.policy.table import Policy
 
 _KEYS = ("name", "rows", "sweep")
@@ -51,6 +55,42 @@ def expand(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) ->
     >>> [variant.settings for variant in expand("x", entry, ["epsilon"])]
     [{'epsilon': 1}, {'epsilon': 3}]
     """
+    body, sweep = _read(name, entry, settings)
+    ends = {auto.variable: [auto.plain(auto.low), auto.plain(auto.high)] for auto in _autos(body, sweep)}
+    out = []
+    for values in itertools.product(*{**sweep, **ends}.values()):
+        out.append(_variant(name, body, dict(zip(sweep, values, strict=True))))
+    return out
+
+
+def auto_of(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) -> Auto | None:
+    """What the entry's sweep looks for, None when all its values are given.
+
+    Raises:
+        UserError: as `expand`; two variables that are looked for.
+    """
+    found = _autos(*_read(name, entry, settings))
+    return found[0] if found else None
+
+
+def variant(name: str, entry: Mapping[str, Any], values: Mapping[str, Any], settings: Sequence[str] = ()) -> Variant:
+    """The policy of an entry with one value for each sweep variable, in the entry's order.
+
+    Raises:
+        UserError: as `expand`.
+    """
+    body, sweep = _read(name, entry, settings)
+    return _variant(name, body, {key: values[key] for key in sweep})
+
+
+def _variant(name: str, body: Mapping[str, Any], chosen: dict[str, Any]) -> Variant:
+    label = " ".join([name, *(f"{key}={_short(value)}" for key, value in chosen.items())])
+    filled = _fill(body, chosen)
+    return Variant(label, Policy(filled.pop("rows"), label), chosen, filled)
+
+
+def _read(name: str, entry: Mapping[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The parts of an entry that a sweep fills, and the sweep."""
     known = (*_KEYS, *settings)
     for key in entry:
         if key not in known:
@@ -62,13 +102,35 @@ def expand(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) ->
         raise UserError(f"rows is {rows!r}; expected a list of rows", loc=("rows",))
     body = {key: entry[key] for key in ("rows", *settings) if key in entry}
     _check_sweep(body, sweep)
-    out = []
-    for values in itertools.product(*sweep.values()):
-        chosen = dict(zip(sweep, values, strict=True))
-        label = " ".join([name, *(f"{key}={_short(value)}" for key, value in chosen.items())])
-        filled = _fill(body, chosen)
-        out.append(Variant(label, Policy(filled.pop("rows"), label), chosen, filled))
-    return out
+    return body, sweep
+
+
+def _autos(body: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[Auto]:
+    """The sweep's variables that are looked for: one at most."""
+    found: list[Auto] = []
+    for variable, values in sweep.items():
+        if isinstance(values, Mapping):
+            try:
+                auto = read_auto(variable, values, set(_columns(body, variable)))
+            except UserError as error:
+                raise UserError(error.sentence, loc=("sweep", variable, *error.loc)) from None
+            if found:
+                raise UserError(
+                    f"both {found[0].variable!r} and {variable!r} are auto; expected one a policy, and values for the "
+                    "other",
+                    loc=("sweep", variable),
+                )
+            found.append(auto)
+    return found
+
+
+def _columns(value: Any, variable: str, name: str = "") -> list[str]:
+    """Names of the columns and settings whose value is the variable."""
+    if isinstance(value, str):
+        return [name] if value == f"${variable}" else []
+    if isinstance(value, Mapping):
+        return [found for key, item in value.items() for found in _columns(item, variable, str(key))]
+    return [found for item in value for found in _columns(item, variable, name)] if isinstance(value, list) else []
 
 
 def _check_sweep(body: Mapping[str, Any], sweep: Any) -> None:
@@ -77,9 +139,14 @@ def _check_sweep(body: Mapping[str, Any], sweep: Any) -> None:
     if not isinstance(sweep, Mapping):
         raise UserError(f"sweep is {sweep!r}; expected a mapping of variable to list of values", loc=("sweep",))
     for variable, values in sweep.items():
-        if not isinstance(values, list) or not values:
+        if isinstance(values, Mapping) and variable in inside:
+            raise UserError(
+                f"'${variable}' stands inside a text and cannot be looked for; expected a list of values",
+                loc=("sweep", variable),
+            )
+        if not isinstance(values, Mapping) and (not isinstance(values, list) or not values):
             raise UserError(f"sweep {variable!r} is {values!r}; expected a list of values", loc=("sweep", variable))
-        if len(set(map(repr, values))) < len(values):
+        if isinstance(values, list) and len(set(map(repr, values))) < len(values):
             raise UserError(
                 f"sweep {variable!r} has a value twice: {values!r}; expected distinct values",
                 loc=("sweep", variable),

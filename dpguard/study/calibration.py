@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from dpguard.policy.auto import solve
+from dpguard.policy.calibrate import default_accountant
+from dpguard.policy.guarantee import guarantee
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Policy
 from dpguard.study import grid
 
 if TYPE_CHECKING:
-    from dpguard.study.policies import Named
+    from dpguard.study.policies import Named, Search
     from dpguard.study.spec import Study
 
 Kept = Callable[[Mapping[str, Any], Callable[[], Any]], Any]
@@ -49,6 +52,9 @@ def calibrated(
             "slots": [[s.name, list(s.shape), s.role, s.block, s.tied_to, s.trainable] for s in slots],
         }  # fmt: skip
 
+        if named.search is not None and named.search.auto.computed:
+            return _solved(study, named.search, slots, texts, key, kept)
+
         def rows() -> list[dict[str, Any]]:
             policy = named.policy.calibrate(
                 slots, epsilon=epsilon, delta=delta, sampling_rate=found.sampling_rate, steps=found.steps,
@@ -60,3 +66,22 @@ def calibrated(
             return replace(named, policy=Policy(kept(key, rows), named.label), epsilon=None)
 
     return replace(study, policies=tuple(one(named) for named in study.policies))
+
+
+def _solved(
+    study: Study, search: Search, slots: Sequence[Slot], texts: int, key: Mapping[str, Any], kept: Kept
+) -> Named:
+    """The policy at the value of its sweep variable that keeps the target epsilon."""
+    delta = study.privacy.delta
+
+    def epsilon_at(value: float) -> float:
+        named = search.named(value)
+        exposed = study.schedule_of(named, texts)
+        return guarantee(
+            named.plan(slots), sampling_rate=exposed.sampling_rate, steps=exposed.steps, delta=delta, examples=texts,
+            accountant=default_accountant(),
+        ).epsilon  # fmt: skip
+
+    own = {"what": "solved sweep", "auto": vars(search.auto), "entry": search.entry, "others": search.others}
+    value, note = kept({**key, **own}, lambda: list(solve(search.auto, epsilon_at)))
+    return replace(search.named(value), search=None, note=f"{search.label}: {note}" if note else "")

@@ -4,20 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dpguard.documents import Document, Loc
 from dpguard.errors import UserError, did_you_mean
+from dpguard.policy.auto import Auto
 from dpguard.policy.layers import Slot
 from dpguard.policy.ready import ready
-from dpguard.policy.sweep import expand
+from dpguard.policy.sweep import Variant, auto_of, expand, variant
 from dpguard.policy.table import Plan, Policy
 from dpguard.study.record import canonical
 from dpguard.study.sections import CEILING, OWN_TRAINING
 
 _SETTINGS = ("federation", "utility", "epsilon")
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A sweep variable whose value is looked for, beside one choice of the other variables.
+
+    Attributes:
+        auto: what is looked for, and where.
+        name: the entry's name under ``policies``.
+        others: the other sweep variables' values.
+        entry: the entry as read.
+        document, loc: where it stands.
+    """
+
+    auto: Auto
+    name: str
+    others: Mapping[str, Any]
+    entry: Mapping[str, Any]
+    document: Document
+    loc: Loc
+
+    @property
+    def label(self) -> str:
+        """The name of what is common to all its policies."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.others.items())])
+
+    def named(self, value: float) -> Named:
+        """The policy at one value.
+
+        Raises:
+            UserError: a value that the table cannot take, with its place.
+        """
+        values = {**self.others, self.auto.variable: self.auto.plain(value)}
+        with self.document.locating(*self.loc):
+            found = variant(self.name, self.entry, values, _SETTINGS)
+            return _named(found, self.name, self.document, self.loc, self)
 
 
 @dataclass(frozen=True)
@@ -34,6 +71,8 @@ class Named:
         entry: its name under ``policies``, without sweep values.
         values: sweep variable -> value.
         epsilon: what its noise still has to be scaled to (`Study.calibrated`); None when the rows are as they will run.
+        search: what its value was or will be found by, None when it was given.
+        note: something to tell the user about how its value was found.
     """
 
     label: str
@@ -45,6 +84,8 @@ class Named:
     entry: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     epsilon: float | None = None
+    search: Search | None = None
+    note: str = ""
 
     @property
     def identity(self) -> str:
@@ -107,10 +148,34 @@ def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
             f"policy {name!r} is {entry!r}, expected {{rows: [...]}}, a ready-made policy's name or a policy file"
         )
     with document.locating(*loc):
-        return [
-            Named(found.label, found.policy, document, loc, entry=name, values=found.values, **_own(found.settings))
-            for found in expand(name, entry, _SETTINGS)
-        ]
+        auto = auto_of(name, entry, _SETTINGS)
+        if auto is None:
+            return [_named(found, name, document, loc, None) for found in expand(name, entry, _SETTINGS)]
+        return _searched(auto, name, entry, document, loc)
+
+
+def _searched(auto: Auto, name: str, entry: Mapping[str, Any], document: Document, loc: Loc) -> list[Named]:
+    """The ends of every search's range; one stand-in for what is computed before anything is planned."""
+    if auto.computed and "epsilon" in entry:
+        raise UserError("epsilon is set beside a sweep that looks for one; expected one of them", loc=("epsilon",))
+    found: dict[str, tuple[Search, list[Named]]] = {}
+    for one in expand(name, entry, _SETTINGS):
+        others = {key: value for key, value in one.values.items() if key != auto.variable}
+        fresh = Search(auto, name, others, entry, document, loc)
+        search, own = found.setdefault(canonical(others), (fresh, []))
+        own.append(_named(one, name, document, loc, search))
+    if not auto.computed:
+        return [named for _, own in found.values() for named in own]
+    return [
+        replace(own[-1], label=f"{search.label} {auto.variable}=auto", values=search.others, epsilon=auto.aim)
+        for search, own in found.values()
+    ]
+
+
+def _named(found: Variant, name: str, document: Document, loc: Loc, search: Search | None) -> Named:
+    return Named(
+        found.label, found.policy, document, loc, entry=name, values=found.values, search=search, **_own(found.settings)
+    )
 
 
 def _own(more: dict[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,13 @@ def split(order: Sequence[str], chains: Sequence[tuple[str, Sequence[str]]], cou
 
 
 def _chains(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
-    """Cells with those that need their weights, each chain with its kind: the legs in it."""
-    heads = {cell.id: str(cell.settings.get(NEEDS, cell.id)) for cell in cells}
+    """Cells with those that need their weights, each chain with its kind: the legs in it.
+
+    Attacks at ``tuned`` all start from the one training of the control: in one chain they would be most of a study, so
+    they are dealt alone, and each shard trains the control for itself.
+    """
+    alone = {cell.id for cell in cells if cell.settings.get("at") == "tuned"}
+    heads = {cell.id: cell.id if cell.id in alone else str(cell.settings.get(NEEDS, cell.id)) for cell in cells}
     chains: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         head = cell.id

@@ -103,6 +103,7 @@ class Study:
             study._check_legs()
             study._check_federation()
             study._check_training()
+            study._check_searches()
         return study
 
     def _check_legs(self) -> None:
@@ -168,6 +169,16 @@ class Study:
                     f"policies {twin.label!r} and {named.label!r} are the same table in the same training, expected "
                     "each one once",
                     loc=named.loc,
+                )
+
+    def _check_searches(self) -> None:
+        """What a sweep looks for is measured by a leg of the study."""
+        for named in self.policies:
+            target = named.search.auto.target if named.search else ""
+            if named.search and target in ("leakage", "utility") and getattr(self, target) is None:
+                raise UserError(
+                    f"auto: nothing measures {target}, expected a {target!r} section of the study",
+                    loc=(*named.loc, "sweep", named.search.auto.variable, "auto"),
                 )
 
     def utility_of(self, named: Named) -> Utility | None:

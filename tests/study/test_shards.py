@@ -25,15 +25,16 @@ utility: {seeds: [0, 1]}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 100])
-@pytest.mark.parametrize("federated", [False, True])
-def test_shards_are_the_study_each_cell_once_and_chains_whole(kit, count, federated):
-    cells = kit.cells(FEDERATED if federated else kit.text)
+@pytest.mark.parametrize("kind", ["central", "federated", "tuned"])
+def test_shards_are_the_study_each_cell_once_and_chains_whole(kit, count, kind):
+    tuned = kit.text.replace("at: [start, end]", "at: [start, tuned, end]")
+    cells = kit.cells({"central": kit.text, "federated": FEDERATED, "tuned": tuned}[kind])
     parts = [Shard(index, count).cells(cells) for index in range(count)]
     assert Counter(cell.id for part in parts for cell in part) == Counter(cell.id for cell in cells)
     order = {cell.id: place for place, cell in enumerate(cells)}
     for part in parts:
         ids = {cell.id for cell in part}
-        assert all(cell.settings.get(NEEDS, cell.id) in ids for cell in part)
+        assert all(cell.settings.get(NEEDS, cell.id) in ids for cell in part if cell.settings.get("at") != "tuned")
         assert [order[cell.id] for cell in part] == sorted(order[cell.id] for cell in part)
 
 
