@@ -1,0 +1,85 @@
+"""Runs a study whose sweeps look for values: run, look at what was measured, add the next value, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpguard.study.record import Record
+from dpguard.study.search import advance, searches
+from dpguard.study.spec import Study
+from dpguard.study.store import FILE, Store
+
+if TYPE_CHECKING:
+    from dpguard.cli.studies import Planned
+    from dpguard.study.runner import Summary
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A study with every value that its records ask for.
+
+    Attributes:
+        study: as read, with those values.
+        planned: the study's plan.
+        sentences: how its searches stand, one each that has ended.
+    """
+
+    study: Study
+    planned: Planned
+    sentences: tuple[str, ...]
+
+
+def settle(study: Study, folder: Path, plan: Callable[[Study], Planned]) -> Settled:
+    """Replay the searches of a study over the records that its folder holds, until they ask for something new.
+
+    Args:
+        study: as read, with the values that are known to have been tried.
+        folder: of its records, which need not exist.
+        plan: gives the plan of a study; called once for every value.
+    """
+    planned = plan(study)
+    records = _records(folder) if searches(study) else {}
+    while True:
+        now = advance(study, planned.cells, records)
+        if not now.grown:
+            return Settled(study, planned, now.sentences)
+        study = now.study
+        planned = plan(study)
+
+
+def run(
+    study: Study, folder: Path, plan: Callable[[Study], Planned], go: Callable[[Planned, bool], Summary]
+) -> tuple[Settled, Summary]:
+    """Run a study until no search asks for another value.
+
+    Args:
+        study, folder, plan: as for `settle`.
+        go: runs a plan; the flag says whether it is the first of several runs.
+    """
+    settled = settle(study, folder, plan)
+    total = go(settled.planned, True)
+    while searches(study) and not total.interrupted:
+        after = settle(settled.study, folder, plan)
+        if len(after.study.policies) == len(settled.study.policies):
+            return after, total
+        settled = after
+        total = _sum(total, go(settled.planned, False))
+    return settled, total
+
+
+def _sum(first: Summary, later: Summary) -> Summary:
+    """Two runs as one: the plan of the later, and what both did."""
+    done, failed, skipped = (getattr(first, name) + getattr(later, name) for name in ("done", "failed", "skipped"))
+    resumed = later.planned - done - failed - skipped - first.left
+    return replace(later, resumed=resumed, done=done, failed=failed, skipped=skipped, left=first.left)
+
+
+def _records(folder: Path) -> Mapping[str, Record]:
+    """Every record of a folder, those that an earlier plan left among them."""
+    if not (folder / FILE).is_file():
+        return {}
+    with Store.open(folder) as store:
+        return {record.cell.id: record for record in (*store.records(), *store.ignored())}

@@ -1,0 +1,167 @@
+"""Studies that look for a value: run, resumed and interrupted they measure the same values, each once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpguard.cli import searching
+from dpguard.cli.studies import Planned
+from dpguard.documents import Document
+from dpguard.errors import UserError
+from dpguard.report.frontier import frontier
+from dpguard.report.result import StudyResult
+from dpguard.study.runner import run
+from dpguard.study.spec import Study
+from dpguard.study.store import Store
+
+TEXT = """\
+name: found
+model: demo
+data: demo
+policies:
+  first: {rows: [{layers: head, share: false}]}
+  dp: {sweep: {noise: {auto: {leakage: 0.3}, between: [0.01, 5]}}, rows: [{layers: all, clip: 1.0, noise: $noise}]}
+  last: {rows: [{layers: pooler, share: false}]}
+leakage: {targets: 2, seeds: [0, 1]}
+utility: {epochs: 1, batch_size: 50}
+"""
+EXECUTE = f"{Path(__file__).parent / 'fake_search.py'}:execute"
+EXPECTED = [0.01, 5.0, 0.2236, 1.057, 0.4862, 0.3297, 0.4004, 0.4412]
+
+
+def read(text=TEXT):
+    return Study.read(Document.parse(text, "study.yaml"))
+
+
+def go(kit, folder, text=TEXT, fail="", most=None):
+    """Run with fake cells; ``most`` stops the run after so many rounds, as a killed driver would."""
+    study = read(text)
+    rounds = []
+
+    def plan(found):
+        return Planned(found, found.cells(kit.model, kit.data), {}, {})
+
+    def once(planned, first):
+        if most is not None and len(rounds) >= most:
+            raise KeyboardInterrupt
+        rounds.append(len(planned.cells))
+        context = {"log": str(folder) + ".log", "fail": fail}
+        return run(planned.study, folder, planned.cells, execute=EXECUTE, context=context, workers=2, quiet=True)
+
+    return searching.run(study, folder, plan, once)
+
+
+def tried(folder, variable="noise"):
+    with Store.open(folder) as store:
+        sweeps = store.study().spec["sweeps"]
+    return [sweep["values"][variable] for sweep in sweeps.values()]
+
+
+def contents(folder):
+    with Store.open(folder) as store:
+        return store.study(), [(r.cell, r.status, r.reason, r.result) for r in store.records()]
+
+
+def test_values_are_measured_one_after_the_other_until_the_target_is_bracketed(kit, tmp_path):
+    settled, summary = go(kit, tmp_path / "out")
+    assert sorted(tried(tmp_path / "out")) == sorted(EXPECTED)
+    assert [named.label for named in settled.study.policies] == [
+        "none", "first", *(f"dp noise={value:g}" for value in sorted(EXPECTED)), "last",
+    ]  # fmt: skip
+    # every value is an ordinary policy: a guarantee, two leakage cells and a training
+    assert summary.planned == summary.done == 4 * (len(EXPECTED) + 3)
+    assert settled.sentences == (
+        "dp: noise for leakage 0.3: noise=0.5207 (leakage 0.28) keeps it, noise=0.4862 (leakage 0.3) does not",
+    ) or settled.sentences[0].startswith("dp: noise for leakage 0.3: noise=")
+    starts = Counter(line.split()[0] for line in Path(f"{tmp_path / 'out'}.log").read_text().splitlines())
+    assert set(starts.values()) == {1}
+
+
+def test_the_measured_leakage_is_the_reports(kit, tmp_path):
+    settled, _ = go(kit, tmp_path)
+    with Store.open(tmp_path) as store:
+        found = frontier(StudyResult.read(store))
+    assert {row.policy for row in found.rows} == {named.label for named in settled.study.policies}
+    for row in found.rows:
+        assert row.leakage is not None
+        if f"{row.policy.removeprefix('dp ')} (leakage" in settled.sentences[0]:
+            assert f"{row.policy.removeprefix('dp ')} (leakage {row.leakage.value:.3g})" in settled.sentences[0]
+    assert sum(f"{row.policy.removeprefix('dp ')} (" in settled.sentences[0] for row in found.rows) == 2
+
+
+@pytest.mark.parametrize("most", [1, 3, 5])
+def test_a_run_that_was_stopped_goes_on_to_the_same_records(kit, tmp_path, most):
+    with pytest.raises(KeyboardInterrupt):
+        go(kit, tmp_path / "out", most=most)
+    _, summary = go(kit, tmp_path / "out")
+    assert summary.planned == summary.resumed + summary.done
+    go(kit, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    starts = Counter(line.split()[0] for line in Path(f"{tmp_path / 'out'}.log").read_text().splitlines())
+    assert set(starts.values()) == {1}
+    _, summary = go(kit, tmp_path / "out")
+    assert (summary.done, summary.resumed) == (0, summary.planned)
+
+
+def test_a_target_utility(kit, tmp_path):
+    text = TEXT.replace("leakage: 0.3}", "utility: 0.7}").replace("between: [0.01, 5]", "between: [0.1, 5], values: 5")
+    settled, _ = go(kit, tmp_path, text)
+    assert len(tried(tmp_path)) == 5
+    assert "(utility 0." in settled.sentences[0]
+    assert "all 5 values are spent" in settled.sentences[0]
+
+
+def test_one_search_for_each_choice_of_the_other_variables(kit, tmp_path):
+    text = TEXT.replace("sweep: {", "sweep: {clip: [1, 2], ").replace("clip: 1.0", "clip: $clip")
+    settled, _ = go(kit, tmp_path, text)
+    assert [sentence.split(":")[0] for sentence in settled.sentences] == ["dp clip=1", "dp clip=2"]
+    with Store.open(tmp_path) as store:
+        values = [sweep["values"] for sweep in store.study().spec["sweeps"].values()]
+    assert sorted(v["noise"] for v in values if v["clip"] == 1) == sorted(v["noise"] for v in values if v["clip"] == 2)
+
+
+def test_a_failed_cell_ends_its_search_and_nothing_else(kit, tmp_path):
+    settled, summary = go(kit, tmp_path, fail="leakage at start, dp noise=0.2236, seed 1")
+    assert summary.failed == 1
+    assert settled.sentences == (
+        "dp: noise for leakage 0.3: it ends at noise=0.2236, which gave no leakage: ValueError: a deliberate failure",
+    )
+    assert summary.exit_status == 1
+
+
+def test_a_target_outside_of_the_range_goes_on_with_the_ends(kit, tmp_path):
+    settled, summary = go(kit, tmp_path, TEXT.replace("0.3}, between: [0.01, 5]", "0.3}, between: [0.01, 0.1]"))
+    assert "no end of the range keeps it" in settled.sentences[0]
+    assert (len(tried(tmp_path)), summary.exit_status) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("leakage: {targets: 2, seeds: [0, 1]}\n", "", "6:29: auto: nothing measures leakage, expected a 'leakage'"),
+        ("between: [0.01, 5]", "between: [5, 0.01]", "6:56: between is [5, 0.01]; expected two numbers above 0"),
+        ("noise: {auto", "nois: {auto", "sweep variable 'nois' is used by no row"),
+        (", between: [0.01, 5]", "", "6:24: sweep 'noise' has no 'between'"),
+        ("{leakage: 0.3}", "{leakage: 0.3, epsilon: 3}", "expected one target, such as {leakage: 0.3}"),
+        ("auto: {leakage: 0.3}, between: [0.01, 5]}}", "auto: {epsilon: 3}}}, epsilon: 2",
+         "epsilon is set beside a sweep that looks for one"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_meant_has_its_place(old, new, sentence):
+    assert old in TEXT
+    with pytest.raises(UserError) as error:
+        read(TEXT.replace(old, new))
+    assert str(error.value).startswith("study.yaml:6:")
+    assert sentence in str(error.value)
+
+
+def test_a_study_with_a_target_epsilon_has_no_cells_before_it_is_computed(kit):
+    study = read(TEXT.replace("leakage: 0.3}, between: [0.01, 5]", "epsilon: 3}"))
+    assert [named.label for named in study.policies] == ["none", "first", "dp noise=auto", "last"]
+    with pytest.raises(ValueError, match="not calibrated"):
+        study.cells(kit.model, kit.data)
+    assert not replace(study).policies[2].values
