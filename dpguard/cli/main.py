@@ -55,6 +55,10 @@ def run(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--only", metavar="POLICY", help="Just this policy and the control, into --out; may be repeated."),
     ] = None,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster: host:port, ray://host:port or auto."),
+    ] = None,
 ) -> None:
     """Run a study; running it again does only what is missing."""
     from dpguard.cli.studies import run_study
@@ -62,6 +66,7 @@ def run(
     status = run_study(
         study, out, only=only or (),
         workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text, shard=shard,
+        ray=ray,
     )  # fmt: skip
     raise typer.Exit(status)
 

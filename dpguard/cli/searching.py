@@ -14,7 +14,7 @@ from dpguard.study.store import FILE, Store
 
 if TYPE_CHECKING:
     from dpguard.cli.studies import Planned
-    from dpguard.study.runner import Summary
+    from dpguard.study.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def settle(study: Study, folder: Path, plan: Callable[[Study], Planned]) -> Sett
     while True:
         now = advance(study, planned.cells, records)
         if not now.grown:
-            return Settled(study, planned, now.sentences)
+            notes = tuple(named.note for named in planned.study.policies if named.note)
+            return Settled(study, planned, (*notes, *now.sentences))
         study = now.study
         planned = plan(study)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dpguard.cli import searching
 from dpguard.cli.console import console, table
 from dpguard.cli.reporting import render_report
 from dpguard.errors import UserError
@@ -15,10 +18,16 @@ from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs
+from dpguard.study.search import chosen, searches
 from dpguard.study.selection import of_policies
 from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
+
+if TYPE_CHECKING:
+    from dpguard.policy.layers import Slot
+    from dpguard.study.executor import Executor
+    from dpguard.study.summary import Summary
 
 EXECUTE = "dpguard.study.legs:execute"
 # transformers loads its model code on first use: a second or two that every worker would pay
@@ -37,14 +46,34 @@ class Planned:
     """A study made ready to run on this machine.
 
     Attributes:
+        study: with the noise that its target epsilons take.
         cells: everything to run, in order.
         context: plain data for the workers.
         epsilons: policy label -> epsilon after the whole training.
     """
 
+    study: Study
     cells: list[Cell]
     context: dict[str, Any]
     epsilons: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Model and texts of a study, read once.
+
+    Attributes:
+        corpus: the texts.
+        data: what `inputs.texts` was asked for.
+        slots: the model's parameters.
+        model_id, data_id: what identifies them in a cell.
+    """
+
+    corpus: Any
+    data: dict[str, Any]
+    slots: Sequence[Slot]
+    model_id: dict[str, Any]
+    data_id: dict[str, Any]
 
 
 def run_study(
@@ -58,11 +87,13 @@ def run_study(
     show_text: bool,
     shard: str | None = None,
     only: Sequence[str] = (),
+    ray: str | None = None,
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
     from dpguard.cli.watching import best_point
     from dpguard.study import runner
     from dpguard.study.lock import in_use
+    from dpguard.study.ray_cells import RayCells, exposed, reach
     from dpguard.study.workers import warm_up
 
     part = Shard.parse(shard) if shard is not None else None
@@ -70,29 +101,52 @@ def run_study(
     if only and out is None:
         raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
+    if part and searches(study):
+        raise UserError("--shard: a sweep of the study asks for each value after the last, expected a run without it")
     if not dry_run:
         if holder := in_use(folder):  # told at once, not after reading model and texts
             raise UserError(f"{str(folder)!r} is in use by {holder}, expected a folder that no other run writes to")
-        warm_up(PRELOAD, threads)  # the worker server imports torch while this process reads model and texts
+        if ray:
+            reach(ray)
+            if warning := exposed(ray, os.environ):
+                print(warning, file=sys.stderr)
+        else:
+            warm_up(PRELOAD, threads)  # the worker server imports torch while this process reads model and texts
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
-        planned = plan_study(study, folder, epsilons=dry_run)
+        ground = read_ground(study)
     if only:
-        planned = replace(planned, cells=of_policies(planned.cells, only))
-        shown = {cell.policy for cell in planned.cells}
-        study = replace(study, policies=tuple(named for named in study.policies if named.label in shown))
-    own = frozenset(cell.id for cell in (part.cells(planned.cells) if part else planned.cells))
+        study = chosen(study, only)
+
+    def plan(found: Study) -> Planned:
+        planned = plan_on(ground, found, folder, epsilons=dry_run)
+        return _only(planned, only) if only else planned
+
     if dry_run:
-        _print_plan(study, planned, folder, own)
+        settled = searching.settle(study, folder, plan)
+        _print_plan(settled, folder, _own(part, settled.planned))
         return 0
-    with study.locating():
-        check_inputs(study, folder, planned.cells)
-    summary = runner.run(
-        study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers, threads=threads,
-        preload=PRELOAD, retry_failed=retry_failed, show_text=show_text, best=best_point, only=own,
-    )  # fmt: skip
+
+    def go(planned: Planned, first: bool) -> Summary:
+        def on_ray() -> Executor:
+            return RayCells(
+                str(ray), EXECUTE, planned.context, limits=runner.limits_of(study), threads=threads, preload=PRELOAD
+            )
+
+        with study.locating():
+            check_inputs(planned.study, folder, planned.cells)
+        return runner.run(
+            planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers,
+            threads=threads, preload=PRELOAD, retry_failed=retry_failed and first, show_text=show_text,
+            best=best_point, only=_own(part, planned), executor=on_ray if ray else None,
+        )  # fmt: skip
+
+    settled, summary = searching.run(study, folder, plan, go)
+    planned, own = settled.planned, _own(part, settled.planned)
     console().print(summary.sentence, markup=False)
     for cell, reason in summary.failures:
         console().print(f"failed: {cell}: {reason}", style="bold", markup=False)
+    for sentence in settled.sentences:
+        console().print(sentence, markup=False)
     if part:
         missing = len(planned.cells) - len(own)
         told = f"shard {part}: {missing} of the study's {len(planned.cells)} cells are not its own; dpguard merge OUT"
@@ -112,6 +166,18 @@ def merge_shards(out: Path, folders: list[Path]) -> int:
     return merged.exit_status
 
 
+def _only(planned: Planned, labels: Sequence[str]) -> Planned:
+    """The plan of some policies."""
+    cells = of_policies(planned.cells, labels)
+    shown = {cell.policy for cell in cells}
+    policies = tuple(named for named in planned.study.policies if named.label in shown)
+    return replace(planned, cells=cells, study=replace(planned.study, policies=policies))
+
+
+def _own(part: Shard | None, planned: Planned) -> frozenset[str]:
+    return frozenset(cell.id for cell in (part.cells(planned.cells) if part else planned.cells))
+
+
 class _Nothing:
     def __enter__(self) -> None:
         return None
@@ -121,12 +187,20 @@ class _Nothing:
 
 
 def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
-    """Load model and texts once, resolve every policy, and list the cells: every mistake shows here.
+    """Load model and texts, resolve every policy, and list the cells: every mistake shows here.
 
     Raises:
         UserError: anything in the study, the data or the model that cannot be meant, with its place.
     """
-    from dpguard.attacks.panel import PANELS, panel_hash
+    return plan_on(read_ground(study), study, folder, epsilons=epsilons)
+
+
+def read_ground(study: Study) -> Ground:
+    """Load model and texts.
+
+    Raises:
+        UserError: what cannot be read, with its place in the study.
+    """
     from dpguard.inputs import models, texts
     from dpguard.inputs.family import slots
     from dpguard.study import legs
@@ -138,24 +212,35 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
     _check_candidates(study, len(set(corpus.public)))
-    parameters = slots(loaded.module)
     model_id = {"name": study.model, "hash": loaded.fingerprint}
     data_id = {
         "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
-    study = calibrated(study, parameters, data_id, _kept(folder, made=not epsilons))
-    plans = study.plans(parameters)
+    return Ground(corpus, data, slots(loaded.module), model_id, data_id)
+
+
+def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
+    """As `plan_study`, with model and texts in hand.
+
+    Raises:
+        UserError: as `plan_study`.
+    """
+    from dpguard.attacks.panel import PANELS, panel_hash
+    from dpguard.study import legs
+
+    study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
+    plans = study.plans(ground.slots)
     panel: dict[str, Any] | None = None
     if study.leakage:
         names = _panel(study, PANELS)
         panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
-    cells = study.cells(model_id, data_id, panel)
+    cells = study.cells(ground.model_id, ground.data_id, panel)
     with study.locating("federation"):
-        legs.check_split(cells, corpus)
+        legs.check_split(cells, ground.corpus)
     needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
     context = {
         "model": study.model,
-        "data": data,
+        "data": ground.data,
         "folder": str(folder),
         "keep_weights": sorted(needed),
         "keep_rounds": list(study.federation.observe) if study.federation else [],
@@ -164,7 +249,7 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
         "plans": {label: plan.hash for label, plan in plans.items()},
         "trained": {c.id: asdict(c) for c in cells if c.id in needed},
     }
-    return Planned(cells, context, _epsilons(cells, plans, corpus) if epsilons else {})
+    return Planned(study, cells, context, _epsilons(cells, plans, ground.corpus) if epsilons else {})
 
 
 def _check_candidates(study: Study, public: int) -> None:
@@ -220,7 +305,8 @@ def _epsilons(cells: list[Cell], plans: Mapping[str, Any], corpus: Any) -> dict[
     return {cell.policy: legs.epsilon(cell, plans[cell.policy], corpus) for cell in cells if cell.leg == "guarantee"}
 
 
-def _print_plan(study: Study, planned: Planned, folder: Path, own: frozenset[str]) -> None:
+def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> None:
+    planned, study = settled.planned, settled.planned.study
     finished: set[str] = set()
     if (folder / "records.sqlite").exists():
         with Store.open(folder) as store:
@@ -238,3 +324,9 @@ def _print_plan(study: Study, planned: Planned, folder: Path, own: frozenset[str
     console().print("The columns after epsilon count cells.", style="dim")
     total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
     console().print(f"{total}, {left} to run; records in {folder}", markup=False)
+    for search in searches(settled.study):
+        auto = search.auto
+        told = f"up to {auto.values} values between {auto.low:g} and {auto.high:g}, each after the last is measured"
+        console().print(f"{search.label}: {auto.variable} for {auto.target} {auto.aim:g}: {told}", markup=False)
+    for sentence in settled.sentences:
+        console().print(sentence, markup=False)

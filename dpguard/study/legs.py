@@ -80,6 +80,13 @@ def corpus_of(context: Mapping[str, Any]) -> Corpus:
     return load_corpus(tuple(sorted((k, v) for k, v in context["data"].items() if v is not None)))
 
 
+def _corpus(cell: Cell, context: Mapping[str, Any]) -> Corpus:
+    found = corpus_of(context)
+    if found.fingerprint != cell.data["hash"]:
+        raise UserError(f"the texts of {cell.data['name']!r} changed since the study was planned; run the study again")
+    return found
+
+
 def _model(cell: Cell, context: Mapping[str, Any], corpus: Corpus) -> LoadedModel:
     found = models.load(context["model"], labels=corpus.classes, seed=0)
     if found.fingerprint != cell.model["hash"]:
@@ -93,7 +100,7 @@ def _plan(cell: Cell, model: LoadedModel) -> Plan:
 
 def _guarantee(cell: Cell, context: Mapping[str, Any]) -> Result:
     """Epsilon, statement and bounds: computed once, stored, never recomputed by a report."""
-    corpus = corpus_of(context)
+    corpus = _corpus(cell, context)
     model = models.load(context["model"], labels=corpus.classes, seed=0)
     plan = _plan(cell, model)
     found, seen, more = _promised(cell, plan, corpus)
@@ -221,7 +228,7 @@ def table_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _leakage(cell: Cell, context: Mapping[str, Any]) -> Result:
-    corpus = corpus_of(context)
+    corpus = _corpus(cell, context)
     model = _model(cell, context, corpus)
     given = cell.settings
     plan = _plan(cell, model)
@@ -295,7 +302,7 @@ def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: list[int]) 
 
 
 def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
-    corpus = corpus_of(context)
+    corpus = _corpus(cell, context)
     model = _model(cell, context, corpus)
     plan = _plan(cell, model)
     if "federation" in cell.settings:

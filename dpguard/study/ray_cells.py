@@ -8,6 +8,7 @@ travel: each node has them under the same path, and every cell checks their fing
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -31,7 +32,7 @@ from dpguard.study.record import Cell, Record, TextRow
 RETRIES = 3
 """How often a cell is started again when its node, or Ray's worker on it, is lost."""
 _REACH = 5.0  # seconds in which the address must answer
-_JOIN = 30.0  # seconds in which the cluster must let us in
+_JOIN = 20.0  # seconds in which the cluster must let us in
 _LOOK = 0.3  # seconds between looks at Ctrl-C
 _COUNT = 2.0  # seconds for which the number of places is taken as known
 _CLIENT = "ray://"
@@ -196,11 +197,9 @@ def connect(address: str) -> Any:
         UserError: see `RayCells`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _reach(address)
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is not installed; expected pip install 'dpguard[ray]', or a run without --ray") from None
+    reach(address)
+    import ray
+
     logging.getLogger("ray").setLevel(logging.ERROR)
     problems: list[BaseException] = []
 
@@ -223,8 +222,14 @@ def connect(address: str) -> Any:
     return ray
 
 
-def _reach(address: str) -> None:
-    """Open a connection to the address, so that a wrong one is told at once: Ray itself would try for minutes."""
+def reach(address: str) -> None:
+    """Open a connection to the address, so that a wrong one is told at once: Ray itself would try for minutes.
+
+    Raises:
+        UserError: another form of address, Ray is not installed, or nothing answers there.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed; expected pip install 'dpguard[ray]', or a run without --ray")
     if address == "auto":
         return
     host, _, port = address.removeprefix(_CLIENT).rpartition(":")

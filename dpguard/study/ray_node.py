@@ -14,9 +14,9 @@ from typing import Any
 from dpguard.errors import UserError
 from dpguard.study.execution import failed
 from dpguard.study.executor import Answer, Limits
+from dpguard.study.lock import LOCK
 from dpguard.study.ray_cells import versions
 from dpguard.study.record import Cell
-from dpguard.study.store import LOCK
 from dpguard.study.workers import Workers, warm_up
 
 

@@ -5,6 +5,7 @@ Every value that is tried is an ordinary policy with ordinary cells, so resuming
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,21 @@ def searches(study: Study) -> list[Search]:
     """What is looked for by measuring, in the study's order."""
     found = [named.search for named in study.policies if named.search and not named.search.auto.computed]
     return list({id(search): search for search in found}.values())
+
+
+def chosen(study: Study, labels: Sequence[str]) -> Study:
+    """The study with the tried values that these labels name, and nothing to look for by measuring any more."""
+    policies = list(study.policies)
+    for search in searches(study):
+        known = {named.label for named in policies}
+        for label in set(labels) - known:
+            value = dict(part.split("=", 1) for part in label.split() if "=" in part).get(search.auto.variable, "")
+            with contextlib.suppress(ValueError):
+                named = search.named(float(value))
+                policies += [named] if named.label == label else []
+    ordered = _in_order(study, policies)
+    stay = [replace(n, search=None) if n.search and not n.search.auto.computed else n for n in ordered]
+    return replace(study, policies=tuple(stay))
 
 
 def _in_order(study: Study, policies: Sequence[Named]) -> tuple[Named, ...]:

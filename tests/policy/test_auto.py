@@ -107,8 +107,8 @@ def test_measurements_against_the_direction_are_said():
     _, sentence = search(auto, curve)
     assert sentence == (
         "noise for leakage 0.3: noise=0.3162 (leakage 0.2) keeps it, noise=0.1 (leakage 0.9) does not; all 4 values "
-        "are spent; the measurements contradict that leakage falls with noise: noise=0.01 (leakage 0.8), then noise=0.1 "
-        "(leakage 0.9)"
+        "are spent; the measurements contradict that leakage falls with noise: noise=0.01 (leakage 0.8), then "
+        "noise=0.1 (leakage 0.9)"
     )
 
 
