@@ -15,6 +15,7 @@ from dpguard.errors import UserError
 from dpguard.report.frontier import frontier
 from dpguard.report.result import StudyResult
 from dpguard.study.runner import run
+from dpguard.study.search import chosen, searches
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
 
@@ -166,3 +167,10 @@ def test_a_study_with_a_target_epsilon_has_no_cells_before_it_is_computed(kit):
     with pytest.raises(ValueError, match="not calibrated"):
         study.cells(kit.model, kit.data)
     assert not replace(study).policies[2].values
+
+
+def test_one_tried_value_can_be_named_again(kit):
+    study = chosen(read(), ["dp noise=0.4862", "last"])
+    assert "dp noise=0.4862" in [named.label for named in study.policies]
+    assert searches(study) == []
+    assert "dp noise=0.5" not in [named.label for named in chosen(read(), ["dp  noise=0.5"]).policies]
