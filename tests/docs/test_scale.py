@@ -65,4 +65,4 @@ def test_the_search_on_the_page_is_a_study():
 
 @pytest.mark.parametrize("name", ["slurm.sh", "k8s-job.yaml", "ci-matrix.yaml"])
 def test_the_page_shows_the_files(name):
-    assert f'--8<-- "examples/{name}"' in PAGE
+    assert f"--8<--\nexamples/{name}\n--8<--" in PAGE
