@@ -35,6 +35,7 @@ def template(name: str, *, escape: bool) -> Template:
         "percent": text.percent,
         "metric": text.metric_name,
         "at": text.at_name,
+        "plain": text.plain,
         "md": text.markdown,
         "along": along,
     }
