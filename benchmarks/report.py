@@ -30,6 +30,17 @@ def timed(name: str, work: Callable[[], T]) -> T:
     return found
 
 
+def other(result: dict[str, Any], copy: int) -> dict[str, Any]:
+    """The result with scores that no other copy has, so that nothing can be computed once for all."""
+    if "scores" not in result:
+        return result
+    scores = [
+        {**score, "metrics": {name: v and v * (1 - 1e-4 * copy) for name, v in score["metrics"].items()}}
+        for score in result["scores"]
+    ]
+    return {**result, "scores": scores}
+
+
 def large(records: int, targets: int) -> Any:
     """The made-up study of the tests, copied under other names until it has so many records."""
     from tests.report.made_up_study import sample
@@ -40,7 +51,7 @@ def large(records: int, targets: int) -> Any:
         for record in base.records:
             name = record.cell.policy if copy == 0 else f"{record.cell.policy} copy={copy}"
             policies.append(name)
-            copied.append(replace(record, cell=replace(record.cell, policy=name)))
+            copied.append(replace(record, cell=replace(record.cell, policy=name), result=other(record.result, copy)))
     spec = {**base.spec, "policies": list(dict.fromkeys(policies))}
     return replace(base, study={**base.study, "spec": spec}, records=copied, texts={})
 

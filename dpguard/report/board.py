@@ -55,7 +55,7 @@ class Measure:
         upper: upper limit of that chance, from which the bound starts.
         bound: the most that any attack can score in the mean, given that chance; None without a guarantee.
         proven: lower limit of the measured mean at the level `ALARM`, corrected for everything that was looked at;
-            None without a bound.
+            None where the mean itself is not above the bound.
     """
 
     metric: str

@@ -132,11 +132,15 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         if level is not None:
             ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
             ax.text(0.01, level, name, transform=ax.get_yaxis_transform(), color=MUTED, va="top")
-    for point in content.points:
+    for point in (p for p in content.points if p.labelled):
         colour = point.band.colour if point.band else OPEN
         _bar_at(ax, point.sigma, point.measured, RED if point.broken else colour, f"measured-{point.number}")
         marker(ax, point.sigma, point.measured.value, point.band, size=7.5)
     wide_range = max(sigmas) > 30 * min(sigmas)
+    for level in dict.fromkeys(p.band for p in content.points):
+        crowd = [p for p in content.points if p.band == level and not p.labelled]
+        if crowd:
+            marker(ax, [p.sigma for p in crowd], [p.measured.value for p in crowd], level, size=7.5)
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide_range else (1.0, 2.0, 5.0), numticks=12))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -159,7 +163,7 @@ def _bar_at(ax: Axes, x: float, interval: Interval, colour: str, gid: str) -> No
 def _name_noised(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     settle(ax)
     hard = [around(*pixels(ax, p.sigma, p.measured.value), 7) for p in content.points]
-    runs = [((p.sigma, p.measured.low), (p.sigma, p.measured.high)) for p in content.points]
+    runs = [((p.sigma, p.measured.low), (p.sigma, p.measured.high)) for p in content.points if p.labelled]
     runs += [(a, b) for line in content.curves for a, b in zip(line[:-1:4], line[4::4], strict=False)]
     if content.floor is not None:
         runs.append(((ax.get_xlim()[0], content.floor), (ax.get_xlim()[1], content.floor)))

@@ -143,7 +143,8 @@ def _measures(policy: str, promise: Mapping[str, Any], scores: Scores, among: in
             metric, interval, attack, at,
             floor=scores.interval(policy, metric, prior) if prior else None,
             chance=chance, upper=upper, bound=bound,
-            proven=None if bound is None else scores.proven(policy, metric),
+            # a lower limit is below the mean: only a mean above its bound can have one above it
+            proven=scores.proven(policy, metric) if bound is not None and interval.value > bound else None,
         )  # fmt: skip
     return found
 

@@ -31,11 +31,19 @@ def new_axes(narrow: bool, height: float, columns: int = 1, *, share: bool = Fal
     return list(figure.subplots(1, columns, sharey=share, squeeze=False)[0])
 
 
-def marker(ax: Axes, x: float, y: float, band: Band | None, *, size: float = 6.5, gid: str | None = None) -> None:
-    """A filled circle in its colour of the epsilon scale, or an open diamond without a formal guarantee."""
+def marker(
+    ax: Axes,
+    x: float | list[float],
+    y: float | list[float],
+    band: Band | None,
+    *,
+    size: float = 6.5,
+    gid: str | None = None,
+) -> None:
+    """Filled circles in their colour of the epsilon scale, or open diamonds without a formal guarantee."""
     ax.plot(
-        [x],
-        [y],
+        x if isinstance(x, list) else [x],
+        y if isinstance(y, list) else [y],
         marker="o" if band else "D",
         markersize=size if band else size - 1.2,
         markerfacecolor=band.colour if band else PAPER,

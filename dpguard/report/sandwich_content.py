@@ -15,7 +15,7 @@ from dpguard.report.style import Band, band
 from dpguard.report.text import metric_name
 from dpguard.stats import Interval
 
-LISTED = 40
+LISTED = 30
 """With more policies than this, only the front, the control and what broke its bound are listed."""
 LABELLED = 24
 """With more points than this over noise, only those of the front and what broke its bound are named."""

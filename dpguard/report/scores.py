@@ -73,6 +73,7 @@ class Scores:
             by_policy.setdefault(record.cell.policy, []).append(record)
         self.blocks = {policy: self._block(found) for policy, found in by_policy.items()}
         self._largest: dict[tuple[str, str], tuple[Drawn, Option] | None] = {}
+        self._same: dict[tuple[Any, ...], tuple[Drawn, int]] = {}
         self._interval: dict[tuple[str, Option, str], Interval | None] = {}
 
     def _block(self, records: Sequence[Record]) -> Block:
@@ -156,7 +157,12 @@ class Scores:
         sums, counts = self._of(policy, metric, options)
         if not options or not counts.any():
             return None
-        drawn, best = largest(sums, counts, units=self.blocks[policy].units)
+        # attacks that saw no message, and policies that changed nothing, have the same scores: they are drawn once
+        units = self.blocks[policy].units
+        key = (units, sums.tobytes(), counts.tobytes())
+        if key not in self._same:
+            self._same[key] = largest(sums, counts, units=units)
+        drawn, best = self._same[key]
         return drawn, options[best]
 
     def _exact(self, policy: str, metric: str, found: tuple[Drawn, Option], *, chosen: bool) -> Interval:
