@@ -137,10 +137,10 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         _bar_at(ax, point.sigma, point.measured, RED if point.broken else colour, f"measured-{point.number}")
         marker(ax, point.sigma, point.measured.value, point.band, size=7.5)
     wide_range = max(sigmas) > 30 * min(sigmas)
-    for level in dict.fromkeys(p.band for p in content.points):
-        crowd = [p for p in content.points if p.band == level and not p.labelled]
+    for step in dict.fromkeys(p.band for p in content.points):
+        crowd = [p for p in content.points if p.band == step and not p.labelled]
         if crowd:
-            marker(ax, [p.sigma for p in crowd], [p.measured.value for p in crowd], level, size=7.5)
+            marker(ax, [p.sigma for p in crowd], [p.measured.value for p in crowd], step, size=7.5)
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide_range else (1.0, 2.0, 5.0), numticks=12))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())

@@ -114,11 +114,12 @@ class Scores:
         """The interval of one attack at one position; without an option, of the largest mean over all."""
         if option is None:
             found = self.largest(policy, metric)
-            return self._exact(policy, metric, found, chosen=True) if found else None
+            return self._chosen(policy, metric, found) if found else None
         key = (policy, option, metric)
         if key not in self._interval:
-            one = self._find(policy, metric, [option])
-            self._interval[key] = self._exact(policy, metric, one, chosen=False) if one else None
+            self._interval[key] = self._proportion(policy, metric, option)
+            if self._interval[key] is None and (one := self._find(policy, metric, [option])):
+                self._interval[key] = self._sized(policy, one[0].interval())
         return self._interval[key]
 
     def mean(self, policy: str, option: Option, metric: str) -> float | None:
@@ -165,23 +166,27 @@ class Scores:
         drawn, best = self._same[key]
         return drawn, options[best]
 
-    def _exact(self, policy: str, metric: str, found: tuple[Drawn, Option], *, chosen: bool) -> Interval:
-        """The interval; of a proportion (zeros and ones, one score a unit) the exact one.
-
-        Where the option was ``chosen`` as the largest, the interval is no narrower than the exact one.
-        """
+    def _chosen(self, policy: str, metric: str, found: tuple[Drawn, Option]) -> Interval:
+        """The interval of the largest; where that is a proportion, no narrower than the exact one."""
         drawn, option = found
-        interval = drawn.interval()
+        interval, exact = drawn.interval(), self._proportion(policy, metric, option)
+        if exact:
+            interval = replace(interval, low=min(interval.low, exact.low), high=max(interval.high, exact.high))
+        return self._sized(policy, interval)
+
+    def _proportion(self, policy: str, metric: str, option: Option) -> Interval | None:
+        """The exact interval of zeros and ones, one score a unit; None for anything else."""
         sums, counts = self._of(policy, metric, [option])
-        whole = counts.max() == 1 and counts.sum() == len(drawn.units)
-        if whole and bool(((sums == 0) | (sums == 1)).all()):
-            exact = binomial(int(sums.sum()), len(drawn.units))
-            low, high = (
-                (min(interval.low, exact.low), max(interval.high, exact.high)) if chosen else (exact.low, exact.high)
-            )
-            interval = replace(interval, low=low, high=high)
-        held = len(drawn.units) * self.blocks[policy].texts
-        return replace(interval, texts=held if held > len(drawn.units) else 0)
+        held = counts > 0
+        one_each = counts.max() == 1 and bool((held.sum(axis=2) <= 1).all())
+        if not one_each or not held.any() or not bool(((sums == 0) | (sums == 1)).all()):
+            return None
+        interval = binomial(int(sums.sum()), int(held.sum()))
+        return replace(interval, seeds=int(held.any(axis=(0, 1)).sum()))
+
+    def _sized(self, policy: str, interval: Interval) -> Interval:
+        held = interval.n * self.blocks[policy].texts
+        return replace(interval, texts=held if held > interval.n else 0)
 
 
 def _by_attack(record: Record) -> dict[str, list[Mapping[str, Any]]]:
