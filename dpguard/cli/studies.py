@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpguard.cli import searching
 from dpguard.cli.console import console, table
+from dpguard.cli.estimating import print_estimate
 from dpguard.cli.reporting import render_report
 from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
@@ -123,7 +124,10 @@ def run_study(
 
     if dry_run:
         settled = searching.settle(study, folder, plan)
-        _print_plan(settled, folder, _own(part, settled.planned))
+        left = _print_plan(settled, folder, _own(part, settled.planned))
+        if left:
+            cells = [cell for cell in settled.planned.cells if cell.id in left]
+            print_estimate(cells, EXECUTE, settled.planned.context, workers, threads, PRELOAD)
         return 0
 
     def go(planned: Planned, first: bool) -> Summary:
@@ -305,7 +309,8 @@ def _epsilons(cells: list[Cell], plans: Mapping[str, Any], corpus: Any) -> dict[
     return {cell.policy: legs.epsilon(cell, plans[cell.policy], corpus) for cell in cells if cell.leg == "guarantee"}
 
 
-def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> None:
+def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:
+    """Print the grid; the ids of the cells that are left."""
     planned, study = settled.planned, settled.planned.study
     finished: set[str] = set()
     if (folder / "records.sqlite").exists():
@@ -320,13 +325,14 @@ def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -
         rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in cells)])
     columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
     console().print(table(columns, rows, right=columns[1:]))
-    left = len(own - finished)
+    left = frozenset(own - finished)
     console().print("The columns after epsilon count cells.", style="dim")
     total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
-    console().print(f"{total}, {left} to run; records in {folder}", markup=False)
+    console().print(f"{total}, {len(left)} to run; records in {folder}", markup=False)
     for search in searches(settled.study):
         auto = search.auto
         told = f"up to {auto.values} values between {auto.low:g} and {auto.high:g}, each after the last is measured"
         console().print(f"{search.label}: {auto.variable} for {auto.target} {auto.aim:g}: {told}", markup=False)
     for sentence in settled.sentences:
         console().print(sentence, markup=False)
+    return left

@@ -1,0 +1,60 @@
+"""The estimate of a dry run: parts that grow are scaled up, parts that do not are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpguard.study.executor import Limits
+from dpguard.study.probe import Estimate, chosen, estimate, short, whole
+from dpguard.study.record import Record
+from dpguard.study.workers import Workers, warm_up
+
+
+def one(kit, leg, **wanted):
+    return next(
+        c for c in kit.cells() if c.leg == leg and all(c.settings.get(name) == value for name, value in wanted.items())
+    )
+
+
+def test_a_probe_is_the_cell_made_short(kit):
+    attack = short(one(kit, "leakage", at="end"))
+    assert (attack.settings["targets"], attack.settings["at"], "needs" in attack.settings) == (1, "start", False)
+    training = short(one(kit, "utility"))
+    assert training.settings["epochs"] == pytest.approx(3 * 50 / 1000)
+    assert short(one(kit, "guarantee")) == one(kit, "guarantee")
+
+
+def test_what_grows_is_scaled_up(kit):
+    attack = one(kit, "leakage")
+    scores = [{"seconds": 2.0, "inherited": False}, {"seconds": 9.0, "inherited": True}]
+    record = Record(short(attack), "done", result={"scores": scores}, provenance={"seconds": 5.0})
+    assert whole(attack, record) == 3.0 + 3 * 2.0
+    training = one(kit, "utility")
+    result = {"train_seconds": 0.6, "steps": 3}
+    record = Record(short(training), "done", result=result, provenance={"seconds": 1.0})
+    assert whole(training, record) == pytest.approx(0.4 + 40 * 0.2)
+
+
+def test_every_kind_is_probed_at_most_twice(kit):
+    picked = chosen(kit.cells())
+    assert len(picked) == 6  # at the start and at the end are the same probe
+    assert {cell.leg for cell in picked} == {"guarantee", "leakage", "utility"}
+
+
+def test_a_probe_that_fails_is_said(kit):
+    warm_up()
+    cells = [cell for cell in kit.cells() if cell.leg == "guarantee"]
+    context = {"script": {"guarantee, none": "raise"}}
+    found = estimate(cells, lambda: Workers(kit.execute, context, 2, limits=Limits(minutes=1)))
+    assert (found.probes, found.over, found.unknown) == (2, (), {})
+    assert 0 <= found.low <= found.high < 60
+    context = {"script": {"guarantee, none": "raise", "guarantee, last-block": "raise"}}
+    found = estimate(cells, lambda: Workers(kit.execute, context, 2))
+    assert "nothing is known of guarantee: ValueError: a deliberate failure" in found.sentence
+
+
+def test_an_ended_probe_says_at_least():
+    assert (
+        " or more (leakage at start: the probe was ended after 30 s)"
+        in Estimate(1, 2, 3, ("leakage at start",), {}).sentence
+    )
