@@ -40,7 +40,7 @@ def best_point(store: Store) -> str:
         caps = asdict(Caps.read(result.spec))
         kept = {name: caps[name] for name in ("max_leakage", "min_utility", "max_epsilon")}
         row = found.row(recommend(found, **kept).policy or "")
-    except UserError:  # nothing measured yet that a frontier could be made of
+    except Exception:  # nothing measured yet that a frontier could be made of; this courtesy must stop no run
         return ""
     if row is None:
         return ""
