@@ -119,7 +119,7 @@ class RayCells:
         except errors.OutOfMemoryError:
             return failed(cell, "memory", "ended by the cluster: its node ran out of memory")
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError, errors.LocalRayletDiedError):
-            return failed(cell, "killed", f"its node was lost {RETRIES + 1} times, on the last one without another try")
+            return failed(cell, "killed", f"its node, or Ray's worker on it, was lost {RETRIES + 1} times")
         except errors.RayError as error:
             return failed(cell, "crashed", f"Ray: {' '.join(str(error).split())[:300]}")
         self._homes[cell.id] = plain["node"]
@@ -213,7 +213,10 @@ def connect(address: str) -> Any:
     thread.start()
     thread.join(_JOIN)
     if thread.is_alive():
-        raise UserError(f"--ray {address}: no Ray cluster let us in within {_JOIN:g} s, expected a running one")
+        raise UserError(
+            f"--ray {address}: no Ray cluster let us in within {_JOIN:g} s, expected a running one, with RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN here as they are there"
+        )
     if problems:
         # not the error's own words: they may quote what was sent
         kind = type(problems[0]).__name__
