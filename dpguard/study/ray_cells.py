@@ -214,8 +214,8 @@ def connect(address: str) -> Any:
     thread.join(_JOIN)
     if thread.is_alive():
         raise UserError(
-            f"--ray {address}: no Ray cluster let us in within {_JOIN:g} s, expected a running one, with RAY_AUTH_MODE and "
-            "RAY_AUTH_TOKEN here as they are there"
+            f"--ray {address}: no Ray cluster let us in within {_JOIN:g} s, expected a running one, with "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN here as they are there"
         )
     if problems:
         # not the error's own words: they may quote what was sent
