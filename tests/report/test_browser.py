@@ -186,7 +186,7 @@ def test_focus_on_a_point_shows_its_table_without_script(browser, page):
     [told] = browser.evaluate(shown)
     assert "dp-sgd noise=0.6" in told
     assert "clip: 1, noise: 0.6" in told
-    label = browser.evaluate("document.activeElement.getAttribute('aria-label')")
+    label = browser.evaluate("document.activeElement.querySelector('title').textContent")
     assert re.match(r"dp-sgd noise=0\.6: leakage \d\.\d\d .*accuracy .*epsilon 6\.31", label)
 
 
