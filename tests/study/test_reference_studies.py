@@ -120,12 +120,12 @@ question: Does a sentence get out?
 model: demo
 data: {path: texts.jsonl}
 policies: {clip-only: }
-leakage: {panel: demo, attacks: [rows, span], targets: 3}
-utility: {epochs: 1, batch_size: 8}
+leakage: {panel: demo, attacks: [rows], targets: 3}
 privacy: {delta: 1.0e-3}
 """
 
 
+@pytest.mark.slow
 def test_no_private_text_is_in_what_gets_committed(tmp_path, monkeypatch):
     """Report, figures and the Parquet records of other people's texts; the store itself is not committed."""
     source = (ROOT / "dpguard" / "inputs" / "demo" / "train.jsonl").read_text().splitlines()[:60]
