@@ -105,7 +105,7 @@ def run(
         folder = Path(place)
         _write(folder, model, train, parts, plan, settings, labels=labels, seed=seed, delta=delta, keep=keep)
         simulate(
-            folder / "app", nodes=settings.clients, cpus=cpus, say=say,
+            folder / "app", nodes=settings.clients, cpus=cpus, say=say, scratch=[folder],
             settings=[f"folder={json.dumps(str(folder))}", "state=\"\""],
         )  # fmt: skip
         if not (folder / RESULT).is_file():
