@@ -87,7 +87,7 @@ def study(
         scores = [
             {"target": t, "attack": attack, "metrics": {"rougeL": value, "exact_match": float(value == 1.0)}}
             for t in range(8)
-            for attack, value in (("prior", 0.1), ("span", (1.0, 0.3, 0.2)[number]))
+            for attack, value in (("prior", 0.1), ("span", (1.0, 0.3, 0.4)[number]))
         ]
         records.append(
             Record(cells[-1], "done", result={"scores": scores, "messages": 8, "shared_fraction": 1.0, "skipped": {}})
