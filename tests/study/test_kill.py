@@ -37,8 +37,11 @@ def rounds(kit, tmp_path, moments, seed):
     context = {"seconds": 0.15, "log": str(log)}
     while kills < moments:
         if driver is None:
+            before = sum(starts(log).values())
             driver = start(kit, folder, context)
-            until(lambda: starts(log), "a first cell started")
+            until(
+                lambda n=before, d=driver: sum(starts(log).values()) > n or d.poll() is not None, "a first cell started"
+            )
         time.sleep(choose.uniform(0.05, 1.0))
         if driver.poll() is None:
             kills += 1
