@@ -35,11 +35,12 @@ from dpguard.attacks.match_polish import Polish
 from dpguard.attacks.match_proof import is_message, without_noise
 from dpguard.attacks.match_setting import SETTINGS as SETTINGS
 from dpguard.attacks.match_setting import Setting
-from dpguard.attacks.match_soft import likely
+from dpguard.attacks.match_soft import Lists, likely
 from dpguard.attacks.objective import Objective, targets
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.reorder import propose, shuffle
+from dpguard.attacks.span_sites import left_as_found
 from dpguard.attacks.vocabulary import TokenTable
 from dpguard.engine.gradients import running_as
 from dpguard.inputs.family import family_of
@@ -95,8 +96,11 @@ class Match:
             UserError: no such preset.
         """
         name, limits = choose(self.name, self.presets, preset, budget)
+        search = Search(seen, SETTINGS[name], limits, rng)
+        with left_as_found(seen.model):  # `running_as` would set the dropout rates to zero, which are evidence
+            lists = search.lists()
         with running_as(seen.model, "eval"):
-            return Search(seen, SETTINGS[name], limits, rng).run()
+            return search.run(lists)
 
 
 @dataclass
@@ -126,19 +130,18 @@ class Search:
         self.norm = self.table.mean_norm if self.setting.norm is None else self.setting.norm
         self.bigram = bigram(Corpus.of(told), len(self.table.weight))
 
-    def run(self) -> Reconstruction:
-        """The discrete way where soft spans say something, else the continuous one."""
+    def lists(self) -> Lists | None:
+        """What soft spans say about one text without noise; None when they say nothing or are not to be asked."""
         if self.setting.soft and self.texts == 1 and not self.objective.whitened and self.budget.candidates > 0:
-            found = self.discrete()
-            if found is not None:
-                return found
-        return self.continuous()
+            return likely(self.seen)
+        return None
 
-    def discrete(self) -> Reconstruction | None:
-        """Tokens from soft spans, then a search on the exact distance; None when no span says anything."""
-        lists = likely(self.seen)
-        if lists is None:
-            return None
+    def run(self, lists: Lists | None) -> Reconstruction:
+        """The discrete way where soft spans say something, else the continuous one."""
+        return self.continuous() if lists is None else self.discrete(lists)
+
+    def discrete(self, lists: Lists) -> Reconstruction:
+        """Tokens from soft spans, then a search on the exact distance."""
         told, limit = self.seen.disclosed, self.budget.candidates
         labels = told.labels if told.labels is not None else range(min(self.classes, HYPOTHESES))
         draws = random.Random(int(torch.randint(2**62, (1,), generator=self.rng)))

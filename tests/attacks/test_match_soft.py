@@ -82,12 +82,13 @@ def test_dropout_hides_neither_tokens_nor_length_and_is_never_certain() -> None:
             module.p = 0.1
         update = Client(model.module, plan, seed=0, mode="train", dropout_seed=3).observe(batch)
         seen = replace(seen, message=update.tensors, disclosed=replace(seen.disclosed, mode="train"))
-        found = _found(seen, budget=Budget(0, 600))
+        found = _found(seen, budget=Budget(0, 200))
     finally:
         for module, rate in zip(rates, before, strict=True):
             module.p = rate
-    true = batch.input_ids[0].tolist()
-    assert len(set(found.sequences[0]) & set(true)) >= 0.7 * len(set(true))
+    # the rates are evidence: the attack itself runs with dropout off, and once lost them that way
+    assert found.sequences == [batch.input_ids[0].tolist()]
+    assert found.notes["likely_lengths"] == [batch.input_ids.shape[1]]
     assert found.certain == [False]
 
 
