@@ -1,6 +1,6 @@
 """What the panel's attacks recover, row by row of the goals in README.md: each line is one cell, measured.
 
-    python benchmarks/attacks.py single [--weights query value] [--blocks 0 3] [--data cola] [--n 100]
+    python benchmarks/attacks.py single [--weights query value] [--blocks 0 3] [--data cola] [--n 100] [--first 0]
     python benchmarks/attacks.py update | lora | wide | last | head [--n 10]
     python benchmarks/attacks.py controls [--n 20]        another text's message; shuffled entries; pure noise
     python benchmarks/attacks.py partial [--n 2]          the seed paper's matching beside span, the same messages
@@ -58,6 +58,7 @@ class Cell:
         attack: name in the panel.
         batch_size: texts a client.
         n: messages.
+        first: messages left out before them.
         threat: what the message is, and what is disclosed.
         lora: rank of LoRA on query and value instead of the bare model, 0 = none.
     """
@@ -68,6 +69,7 @@ class Cell:
     attack: str = "span"
     batch_size: int = 1
     n: int = 10
+    first: int = 0
     threat: Threat = field(default_factory=Threat)
     lora: int = 0
 
@@ -125,7 +127,8 @@ def messages(cell: Cell) -> list[tuple[models.LoadedModel, Observation, Truth, l
     plan = Policy(list(cell.rows)).plan(slots(model.module))
     size = cell.batch_size * cell.threat.clients
     out = []
-    for number, indices in enumerate(leakage.pick_targets(texts, targets=cell.n, batch_size=size, seed=0)):
+    picked = leakage.pick_targets(texts, targets=cell.first + cell.n, batch_size=size, seed=0)
+    for number, indices in list(enumerate(picked))[cell.first :]:
         examples = [texts.train[i] for i in indices]
         each = [examples[i : i + cell.batch_size] for i in range(0, len(examples), cell.batch_size)]
         batches = [leakage.encode(model, part) for part in each]
@@ -170,9 +173,9 @@ def share_only(selector: str) -> list[dict[str, Any]]:
     return [{"layers": "all", "share": False}, {"layers": selector, "share": True}]
 
 
-def controls(n: int) -> None:
+def controls(n: int, first: int) -> None:
     """Another text's message scored against a text, and messages that say nothing: none may be certain."""
-    cell = one_weight(3, "query", n=n)
+    cell = one_weight(3, "query", n=n, first=first)
     made = messages(cell)
     attack, crossed, floor = panel.attack("span"), [], []
     for number, (model, seen, _, _) in enumerate(made):
@@ -183,19 +186,19 @@ def controls(n: int) -> None:
         floor += leakage.judge(Outcome("prior", guess), truth, indices, model.tokenizer)
     for name, scores in (("another text's message", crossed), ("the floor (prior)", floor)):
         print(f"{name:34s} R-1 {np.mean([s.metrics['rouge1'] for s in scores]):.3f}", flush=True)
-    nothing(n)
+    nothing(n, first)
 
 
-def nothing(n: int) -> None:
+def nothing(n: int, first: int) -> None:
     """Shuffled entries and pure noise, under several policies and attacks, with small budgets."""
     runs = sure = 0
     cells = [
-        *(one_weight(block, weight, n=n) for block in (0, 3) for weight in WEIGHTS),
-        Cell("embeddings withheld", WITHHELD, n=n, batch_size=2, threat=Threat(know=("count",))),
-        Cell("everything", [], attack="rows", n=n),
+        *(one_weight(block, weight, n=n, first=first) for block in (0, 3) for weight in WEIGHTS),
+        Cell("embeddings withheld", WITHHELD, n=n, first=first, batch_size=2, threat=Threat(know=("count",))),
+        Cell("everything", [], attack="rows", n=n, first=first),
     ]
     for cell in cells:
-        for number, (_, seen, _, _) in enumerate(messages(cell)):
+        for number, (_, seen, _, _) in enumerate(messages(cell), first):
             source = torch.Generator().manual_seed(number)
             for spoil in ("shuffled", "noise"):
                 attack = panel.attack("span:quick" if cell.attack == "span" else cell.attack)
@@ -217,35 +220,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["single", "update", "lora", "wide", "last", "head", "controls", "partial"])
     parser.add_argument("--n", type=int, default=10, help="messages a cell")
+    parser.add_argument("--first", type=int, default=0, help="messages left out before them, to go on with a row")
     parser.add_argument("--data", choices=["cola", "rotten_tomatoes"], default="cola")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=[w for w in WEIGHTS if w != "key"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    unknown = Threat(know=())
+    unknown, which = Threat(know=()), {"n": given.n, "first": given.first}
     match given.what:
         case "single":
             for block in given.blocks:
                 for weight in given.weights:
-                    run(one_weight(block, weight, n=given.n, data=given.data))
+                    run(one_weight(block, weight, data=given.data, **which))
         case "update":
             for steps in (1, 4):
                 threat = Threat(know=("count",), local_steps=steps, learning_rate=1e-3)
-                run(Cell(f"{steps} local steps, batch 4", WITHHELD, batch_size=4, n=given.n, threat=threat))
-            run(Cell("mean of 2 clients, batch 2", WITHHELD, batch_size=2, n=given.n, threat=Threat(clients=2)))
+                run(Cell(f"{steps} local steps, batch 4", WITHHELD, batch_size=4, threat=threat, **which))
+            run(Cell("mean of 2 clients, batch 2", WITHHELD, batch_size=2, threat=Threat(clients=2), **which))
         case "lora":
-            run(Cell("LoRA r = 32, query and value", share_only("adapters"), n=given.n, lora=32))
+            run(Cell("LoRA r = 32, query and value", share_only("adapters"), lora=32, **which))
         case "wide":
-            run(Cell("Rotten Tomatoes, batch 16", WITHHELD, data="rotten_tomatoes", batch_size=16, n=given.n,
-                     threat=unknown))  # fmt: skip
+            run(Cell("Rotten Tomatoes, batch 16", WITHHELD, data="rotten_tomatoes", batch_size=16, threat=unknown,
+                     **which))  # fmt: skip
         case "last" | "head":
             selector = "block[-1]" if given.what == "last" else "head"
             for attack in ("span", "match", "likelihood"):
-                run(Cell(f"{selector} only, {attack}", share_only(selector), attack=attack, n=given.n))
+                run(Cell(f"{selector} only, {attack}", share_only(selector), attack=attack, **which))
         case "controls":
-            controls(given.n)
+            controls(given.n, given.first)
         case "partial":
-            cell = one_weight(3, "query", n=given.n)
+            cell = one_weight(3, "query", **which)
             told = replace(cell, attack="match:partial", threat=Threat(know=("labels", "lengths")))
             ours, theirs = run(cell), run(replace(told, name="the same, match:partial"))
             print(f"median seconds, partial over span: {np.median(theirs.seconds) / np.median(ours.seconds):.0f}")

@@ -60,6 +60,10 @@ NEARBY = 160
 """Texts near the best one that a picture is refined on."""
 JITTER = 0.5
 """Noise on the starts of the continuous search, relative to an embedding's norm."""
+PICTURES = 8
+"""Pictures of mixtures, each refined around what the one before it led to."""
+SLOW = 0.9
+"""Energy relative to the picture's before, above which the continuous search has its turn."""
 PUBLIC = 400
 """Public texts that a picture may be fitted on."""
 FEW_TOKENS = 5000
@@ -294,7 +298,7 @@ def _take(trail: Trail, other: Trail) -> None:
 
 def _states(case: _Case, evidence: Evidence, length: int) -> Tensor | None:
     """The text's hidden states, where the weight gives them one by one and a decoder is not quicker without."""
-    seat = seat_of(evidence, case.sites)
+    seat = seat_of(evidence, case.sites, case.probe)
     if evidence.site.role != "mlp_out" or seat is None or (evidence.causal and len(case.tokens) < FEW_TOKENS):
         return None
     solver = RowSolver(case.probe, evidence, seat, activation(case.probe.config), case.frame, case.rng)
@@ -317,6 +321,8 @@ def _hunt(
         bag = likely[:, 0]
         trail = search.start(case.framed(likely[:, 0][None]))
         likely, bag = _relaxed(case, evidence, search, trail, likely, held)
+    if table is not None and _is_mixture(case, evidence):
+        trail, likely, bag = _repeated(case, evidence, search, trail, likely, bag)
     for turn in range(ROUNDS):
         if turn or length > SHORT:
             refined = None if trail.done else _refined(case, evidence, trail, likely, length, states)
@@ -335,11 +341,34 @@ def _hunt(
     return trail
 
 
+def _is_mixture(case: _Case, evidence: Evidence) -> bool:
+    """Whether the picture is of mixtures, in which the words around a token weigh as much as the token."""
+    return evidence.site.role == "attention_output" and seat_of(evidence, case.sites, case.probe) is evidence.site
+
+
+def _repeated(
+    case: _Case, evidence: Evidence, search: Search, trail: Trail, likely: Tensor, bag: Tensor
+) -> tuple[Trail, Tensor, Tensor]:
+    """Refine the picture and substitute in turns: every right word makes the next picture sharper."""
+    length, held = len(trail.ids), case.fixed(len(trail.ids))[0]
+    for _ in range(PICTURES):
+        refined = None if trail.done else _refined(case, evidence, trail, likely, length, None)
+        if refined is None or case.probe.scored >= case.limit:
+            break
+        before, likely, bag = trail.energy, refined.best(SUBSTITUTES), refined.bag(2 * length)
+        other = search.start(case.framed(torch.stack([refined.text(), likely[:, 0]])))
+        _take(trail, search.polish(other, likely))
+        if trail.energy > SLOW * before and case.steps < case.budget.steps:  # some words only their neighbours show
+            likely, bag = _relaxed(case, evidence, search, trail, likely, held)
+            trail = search.polish(trail, likely)
+    return trail, likely, bag
+
+
 def _refined(
     case: _Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int, states: Tensor | None
 ) -> Guess | None:
     """A guess from a picture of texts near the best one: same length, mostly the same words."""
-    seat = seat_of(evidence, case.sites)
+    seat = seat_of(evidence, case.sites, case.probe)
     if seat is None:
         return None
     rows = likely[:, : min(24, likely.shape[1])]

@@ -83,7 +83,7 @@ def guess(
         states: (k, d) states found by `span_rows`, for the weight that gives them.
     """
     probe = album.probe
-    seat = seat_of(evidence, sites)
+    seat = seat_of(evidence, sites, probe)
     if seat is None:
         return None
     seen = picture or album.picture(seat.name, seat.layer, length)
@@ -97,11 +97,17 @@ def guess(
     return Guess(share.clamp_min(1e-9).log(), tokens)
 
 
-def seat_of(evidence: Evidence, sites: Sites) -> Site | None:
-    """The layer whose linear picture tells about the evidence's inputs."""
+def seat_of(evidence: Evidence, sites: Sites, probe: Probe) -> Site | None:
+    """The layer whose linear picture tells about the evidence's inputs.
+
+    Values tell more than the mixtures of them that the attention's output reads, but a text with as many tokens as a
+    head is wide leaves no room in any head to test one: then the picture is of the mixtures, heads side by side.
+    """
     role, block = evidence.site.role, evidence.site.block
     if role == "attention_output":
-        return sites.find(block, "value", "qkv")
+        heads = int(probe.config.num_attention_heads)
+        room = evidence.span.rank < evidence.span.inputs // heads
+        return sites.find(block, "value", "qkv") if room else evidence.site
     if role == "mlp_out":
         return sites.find(block, "mlp_in")
     return evidence.site
@@ -112,7 +118,7 @@ def view_of(evidence: Evidence, seat: Site, picture: Picture, probe: Probe) -> V
     outside = evidence.span.complement()
     identity = torch.eye(evidence.span.inputs, dtype=torch.float64, device=outside.device)
     nothing = torch.zeros(len(identity), dtype=torch.float64, device=outside.device)
-    if evidence.site.role == "attention_output":
+    if evidence.site.role == "attention_output" and seat is not evidence.site:
         return _heads(evidence, seat, probe)
     if evidence.differences:
         return View(outside, -outside @ picture.opening, identity, -picture.opening)
