@@ -9,6 +9,8 @@ shared, the attention's output and the MLP's input weights), without labels, len
 4. `span_members`: the text around a solved row, by non-negative least squares;
 5. a text whose every row lies in the spans to the message's precision is certain, and explains its rows; the
    batch is complete when the certain texts have as many tokens as the span has dimensions.
+
+More tokens than the model is wide leave a pool and drafts only (`span_wide`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from dpguard.attacks.span_pool import READERS, pool_of
 from dpguard.attacks.span_rank import RESOLUTION
 from dpguard.attacks.span_repair import Repairs
 from dpguard.attacks.span_sites import Probe, Site, sites_of
+from dpguard.attacks.span_wide import WideReader
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
 
 CONTEXT = 300
@@ -118,10 +121,13 @@ class BatchReader:
         evidence = self._evidence()
         by_role = {e.site.role: e for e in reversed(evidence) if e.site.block == 0}
         readers = [e for e in evidence if e.site.role in READERS and e.site.block == 0]
-        if block is None or "mlp_out" not in by_role or not readers:
+        if block is None or not readers:
             reason = "no span of the first block rises above rounding or noise: more tokens than the model is wide"
             return Reconstruction([], [], notes={"reason": reason})
-        self.block, self.judge = block, by_role["mlp_out"]
+        self.block = block
+        if "mlp_out" not in by_role:
+            return self._wide(readers)
+        self.judge = by_role["mlp_out"]
         self.witnesses = [e for e in evidence if not any(e is r for r in readers)]  # these made the pool
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
         if not len(self.pool):
@@ -137,6 +143,17 @@ class BatchReader:
         self.family = family_of(block, self.pool.rows, self._average(), outputs, inputs)
         self._search()
         return self._answer()
+
+    def _wide(self, readers: list[Evidence]) -> Reconstruction:
+        """Drafts, where the MLP's output weight has all the dimensions it can have."""
+        told = self.seen.disclosed
+        pool = pool_of(self.block, readers, self.tokens, self.frame, self.rng)
+        if not 0 < len(pool) <= self.budget.candidates:
+            reason = "more tokens than the model is wide, and too many or no pairs of token and position to draft from"
+            return Reconstruction([], [], notes={"reason": reason, "pool": len(pool)})
+        site = next(s for s in usable(self.seen, self.sites)[0] if s.block == 0 and s.role == "mlp_out")
+        reader = WideReader(self.block, pool, self.frame, site.oriented(self.seen.message[site.name]), self.rng)
+        return reader.read(told.batch_size * told.clients if told.sequences is None else told.sequences)
 
     def _evidence(self) -> list[Evidence]:
         """Spans of the first block, and of one weight of a later block as a second opinion."""

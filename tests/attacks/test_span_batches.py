@@ -111,11 +111,17 @@ def test_a_clip_changes_weights_of_texts_and_hides_none() -> None:
     _exact(_run(seen), true)
 
 
-def test_more_tokens_than_the_model_is_wide_are_refused_in_words() -> None:
+def test_more_tokens_than_the_model_is_wide_leave_the_bag_and_drafts_of_which_none_is_certain() -> None:
     long = [" ".join(tiny.WORDS[i : i + 20]) for i in (0, 7, 14, 21, 28)]
-    found = _run(_seen(WITHHELD, long)[0])
-    assert found.sequences == []
-    assert "more tokens than" in found.notes["reason"]
+    seen, true = _seen(WITHHELD, long, told=True)
+    found = _run(seen)
+    frame = frame_of(seen.disclosed.tokenizer)
+    words = {token for ids in true for token in ids} - {*frame.prefix, *frame.suffix}
+    assert words <= set(found.notes["bag"])
+    assert len(found.sequences) == len(long)
+    assert not any(found.certain)
+    assert len(words & {token for ids in found.sequences for token in ids}) >= 0.5 * len(words)
+    assert "more tokens than the model is wide" in found.notes["reason"]
 
 
 @pytest.mark.parametrize("spoil", [messages.shuffled, messages.noise])
@@ -277,3 +283,9 @@ def test_real_batches(minilm, data_folder, data: str, size: int, batches: int) -
         seen = replace(seen, disclosed=replace(seen.disclosed, sequences=None))
         lengths = batch.attention_mask.sum(1).tolist()
         _exact(_run(seen), [ids[:n].tolist() for ids, n in zip(batch.input_ids, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("spoil", [messages.shuffled, messages.noise])
+def test_nothing_is_certain_of_a_wide_message_that_holds_no_text(spoil) -> None:
+    seen, _ = _seen(WITHHELD, [tiny.SENTENCES[0]] * 16)
+    assert not any(_run(spoil(seen)).certain)
