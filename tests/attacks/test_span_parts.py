@@ -7,10 +7,10 @@ import torch
 
 from dpguard.attacks import span, span_rows
 from dpguard.attacks.span_evidence import gather
-from dpguard.attacks.span_guess import guess
+from dpguard.attacks.span_guess import activation, guess
 from dpguard.attacks.span_rank import floor, span_of
 from dpguard.attacks.span_relax import relax
-from dpguard.attacks.span_rows import _open_share, ruler
+from dpguard.attacks.span_rows import RowSolver, _open_share, ruler
 from dpguard.attacks.span_sites import left_as_found, sites_of
 from tests import messages, tiny
 
@@ -101,9 +101,9 @@ def test_a_picture_ranks_the_true_tokens_first_without_any_search(family: str, r
 def test_the_states_found_one_by_one_are_the_clients_own(family: str) -> None:
     seen, case, evidence, ids = _case(family, "block[1].mlp.out")
     seat = case.sites.find(1, "mlp_in")
-    solver = span.RowSolver(case.probe, evidence, seat, torch.nn.functional.gelu, case.frame, case.rng)
+    solver = RowSolver(case.probe, evidence, seat, torch.nn.functional.gelu, case.frame, case.rng)
     if family == "gpt2":
-        solver.act = span.activation(seen.model.config)
+        solver.act = activation(seen.model.config)
     with left_as_found(seen.model):
         picture = case.album.picture(seat.name, seat.layer, len(ids))
         found = solver.solve(picture, case.tokens, len(ids), 3000)
@@ -117,7 +117,7 @@ def test_the_states_found_one_by_one_are_the_clients_own(family: str) -> None:
 def test_descents_start_where_tokens_explain_what_is_left_of_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
     _, case, evidence, ids = _case("bert", "block[0].mlp.out")
     seat = case.sites.find(0, "mlp_in")
-    solver = span.RowSolver(case.probe, evidence, seat, torch.nn.functional.gelu, case.frame, case.rng)
+    solver = RowSolver(case.probe, evidence, seat, torch.nn.functional.gelu, case.frame, case.rng)
     with left_as_found(case.probe.model):
         picture = case.album.picture(seat.name, seat.layer, len(ids))
         scale = ruler(case.probe, picture, case.tokens, len(ids))
