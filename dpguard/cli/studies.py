@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,14 @@ class Planned:
         cells: everything to run, in order.
         context: plain data for the workers.
         epsilons: policy label -> epsilon after the whole training.
+        refused: policy label -> why the federation cannot run it; known with the epsilons.
     """
 
     study: Study
     cells: list[Cell]
     context: dict[str, Any]
     epsilons: dict[str, float]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def read_ground(study: Study) -> Ground:
     from dpguard.study import legs
 
     data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
-    with study.locating("data"):
+    with study.locating("data"), _asked_by_split(study):
         corpus = legs.corpus_of({"data": data})
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
@@ -253,7 +256,23 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
         "plans": {label: plan.hash for label, plan in plans.items()},
         "trained": {c.id: asdict(c) for c in cells if c.id in needed},
     }
-    return Planned(study, cells, context, _epsilons(cells, plans, ground.corpus) if epsilons else {})
+    if not epsilons:
+        return Planned(study, cells, context, {})
+    promised = {c.policy: legs.epsilon(c, plans[c.policy], ground.corpus) for c in cells if c.leg == "guarantee"}
+    found = {label: epsilon for label, (epsilon, _) in promised.items()}
+    return Planned(study, cells, context, found, {label: why for label, (_, why) in promised.items() if why})
+
+
+@contextmanager
+def _asked_by_split(study: Study) -> Iterator[None]:
+    """The texts know their columns, not who asked for them: a client's column is asked for by the split."""
+    try:
+        yield
+    except UserError as error:
+        column = study.owner_column
+        if column is None or not error.sentence.startswith(f"no column {column!r}"):
+            raise
+        raise UserError(f"{error.sentence} (asked for by federation.split)", where=error.where) from None
 
 
 def _check_candidates(study: Study, public: int) -> None:
@@ -303,12 +322,6 @@ def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
     return kept + [name for name in asked if not any(k == name or k.partition(":")[0] == name for k in kept)]
 
 
-def _epsilons(cells: list[Cell], plans: Mapping[str, Any], corpus: Any) -> dict[str, float]:
-    from dpguard.study import legs
-
-    return {cell.policy: legs.epsilon(cell, plans[cell.policy], corpus) for cell in cells if cell.leg == "guarantee"}
-
-
 def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:
     """Print the grid; the ids of the cells that are left."""
     planned, study = settled.planned, settled.planned.study
@@ -329,6 +342,8 @@ def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -
     console().print("The columns after epsilon count cells.", style="dim")
     total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
     console().print(f"{total}, {len(left)} to run; records in {folder}", markup=False)
+    for label, why in planned.refused.items():
+        console().print(f"{label} will not run: {why}", markup=False)
     for search in searches(settled.study):
         auto = search.auto
         told = f"up to {auto.values} values between {auto.low:g} and {auto.high:g}, each after the last is measured"

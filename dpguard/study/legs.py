@@ -149,12 +149,12 @@ def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, d
     return found, seen, {"seen": given["messages"], "federation": {"worst": worst, **given["federation"]}}
 
 
-def epsilon(cell: Cell, plan: Plan, corpus: Corpus) -> float:
-    """Epsilon of a guarantee cell, infinite where the federation refuses the policy; for a plan of what will run."""
+def epsilon(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[float, str]:
+    """(epsilon of a guarantee cell, ""), or (infinity, why the federation refuses the policy); before anything runs."""
     try:
-        return _promised(cell, plan, corpus)[0].epsilon
-    except SkippedError:
-        return float("inf")
+        return _promised(cell, plan, corpus)[0].epsilon, ""
+    except SkippedError as error:
+        return float("inf"), str(error)
 
 
 def check_split(cells: Sequence[Cell], corpus: Corpus) -> None:

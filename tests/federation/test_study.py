@@ -97,8 +97,18 @@ def test_more_clients_than_texts_and_columns_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"s\.yaml:5:23: federation\.clients: 9 is more than the 8 training texts"):
         plan_study(many, tmp_path)
     column = study(tmp_path, "federation: {clients: 2, per_round: 2, rounds: 3, split: column(hospitl)}\n")
-    with pytest.raises(UserError, match="no column 'hospitl'"):
+    with pytest.raises(UserError, match=r"no column 'hospitl'.*\(asked for by federation\.split\)"):
         plan_study(column, tmp_path)
+
+
+def test_a_policy_that_the_federation_refuses_is_planned_with_its_reason(tmp_path):
+    text = "federation: {clients: 2, per_round: 2, rounds: 3}\nutility: {}\nprivacy: {delta: 1.0e-4}\n"
+    head = HEAD.replace("dp-sgd: ", "moving: {rows: [{layers: all, clip: {quantile: 0.5}, noise: 1.0}]}")
+    (tmp_path / "s.yaml").write_text(head + text)
+    planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path, epsilons=True)
+    assert math.isinf(planned.epsilons["moving"])
+    assert set(planned.refused) == {"moving"}
+    assert "follows a quantile" in planned.refused["moving"]
 
 
 def test_a_column_says_whose_a_text_is(tmp_path):
