@@ -129,6 +129,8 @@ class Driver:
         """Wait until a cell ends or Ctrl-C comes, and store what ended."""
         answers = executor.wait(self.interrupts.wake, _LOOK)
         self.interrupts.clear()
+        if not answers:
+            self._note(executor, "")
         for record, texts in answers:
             del self.running[record.cell.id]
             self._finish(executor, record, texts)

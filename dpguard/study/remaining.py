@@ -26,6 +26,8 @@ class Pace:
     >>> pace.add(Record(Cell("utility", "none", [], {}, {}, {}), "done", provenance={"seconds": 4.0}))
     >>> pace.seconds({"utility": 2}, [("utility", 1.0)], places=2)
     5.5
+    >>> pace.seconds({"leakage": 2}, [("leakage", 10.0)], places=2)
+    10.0
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,9 @@ class Pace:
             places: cells side by side.
         """
         expected = {name: self.of(name) for name in (*left, *(name for name, _ in running))}
+        for name, spent in running:  # none of its kind is done, and it is longer already than the others
+            if name not in self._took and expected[name] is not None:
+                expected[name] = max(expected[name] or 0.0, spent)
         if any(one is None for one in expected.values()):
             return None
         rest = [max(0.0, (expected[name] or 0.0) - spent) for name, spent in running]

@@ -48,8 +48,8 @@ def run(
 ) -> Summary:
     """Run what the folder's store does not hold yet; every record is on the disk before the next begins.
 
-    A record that says ``failed`` stays as it is, unless its cell was ended from outside or had no room on the disk
-    (`todo.AGAIN`): that is missing work, as if it had never run.
+    A record that says ``failed`` stays as it is, unless its cell was ended from outside (`todo.AGAIN`): that is missing
+    work, as if it had never run.
 
     Args:
         study: the study; its name is the identity of the folder, its limits are the cells'.

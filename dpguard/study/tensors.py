@@ -1,4 +1,4 @@
-"""Tensors that several cells share, kept as safetensors in the study's cache: weights, and messages costly to make."""
+"""Tensors that cells share, kept as safetensors in the study's cache: weights, and no gradient of private texts."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell, Record
 from dpguard.study.store import FINISHED, Store
 
-AGAIN = ("killed", "room")
-"""Failures that say nothing about a cell: its process was ended from outside, or the disk was full. It runs again."""
+AGAIN = "killed"
+"""The kind of failure that says nothing about a cell: its process was ended from outside. It runs again."""
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ class Todo:
 
 def again(record: Record) -> bool:
     """Whether a failed record is missing work rather than an answer."""
-    return record.provenance.get("failure") in AGAIN
+    return record.provenance.get("failure") == AGAIN
