@@ -167,3 +167,21 @@ def test_the_dry_run_counts_the_cells_of_every_policy(kit):
     assert all(row.cells == {"guarantee": 1, "utility": 3, "leakage": 4} for row in rows)
     assert [row.finished for row in rows] == [3, 0, 0, 0]
     assert plan_table(study, cells)[0].epsilon is None
+
+
+def test_a_federation_is_trained_before_its_rounds_are_attacked_and_every_policy_before_the_second_seed(kit):
+    text = kit.text.replace("at: [start, end]", "at: [start, rounds, end]")
+    text = text.replace("epochs: 2, batch_size: 50, seeds: [0, 1, 2]", "seeds: [0, 1]")
+    cells = kit.cells(text + "federation: {clients: 10, per_round: 5, rounds: 4, observe: [1, 3]}\n")
+    order = {cell.id: index for index, cell in enumerate(cells)}
+    assert [cell.leg for cell in cells[:4]] == ["guarantee"] * 4
+    for seed in (0, 1):
+        own = [c for c in cells if c.policy == "none" and c.leg != "guarantee" and c.seed == seed]
+        assert [c.settings.get("at", c.leg) for c in own] == ["utility", "start", "rounds", "end"]
+        assert own[2].settings["observe"] == [1, 3]
+        for attack in own[2:]:
+            assert attack.settings[NEEDS] == own[0].id
+            assert order[own[0].id] < order[attack.id]
+    seeds = [cell.seed for cell in cells[4:]]
+    assert seeds == sorted(seeds)
+    assert len({cell.policy for cell in cells[4:] if cell.seed == 0}) == 4
