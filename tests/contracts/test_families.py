@@ -26,12 +26,19 @@ MODES = sorted(clipping.MODES)
 TEXTS = (*tiny.SENTENCES, "no no no pain no", "yes")
 """Of five lengths; a repeated token, and one token alone, which leaves nothing to predict."""
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+ROTARY = {"llama", "mistral", "qwen2", "qwen3"}
+"""transformers computes their norms and softmax in float32 whatever the model's dtype, and how a padded row is summed
+there depends on the processor's vectors: in float64 they are exact to float32 only."""
 PER = ("row", "block", "role", "tensor")
 DP = [{"layers": "all", "clip": 1.0, "noise": 0.8}]
 
 every_case = pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: case.id)
 every_lora = pytest.mark.parametrize("case", [c for c in tiny.CASES if c.lora], ids=lambda case: case.id)
 every_mode = pytest.mark.parametrize("grad_mode", MODES)
+
+
+def _tolerance(case: Case, dtype: torch.dtype) -> float:
+    return 1e-6 if dtype == torch.float64 and case.kind in ROTARY else TOLERANCE[dtype]
 
 
 def _plan(model, rows) -> Plan:
@@ -156,7 +163,7 @@ def test_an_examples_loss_depends_on_neither_companions_nor_padding(case: Case) 
     backwards = gradients.per_example_losses(model, batch.rows(torch.arange(len(batch)).flip(0))).flip(0)
     wide = gradients.per_example_losses(model, _padded(batch, 7))
     for other in (alone, backwards, wide):
-        assert torch.allclose(together, other, rtol=0, atol=1e-10)
+        assert torch.allclose(together, other, rtol=0, atol=_tolerance(case, torch.float64))
     assert together[:4].std() > 0
 
 
@@ -226,10 +233,10 @@ def test_clipped_sums_are_those_of_one_example_at_a_time(case: Case, grad_mode: 
         plan = _plan(model, [{"layers": "all", "clip": clip, "per": per}])
         want = wire.clip_and_sum(per_example, plan)
         got = Client(model, plan, grad_mode=grad_mode).clipped(batch)
-        assert _error(got, want, plan) <= TOLERANCE[dtype], per
+        assert _error(got, want, plan) <= _tolerance(case, dtype), per
         for key, norms in want.norms.items():
             scale = max(1e-3, norms.max().item())
-            assert torch.allclose(got.norms[key], norms, rtol=0, atol=10 * TOLERANCE[dtype] * scale), (per, key)
+            assert torch.allclose(got.norms[key], norms, rtol=0, atol=10 * _tolerance(case, dtype) * scale), (per, key)
 
 
 @every_mode

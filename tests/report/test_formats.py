@@ -93,7 +93,7 @@ def test_the_tables_are_latex_that_closes(hostile):
 
 @given(st.text(max_size=60))
 def test_any_text_is_text_in_latex(words):
-    check_latex(latex(words).replace("$", ""))
+    check_latex(latex(words).replace(r"\$", "").replace("$", ""))
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here (Debian: apt install texlive)")

@@ -38,7 +38,7 @@ def execute(cell, context):
     if deed == "eat":
         helper = subprocess.Popen(["sleep", "600"], start_new_session=True)
         Path(context["pids"]).write_text(f"{os.getpid()} {helper.pid}")
-        eaten = bytearray(os.urandom(1000)) * 400_000
+        eaten = bytearray(os.urandom(1000)) * 1_700_000
         time.sleep(600)
         del eaten
     if deed == "wait":
