@@ -22,6 +22,7 @@ def print_estimate(
     workers: int | None,
     threads: int,
     preload: Sequence[str],
+    devices: Sequence[str] = (),
 ) -> None:
     """Say how long the cells will take, from short real probes in worker processes; nothing is stored."""
     places = workers or max(1, usable_cores() // threads)
@@ -31,7 +32,8 @@ def print_estimate(
 
         def embedded() -> Workers:
             warm_up(preload, threads)
-            return Workers(execute, probed, places, limits=Limits(minutes=probe.MINUTES), threads=threads)
+            limits = Limits(minutes=probe.MINUTES)
+            return Workers(execute, probed, places, limits=limits, threads=threads, devices=devices)
 
         found = probe.estimate(cells, embedded)
     console().print(f"{found.sentence}; {places} side by side", markup=False)

@@ -42,6 +42,9 @@ def run(
     out: Out = None,
     workers: Annotated[Optional[int], typer.Option("--workers", help="Processes side by side [all cores].")] = None,  # noqa: UP045
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each process.")] = 1,
+    devices: Annotated[
+        str, typer.Option("--devices", metavar="LIST", help="GPUs that train: auto, none, or such as 0,1.")
+    ] = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its epsilons, run nothing.")] = False,
     show_text: Annotated[
@@ -66,7 +69,7 @@ def run(
     status = run_study(
         study, out, only=only or (),
         workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text, shard=shard,
-        ray=ray,
+        ray=ray, devices=devices,
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -17,6 +17,7 @@ from dpguard.cli.estimating import print_estimate
 from dpguard.cli.reporting import render_report
 from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
+from dpguard.study.devices import chosen as chosen_devices
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs
@@ -92,6 +93,7 @@ def run_study(
     shard: str | None = None,
     only: Sequence[str] = (),
     ray: str | None = None,
+    devices: str = "auto",
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
     from dpguard.cli.watching import best_point
@@ -101,6 +103,9 @@ def run_study(
     from dpguard.study.workers import warm_up
 
     part = Shard.parse(shard) if shard is not None else None
+    gpus = chosen_devices(devices, os.environ)
+    if ray and devices not in ("auto", "none"):
+        raise UserError("--devices names GPUs of this machine, expected a run without --ray")
     study = Study.load(path)
     if only and out is None:
         raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
@@ -123,6 +128,7 @@ def run_study(
 
     def plan(found: Study) -> Planned:
         planned = plan_on(ground, found, folder, epsilons=dry_run)
+        planned.context["need_device"] = devices != "auto"
         return _only(planned, only) if only else planned
 
     if dry_run:
@@ -130,7 +136,7 @@ def run_study(
         left = _print_plan(settled, folder, _own(part, settled.planned))
         if left:
             cells = [cell for cell in settled.planned.cells if cell.id in left]
-            print_estimate(cells, EXECUTE, settled.planned.context, workers, threads, PRELOAD)
+            print_estimate(cells, EXECUTE, settled.planned.context, workers, threads, PRELOAD, gpus)
         return 0
 
     def go(planned: Planned, first: bool) -> Summary:
@@ -144,7 +150,7 @@ def run_study(
         return runner.run(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers,
             threads=threads, preload=PRELOAD, retry_failed=retry_failed and first, show_text=show_text,
-            best=best_point, only=_own(part, planned), executor=on_ray if ray else None,
+            best=best_point, only=_own(part, planned), executor=on_ray if ray else None, devices=gpus,
         )  # fmt: skip
 
     settled, summary = searching.run(study, folder, plan, go)

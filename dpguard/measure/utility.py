@@ -58,6 +58,7 @@ def train(
     optimizer: str = "adam",
     seed: int = 0,
     physical: int = PHYSICAL,
+    device: torch.device | str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trained:
     """Train ``model`` in place with Poisson batches under a plan; dropout is on, as it would be.
@@ -73,6 +74,7 @@ def train(
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         seed: of sampling, dropout and noise (a study's; a deployment has none).
         physical: examples in one backward pass.
+        device: where model and batches are put; the model stays there. Noise is drawn on the CPU and copied.
         on_step: called with (steps done, steps in all).
 
     Raises:
@@ -81,6 +83,7 @@ def train(
     check_central(plan)
     started = time.perf_counter()
     flags = {p: p.requires_grad for p in model.parameters()}
+    model.to(device)
     model.train()
     inner = _optimizer(optimizer, model, plan, learning_rate)
     encoded = DataLoader(_encode(examples, tokenizer), batch_size=batch_size, collate_fn=_pad(tokenizer))  # type: ignore[arg-type,var-annotated]
@@ -94,7 +97,7 @@ def train(
         steps = round(epochs / engine.sampling_rate)
         try:
             for part in _endless(loader, lambda: engine.steps < steps):
-                _step(module, private, part)
+                _step(module, private, part.to(device))
                 if private.stepped:
                     on_step(engine.steps, steps)
         finally:
@@ -172,16 +175,17 @@ def _endless(loader: DataLoader[Any], wanted: Callable[[], bool]) -> Iterator[Ba
 def predict(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, batch_size: int = 64
 ) -> tuple[list[int], float]:
-    """Predicted classes and mean cross-entropy, dropout off.
+    """Predicted classes and mean cross-entropy, dropout off, on the device where the model is.
 
     Returns:
         (predictions in the order of ``examples``, loss).
     """
     model.eval()
+    device = next(model.parameters()).device
     predictions, losses = [], []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        batch = collate([e.text for e in part], [e.label for e in part], tokenizer)
+        batch = collate([e.text for e in part], [e.label for e in part], tokenizer).to(device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
         predictions += [int(c) for c in logits.argmax(1)]
         losses += nn.functional.cross_entropy(logits, batch.labels, reduction="none").tolist()

@@ -105,7 +105,7 @@ class Driver:
             if len(self.running) >= executor.places:
                 return
             needed = cell.settings.get(NEEDS)
-            if needed in self.pending or needed in self.running:
+            if needed in self.pending or needed in self.running or not executor.takes(cell):
                 continue
             del self.pending[cell.id]
             self._left[kind(cell)] -= 1

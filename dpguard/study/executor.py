@@ -66,6 +66,12 @@ class Executor(Protocol):
     def places(self) -> int:
         """How many cells may run side by side now; the driver starts no more than that."""
 
+    def takes(self, cell: Cell) -> bool:
+        """Whether this cell can be started now, when there is a place: False while the device that it needs is busy.
+
+        With nothing running it takes any cell.
+        """
+
     def start(self, cell: Cell) -> None:
         """Begin a cell and come back at once. What it needs has ended; the same id is not running."""
 

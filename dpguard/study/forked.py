@@ -32,7 +32,8 @@ class Setting:
 
     Attributes:
         threads: of torch and the numeric libraries.
-        device: the one CUDA device that it sees, as in CUDA_VISIBLE_DEVICES; None = leave the environment as it is.
+        device: the one CUDA device that it sees, as in CUDA_VISIBLE_DEVICES, and that its cell is told to use
+            (``context["device"]``); "" = it sees none; None = leave the environment as it is.
     """
 
     threads: int = 1
@@ -59,6 +60,8 @@ def live(sender: Connection, log: int, cell: Cell, execute: str, context: Mappin
     os.dup2(log, 2)
     if setting.device is not None:  # read when CUDA is first touched, which the server never does
         os.environ["CUDA_VISIBLE_DEVICES"] = setting.device
+    if setting.device:
+        context = {**context, "device": "cuda"}
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(setting.threads)
     sender.send(perform(cell, execute, context))

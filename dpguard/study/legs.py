@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import dpguard
@@ -42,7 +43,8 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
     Args:
         cell: what to run.
         context: ``model`` (name), ``data`` (arguments of `texts.load`), ``folder`` (where the cache is),
-            ``cache_gigabytes`` (its room), ``plans`` (policy label -> hash of the resolved policy).
+            ``cache_gigabytes`` (its room), ``plans`` (policy label -> hash of the resolved policy), ``device``
+            (``cuda`` when this worker was given one), ``need_device`` (whether to fail when it cannot be used).
 
     Returns:
         The record, done or skipped with its reason, and its texts. Anything unexpected is raised: the
@@ -57,10 +59,25 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
         result, rows, status, reason = {}, [], "skipped", str(skip)
     provenance = {
         "seconds": round(time.perf_counter() - started, 3),
-        "device": "cpu",
+        "device": _device_name(_device(context)),
         "plan": context.get("plans", {}).get(cell.policy),
     }
     return Record(cell, status, reason, result, provenance), rows  # type: ignore[arg-type]
+
+
+def _device(context: Mapping[str, Any]) -> str:
+    """``cuda`` in a worker that was given a device which torch can use, else ``cpu``."""
+    if context.get("device", "cpu") == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return str(context["device"])
+    if context.get("need_device"):
+        raise UserError("torch cannot use the CUDA device that --devices names, expected --devices none or another")
+    return "cpu"
+
+
+def _device_name(device: str) -> str:
+    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name()})"
 
 
 class SkippedError(Exception):
@@ -318,7 +335,7 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
         utility.check_central(plan)
     except UserError as error:
         raise SkippedError(error.sentence) from None
-    trained = _train(cell, model, plan, corpus)
+    trained = _train(cell, model, plan, corpus, _device(context))
     if cell.id in context.get("keep_weights", ()):
         shared(_cache(context), weights_key(cell.id), lambda: _state(model))
     predictions, loss = utility.predict(model.module, model.tokenizer, corpus.test)
@@ -335,12 +352,12 @@ def _utility(cell: Cell, context: Mapping[str, Any]) -> Result:
     }, []
 
 
-def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus) -> utility.Trained:
+def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus, device: str) -> utility.Trained:
     given = cell.settings
     return utility.train(
         model.module, model.tokenizer, corpus.cut(given.get("train_examples")).train, plan,
         epochs=given["epochs"], batch_size=given["batch_size"], learning_rate=given["learning_rate"],
-        optimizer=given["optimizer"], seed=cell.seed,
+        optimizer=given["optimizer"], seed=cell.seed, device=device,
     )  # fmt: skip
 
 
@@ -366,7 +383,7 @@ def weights_key(cell_id: str, moment: int | str = "end") -> dict[str, Any]:
 
 def _state(model: LoadedModel) -> dict[str, Tensor]:
     """The weights; tied tensors once, which load_state_dict(strict=False) fills through their first name."""
-    return {name: p.detach().contiguous() for name, p in model.module.named_parameters()}
+    return {name: p.detach().cpu().contiguous() for name, p in model.module.named_parameters()}
 
 
 def _load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, corpus: Corpus) -> None:
@@ -374,7 +391,7 @@ def _load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, 
 
     def make() -> dict[str, Tensor]:
         cell = Cell(**context["trained"][cell_id])
-        _train(cell, model, _plan(cell, model), corpus)
+        _train(cell, model, _plan(cell, model), corpus, _device(context))
         return _state(model)
 
     model.module.load_state_dict(shared(_cache(context), weights_key(cell_id), make), strict=False)

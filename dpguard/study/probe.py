@@ -140,8 +140,8 @@ def _answers(cells: Sequence[Cell], runner: Executor) -> list[tuple[Cell, Record
     wake, ring = os.pipe()
     try:
         while waiting or running:
-            while waiting and len(running) < runner.places:
-                cell = waiting.pop(0)
+            while len(running) < runner.places and (cell := next((c for c in waiting if runner.takes(c)), None)):
+                waiting.remove(cell)
                 runner.start(short(cell))
                 running[short(cell).id] = cell
             found += [(running.pop(record.cell.id), record) for record, _texts in runner.wait(wake)]

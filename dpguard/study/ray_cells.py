@@ -86,6 +86,10 @@ class RayCells:
                 self._counted = (time.monotonic(), max(1, int(cpus // self._threads)))
         return self._counted[1]
 
+    def takes(self, cell: Cell) -> bool:
+        """Any cell: Ray queues it; see `Executor.takes`. Cells run on CPUs there."""
+        return True
+
     def start(self, cell: Cell) -> None:
         """Begin a cell; see `Executor.start`. It goes to the node that has the weights it needs, if there is one."""
         task = self._task

@@ -60,7 +60,8 @@ def run(
         context: plain data for ``execute`` that changes no result (paths, caches).
         workers: processes side by side; the number of usable cores over ``threads`` when None.
         threads: of each worker.
-        devices: CUDA devices, as in CUDA_VISIBLE_DEVICES; when there are any, each running cell has one of its own.
+        devices: CUDA devices, as in CUDA_VISIBLE_DEVICES; when there are any, each running training cell has one of
+            its own (`devices.takes_device`).
         executor: makes another executor than workers of this machine; called once, if there is anything to run.
             ``workers``, ``threads``, ``devices``, ``preload`` and the study's limits are then its own business.
         preload: modules that the worker server imports once.

@@ -24,6 +24,7 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study import forked, processes
+from dpguard.study.devices import takes_device
 from dpguard.study.execution import failed
 from dpguard.study.executor import Answer, Limits
 from dpguard.study.forked import Setting
@@ -57,7 +58,8 @@ class Workers:
         places: cells side by side.
         limits: what a cell may use.
         threads: of each worker.
-        devices: CUDA devices; when there are any, each running cell has one of its own.
+        devices: CUDA devices; when there are any, each running cell that `devices.takes_device` has one of its own,
+            and the others run beside them without any.
     """
 
     def __init__(
@@ -72,15 +74,20 @@ class Workers:
     ) -> None:
         self.execute = execute
         self.context = dict(context)
-        self.places = min(places, len(devices)) if devices else places
+        self.places = places
         self.limits = limits or Limits()
         self.threads = threads
+        self._devices = tuple(devices)
         self._free = list(devices)
         self._running: dict[str, Worker] = {}
 
+    def takes(self, cell: Cell) -> bool:
+        """Whether its device is free; see `Executor.takes`."""
+        return bool(self._free) or not self._devices or not takes_device(cell)
+
     def start(self, cell: Cell) -> None:
         """Begin a cell; see `Executor.start`."""
-        device = self._free.pop(0) if self._free else None
+        device = None if not self._devices else self._free.pop(0) if takes_device(cell) else ""
         self._running[cell.id] = Worker(cell, self.execute, self.context, Setting(self.threads, device))
 
     def wait(self, wake: int, timeout: float | None = None) -> list[Answer]:
@@ -114,7 +121,7 @@ class Workers:
 
     def _forget(self, worker: Worker) -> None:
         del self._running[worker.cell.id]
-        if worker.setting.device is not None:
+        if worker.setting.device:
             self._free.insert(0, worker.setting.device)
 
     def kill(self, cell_id: str) -> None:

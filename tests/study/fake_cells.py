@@ -45,7 +45,7 @@ def execute(cell, context):
         while not Path(context["gate"]).exists():
             time.sleep(0.02)
     score = int(cell.id[:6], 16) / 16**6
-    result = {"score": score, "device": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    result = {"score": score, "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "told": context.get("device")}
     return Record(cell, "done", result=result), [TextRow(0, "truth", f"text of {cell.id}")]
 
 

@@ -76,24 +76,28 @@ def test_a_limit_that_cannot_be_meant_has_its_place(kit, section):
 
 def test_each_running_cell_has_a_device_of_its_own(kit, tmp_path):
     warm_up()
-    cells = kit.cells()[:6]
-    workers = Workers(kit.execute, {"script": {}, "log": str(tmp_path / "log")}, 8, devices=["3", "GPU-b"])
-    assert workers.places == 2
-    used: list[set[str]] = []
+    cells = kit.cells()[:10]
+    training = {cell.id for cell in cells if cell.leg == "utility"}
+    assert len(training) > 2
+    workers = Workers(kit.execute, {"script": {}, "log": str(tmp_path / "log")}, 4, devices=["3", "GPU-b"])
+    assert workers.places == 4
     waiting, records = list(cells), []
     wake, ring = os.pipe()
     try:
         while len(records) < len(cells):
-            while waiting and len(workers._running) < workers.places:
-                workers.start(waiting.pop(0))
-            used.append({str(worker.setting.device) for worker in workers._running.values()})
-            assert len(used[-1]) == len(workers._running)
+            while len(workers._running) < workers.places and (cell := next(filter(workers.takes, waiting), None)):
+                waiting.remove(cell)
+                workers.start(cell)
+            own = [worker.setting.device for worker in workers._running.values() if worker.setting.device]
+            assert len(set(own)) == len(own) == sum(cell_id in training for cell_id in workers._running)
             records += [record for record, _ in workers.wait(wake)]
     finally:
         workers.close()
         os.close(wake)
         os.close(ring)
-    assert {record.result["device"] for record in records} == {"3", "GPU-b"}
+    on = {record.cell.id: (record.result["device"], record.result["told"]) for record in records}
+    assert {on[cell_id] for cell_id in training} == {("3", "cuda"), ("GPU-b", "cuda")}
+    assert {on[cell.id] for cell in cells if cell.id not in training} == {("", None)}
     assert sorted(workers._free) == ["3", "GPU-b"]
 
 
