@@ -43,8 +43,8 @@ def run(
     workers: Annotated[Optional[int], typer.Option("--workers", help="Processes side by side [all cores].")] = None,  # noqa: UP045
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each process.")] = 1,
     devices: Annotated[
-        str, typer.Option("--devices", metavar="LIST", help="GPUs that train: auto, none, or such as 0,1.")
-    ] = "auto",
+        str, typer.Option("--devices", metavar="LIST", help="GPUs that train: none, auto, or such as 0,1.")
+    ] = "none",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its epsilons, run nothing.")] = False,
     show_text: Annotated[

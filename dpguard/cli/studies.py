@@ -93,7 +93,7 @@ def run_study(
     shard: str | None = None,
     only: Sequence[str] = (),
     ray: str | None = None,
-    devices: str = "auto",
+    devices: str = "none",
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
     from dpguard.cli.watching import best_point
@@ -128,7 +128,7 @@ def run_study(
 
     def plan(found: Study) -> Planned:
         planned = plan_on(ground, found, folder, epsilons=dry_run)
-        planned.context["need_device"] = devices != "auto"
+        planned.context["need_device"] = devices not in ("auto", "none")
         return _only(planned, only) if only else planned
 
     if dry_run:
