@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpguard.cli.console import console
 from dpguard.report.frontier import Frontier, frontier
-from dpguard.report.recommend import Caps, Recommendation, recommend
+from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
 from dpguard.report.result import StudyResult
 from dpguard.report.terminal import terminal_table
 from dpguard.study.store import Store
@@ -51,6 +51,8 @@ def render_report(
     screen.print(terminal_table(found, screen.width))
     screen.print()
     screen.print(decision.sentence, style="bold", markup=False)
+    if note := moved_cap(result.spec, found.leakage_metric, decision.caps):
+        screen.print(note, markup=False)
     screen.print(f"report: {page}", markup=False)
     if pdf:
         screen.print(f"PDF: {to_pdf(page)}", markup=False)

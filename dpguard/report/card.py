@@ -22,6 +22,7 @@ from dpguard.report.recommend import Recommendation
 from dpguard.report.result import StudyResult
 from dpguard.report.text import epsilon as show_epsilon
 from dpguard.report.text import markdown, metric_name
+from dpguard.report.words import in_words
 from dpguard.stats import Interval
 from dpguard.study.record import Record
 
@@ -82,6 +83,7 @@ def content(result: StudyResult, found: Frontier, decision: Recommendation, poli
         "model": dict(cell.model) if cell else {},
         "data": dict(cell.data) if cell else {},
         "rows": list(cell.table) if cell else [],
+        "words": in_words(cell.table) if cell else [],
         "table": list(claim.get("table", [])),
         "shared_fraction": row.shared_fraction,
         "attacked": _attacked(attacks),
@@ -184,6 +186,7 @@ def to_markdown(card: Mapping[str, Any], *, leaves: str = "", counted: str = "")
         "### What leaves",
         "",
         f"{leaves} {share}".strip() or "Not known: the guarantee was not computed.",
+        *(["", markdown(" ".join(card["words"]))] if card["words"] else []),
         *_table(card["table"]),
         "",
         "### Guarantee",

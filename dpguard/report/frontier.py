@@ -65,11 +65,15 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
     for record in result.records:
         by_policy[record.cell.policy].append(record)
     planned: dict[str, set[Place]] = defaultdict(set)
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     for cell in result.planned:
         planned[cell.policy].add(_place(cell))
+        tables[cell.policy] = cell.table
     everywhere = {_place(record.cell) for record in result.records}
     rows = [
         _row(policy, by_policy[policy], planned.get(policy, everywhere), result, utility_metric)
+        if by_policy[policy]
+        else _unrun(policy, planned.get(policy, everywhere), tables.get(policy, ()))
         for policy in result.policies
     ]
     rows = [led_by(row, metric) for row in rows]
@@ -90,8 +94,6 @@ def _place(cell: Cell) -> Place:
 
 
 def _row(policy: str, records: list[Record], expected: set[Place], result: StudyResult, utility_metric: str) -> Row:
-    if not records:
-        return Row(policy, gaps=(Gap(policy, "every leg", "missing", "no cell of this policy has run"),))
     gaps = _gaps(policy, records, expected)
     broken = {gap.leg for gap in gaps}
     table = records[0].cell.table
@@ -105,7 +107,7 @@ def _row(policy: str, records: list[Record], expected: set[Place], result: Study
         shared_fraction=float(shares[0]) if shares else None,
         table=tuple(table),
         rows=len(table),
-        columns=sum(len(set(line) - {"layers"}) for line in table),
+        columns=_columns_set(table),
         attacks=tuple(dict.fromkeys(attack for attack, _ in result.scores.options(policy))),
         positions=tuple(dict.fromkeys(at for _, at in result.scores.options(policy))),
         gaps=tuple(gaps),
@@ -118,6 +120,18 @@ def _row(policy: str, records: list[Record], expected: set[Place], result: Study
     if "utility" not in broken and "utility" in {leg for leg, _, _ in expected}:
         row = replace(row, utility=judged(done, utility_metric).interval())
     return row
+
+
+def _unrun(policy: str, expected: set[Place], table: Sequence[Mapping[str, Any]]) -> Row:
+    """A policy of which no cell has run: each of its cells is missing."""
+    reason = "no cell of this policy has run"
+    gaps = [Gap(policy, place[0], "missing", reason, _where(*place)) for place in sorted(expected)]
+    told = tuple(gaps) or (Gap(policy, "every leg", "missing", reason),)
+    return Row(policy, table=tuple(table), rows=len(table), columns=_columns_set(table), gaps=told)
+
+
+def _columns_set(table: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(set(line) - {"layers"}) for line in table)
 
 
 def _candidates(records: Sequence[Record]) -> int:

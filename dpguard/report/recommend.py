@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dpguard.report import reasons
 from dpguard.report.board import Frontier
@@ -94,6 +95,17 @@ def recommend(
         tuple(reasons.limits(frontier, chosen.row)),
         tuple(reasons.sensitivity(chosen, cases, caps, frontier.utility_metric)),
         caps,
+    )
+
+
+def moved_cap(spec: Mapping[str, Any], metric: str, caps: Caps) -> str:
+    """What is to be said where the study's cap on leakage was set for another metric than this report's; else ""."""
+    meant = str((spec.get("leakage") or {}).get("metric") or "rougeL")
+    if caps.max_leakage is None or metric == meant:
+        return ""
+    return (
+        f"The cap on leakage, {caps.max_leakage:g}, was set in the study for {metric_name(meant)}; here it is applied "
+        f"to {metric_name(metric)}, which was picked for this report."
     )
 
 

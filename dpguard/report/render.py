@@ -18,7 +18,7 @@ from dpguard.report.latex import tables
 from dpguard.report.map_content import map_content
 from dpguard.report.missing import missing
 from dpguard.report.page import dress, template
-from dpguard.report.recommend import Caps, Recommendation, recommend
+from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
 from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content, sandwich_content, violations
 from dpguard.report.sizes import own_sizes, sizes
@@ -49,12 +49,13 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     )
     drawn = pictures.draw_all(result, table)
     others = pictures.tradeoffs(result, table)
-    context = _context(result, table, decision)
+    made = card.content(result, table, decision, decision.policy) if decision.policy else None
+    context = _context(result, table, decision) | {"card": card.to_markdown(made) if made else ""}
     folder = Path(folder)
     for stale in (card.JSON, card.TEXT):
         (folder / stale).unlink(missing_ok=True)
-    if decision.policy:
-        card.write(card.content(result, table, decision, decision.policy), folder)
+    if made:
+        card.write(made, folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     _write_figures(list(drawn.values()), folder / "figures")
     _write(folder / "frontier.csv", table.to_csv())
@@ -145,7 +146,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "fence": text.fence(yaml),
         "file_name": (re.sub(r"[^A-Za-z0-9_-]+", "-", str(result.study.get("name", "")))[:60].strip("-") or "study")
         + ".yaml",
-        "card": card.TEXT if decision.policy else "",
+        "moved_cap": moved_cap(result.spec, table.leakage_metric, decision.caps),
         "control": CONTROL,
         "prior": FLOOR,
     }

@@ -11,6 +11,7 @@ from dpguard.report.frontier import Frontier, Row
 from dpguard.report.result import StudyResult
 from dpguard.report.scores import Scores, position
 from dpguard.report.text import at_name, metric_name, number, percent, plain, visible
+from dpguard.report.words import in_words
 from dpguard.stats import Interval
 from dpguard.study.record import Record
 
@@ -71,6 +72,7 @@ class PolicyView:
     Attributes:
         number: its row in the frontier table, from 1.
         row: its figures.
+        words: the same table in plain English; empty where it is not known.
         table: the rows of the policy as written: (layers, the columns set).
         groups: the same resolved against the model, for print.
         guarantee: facts of the guarantee leg: (name, value).
@@ -87,6 +89,7 @@ class PolicyView:
 
     number: int
     row: Row
+    words: tuple[str, ...]
     table: tuple[tuple[str, str], ...]
     groups: tuple[Mapping[str, str], ...]
     guarantee: tuple[tuple[str, str], ...]
@@ -108,6 +111,7 @@ def policy_views(result: StudyResult, frontier: Frontier) -> list[PolicyView]:
 
 def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores: Scores) -> PolicyView:
     records = [record for record in result.records if record.cell.policy == row.policy]
+    known = bool(records) or any(cell.policy == row.policy for cell in result.planned)
     done = [record for record in records if record.status == "done"]
     promise = next((r.result for r in done if r.cell.leg == "guarantee"), {})
     attacked = [record for record in done if record.cell.leg == "leakage"]
@@ -115,7 +119,8 @@ def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores
     return PolicyView(
         number,
         row,
-        tuple(table_rows(records[0].cell.table)) if records else (),
+        tuple(in_words(row.table)) if known else (),
+        tuple(table_rows(row.table)),
         tuple(_printed(group) for group in promise.get("table", ())),
         tuple(_guarantee_facts(promise)),
         visible(promise.get("statement", "")),

@@ -189,3 +189,15 @@ def test_texts_are_not_read_unless_they_may_be_shown(study, tmp_path):
     assert shown.texts[cell.id][0].text == "a secret"
     assert (shown.synthetic, bundled.synthetic, bundled.shows_text) == (False, True, True)
     assert frontier(hidden).row(cell.policy).leakage is not None
+
+
+def test_every_planned_cell_of_a_policy_that_has_not_run_is_missing():
+    study = sample(3)
+    cells = [record.cell for record in study.records]
+    left = [record for record in study.records if record.cell.policy != "prune"]
+    lost = len(cells) - len(left)
+    assert lost > 1
+    for planned in (cells, ()):
+        row = frontier(replace(study, records=left, planned=planned)).row("prune")
+        assert len(row.gaps) == lost
+        assert {gap.status for gap in row.gaps} == {"missing"}

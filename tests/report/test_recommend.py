@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpguard.errors import UserError
 from dpguard.report.frontier import Frontier, Gap, Measure, Row, frontier
-from dpguard.report.recommend import Caps, recommend
+from dpguard.report.recommend import Caps, moved_cap, recommend
 from dpguard.stats import Interval
 from tests.report.made_up_study import sample
 
@@ -273,3 +273,11 @@ def test_the_made_up_study_has_a_recommendation():
     got = recommend(frontier(sample(50)), max_leakage=0.32, min_utility=0.7, max_epsilon=20)
     assert got.verdict == "recommended"
     assert got.policy == "dp-sgd noise=0.6"
+
+
+def test_a_cap_that_was_set_for_another_metric_says_so():
+    spec = {"leakage": {"metric": "rougeL"}}
+    told = moved_cap(spec, "exact_match", Caps(max_leakage=0.3))
+    assert told.startswith("The cap on leakage, 0.3, was set in the study for ROUGE-L; here it is applied to exact")
+    assert not moved_cap(spec, "rougeL", Caps(max_leakage=0.3))
+    assert not moved_cap(spec, "exact_match", Caps(min_utility=0.7))
