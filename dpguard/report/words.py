@@ -11,6 +11,7 @@ from dpguard.report.text import plain, visible
 WHOLE = "Everything is trained and shared as it is."
 _BLOCK = re.compile(r"block\[(\d+)\](?:\.([a-z.]+))?")
 _RANGE = re.compile(r"block\[(\d+):(\d+)\](?:\.([a-z.]+))?")
+_SHARE = re.compile(r"block\[(?:0?:(\d+)%|(\d+)%:)\](?:\.([a-z.]+))?")
 _EACH = {"block": "block", "role": "kind of layer", "tensor": "tensor"}
 _NAMED = ("embeddings", "head", "pooler", "norms", "biases", "adapters")
 
@@ -155,6 +156,11 @@ def _part(selector: Any) -> str:
         return _inside(found[2], f"block {found[1]}")
     if (found := _RANGE.fullmatch(name)) and int(found[2]) > int(found[1]) + 1:
         return _inside(found[3], f"blocks {found[1]} to {int(found[2]) - 1}")
+    if found := _SHARE.fullmatch(name):
+        share = f"the lower {found[1]} %" if found[1] else f"the upper {100 - int(found[2])} %"
+        return _inside(found[3], f"{share} of the blocks")
+    if name.startswith("block[*]"):
+        return _inside(visible(name[9:]), "every block")
     return visible(name)
 
 

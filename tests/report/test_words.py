@@ -62,6 +62,12 @@ def test_parts_that_override_the_whole_say_so():
     )
 
 
+def test_shares_of_the_blocks():
+    told = words({"layers": ["block[0:25%]", "block[75%:].mlp"], "share": False}, {"layers": "block[*].mlp", "bits": 1})
+    assert "The lower 25 % of the blocks and mlp of the upper 25 % of the blocks: not shared" in told
+    assert "In mlp of every block, of each number only the sign is sent." in told
+
+
 def test_sharing_one_part_alone():
     told = words({"layers": "all", "share": False, "train": False}, {"layers": "head", "share": True, "train": True})
     assert told == "Nothing is trained or shared, except as follows. The head: trained and shared."
