@@ -28,7 +28,8 @@ def test_merged_shards_are_the_one_run(home, told, tmp_path):
     assert told("report", folders[0])[0] == 0
     page = (folders[0] / "report.md").read_text()
     assert "4 results missing" in page
-    assert "utility missing for dp-sgd noise=0.5 (seed 0): no cell of this policy has run" in page
+    assert "utility missing for dp-sgd noise=0.5" in page
+    assert "no cell of this policy has run" in page
     status, said, _err = told("merge", tmp_path / "half", folders[0])
     assert status == 1
     assert "8 cells from 1 folder: 4 done, 4 missing (the first: " in said
