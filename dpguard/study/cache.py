@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def what(self) -> str:
-        """What it holds, as its name says: ``weights``, ``message``, ``kappa``."""
+        """What it holds, as its name says: ``weights`` or ``kappa``."""
         return self.path.name.rpartition("-")[0]
 
 
