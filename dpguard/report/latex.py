@@ -15,12 +15,14 @@ from dpguard.report.views import AttackRow, PolicyView
 from dpguard.stats import Interval
 
 NAME_LENGTH = 60
-_SPECIAL = {
+_SPECIAL = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
     "–": "--", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "…": r"\dots{}",
-}  # fmt: skip
+})  # fmt: skip
+_LIGATURE = re.compile(r"([-,])(?=\1)")
+_ARGUMENT = re.compile(r"^\s*([\[*])")
 
 
 def latex(words: str) -> str:
@@ -29,8 +31,8 @@ def latex(words: str) -> str:
     >>> print(latex("50 % of a_b {c} & $d"), latex("[x] --"))
     50 \\% of a\\_b \\{c\\} \\& \\$d {[}x] -{}-
     """
-    shown = re.sub(r"([-,])(?=\1)", r"\1{}", "".join(_SPECIAL.get(c, c) for c in visible(words)))  # no ligatures
-    return re.sub(r"^\s*([\[*])", r"{\1}", shown)  # after the end of a row these two are arguments
+    shown = _LIGATURE.sub(r"\1{}", visible(words).translate(_SPECIAL))
+    return _ARGUMENT.sub(r"{\1}", shown)  # after the end of a row these two are arguments
 
 
 def tables(views: Sequence[PolicyView], frontier: Frontier, decision: Recommendation) -> str:

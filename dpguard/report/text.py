@@ -48,7 +48,9 @@ def visible(text: Any, *, limit: int | None = None) -> str:
     >>> visible("abcdef", limit=4)
     'abc…'
     """
-    plain = "".join(_shown(c) for c in str(text).replace("\r\n", " "))
+    plain = str(text)
+    if not plain.isprintable():  # almost every text is, and a report holds 100,000 of them
+        plain = "".join(_shown(c) for c in plain.replace("\r\n", " "))
     return plain if limit is None or len(plain) <= limit else plain[: limit - 1] + "…"
 
 

@@ -9,7 +9,18 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dpguard.stats import CONFIDENCE, DRAWS, Floats, Interval, binomial, from_confusion, resamples, small, widened
+from dpguard.stats import (
+    CONFIDENCE,
+    DRAWS,
+    Floats,
+    Interval,
+    binomial,
+    from_confusion,
+    quantiles,
+    resamples,
+    small,
+    widened,
+)
 
 BOUNDS = {"accuracy": (0.0, 1.0), "f1": (0.0, 1.0), "mcc": (-1.0, 1.0)}
 BLOCK = 4_000_000
@@ -54,7 +65,7 @@ class Judged:
             parts = between**2 / (seeds - 1) + spread**2 / max(self.examples - 1, 1)
             freedom = (between + spread) ** 2 / parts
         tail = (1 - confidence) / 2
-        ends = np.quantile(samples, [tail, 1 - tail])
+        ends = quantiles(samples, (tail, 1 - tail))
         ends = value + small(self.examples, freedom=max(freedom, 1.0), confidence=confidence) * (ends - value)
         low, high = widened(ends, value, self.examples, self.bounds, confidence)
         if self.right is not None:

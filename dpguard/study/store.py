@@ -4,8 +4,9 @@ One process writes (`Store.open(folder, create=True)` holds a lock on the folder
 A record is on the disk when `put` returns: write-ahead log, synchronous FULL. When the writer closes, the
 log is folded in, so that the file can be copied, committed or read from a read-only medium.
 
-Records and planned cells are kept as compressed JSON, a tenth of its size: 10,000 records are a file that one can
-send. A store of format 1 (plain JSON) is read as it is; a writer adds compressed rows to it and says format 2.
+Records, planned cells and the texts of a cell are kept as compressed JSON, a tenth of its size: 10,000 records are a
+file that one can send. Stores of formats 1 (plain JSON) and 2 (a row for every text) are read as they are; the first
+writer moves the texts to their new place and says format 3.
 """
 
 from __future__ import annotations
@@ -27,18 +28,16 @@ from dpguard.study.record import Cell, Record, TextRow, canonical
 
 FILE = "records.sqlite"
 FINISHED = ("done", "skipped")
-FORMAT = 2
+FORMAT = 3
 """Of the file. What a cell's id hashes has a number of its own (`record.SCHEMA`)."""
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, cell BLOB NOT NULL);
 CREATE TABLE records (id TEXT PRIMARY KEY, status TEXT NOT NULL, record BLOB NOT NULL);
-CREATE TABLE texts (
-    id TEXT NOT NULL, position INTEGER NOT NULL, target INTEGER NOT NULL, attack TEXT NOT NULL,
-    text TEXT NOT NULL, PRIMARY KEY (id, position)
-) WITHOUT ROWID;
+CREATE TABLE cell_texts (id TEXT PRIMARY KEY, texts BLOB NOT NULL);
 """
+_OLD_TEXTS = "SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,18 @@ class Store:
             )
         if create and schema < FORMAT:
             with self._writing():
+                if "texts" in tables:
+                    self._move_texts()
                 self._set_meta({"schema": str(FORMAT)})
+
+    def _move_texts(self) -> None:
+        """From one row for every text (formats 1 and 2) to one for every cell."""
+        run = self._connection.execute
+        run(next(line for line in _TABLES.split(";") if "cell_texts" in line))
+        for (cell_id,) in run("SELECT DISTINCT id FROM texts").fetchall():
+            rows = [TextRow(*row) for row in run(_OLD_TEXTS, (cell_id,))]
+            run("INSERT INTO cell_texts VALUES (?, ?)", (cell_id, _packed_texts(rows)))
+        run("DROP TABLE texts")
 
     def __enter__(self) -> Store:
         return self
@@ -202,13 +212,11 @@ class Store:
         with self._writing():
             for record, texts in answers:
                 row = (record.cell.id, record.status, _packed(record))
-                found = [
-                    (record.cell.id, position, item.target, item.attack, _encodable(item.text))
-                    for position, item in enumerate(texts)
-                ]
                 self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", row)
-                self._connection.execute("DELETE FROM texts WHERE id = ?", (record.cell.id,))
-                self._connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?)", found)
+                self._connection.execute("DELETE FROM cell_texts WHERE id = ?", (record.cell.id,))
+                if texts:
+                    kept = (record.cell.id, _packed_texts(texts))
+                    self._connection.execute("INSERT INTO cell_texts VALUES (?, ?)", kept)
 
     def records(self) -> list[Record]:
         """The records of the cells that the study plans, in its order, under the policy names of today."""
@@ -227,8 +235,10 @@ class Store:
 
     def texts(self, cell_id: str) -> list[TextRow]:
         """True and recovered texts of one cell, in the order in which they were put."""
-        rows = self._rows("SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position", cell_id)
-        return [TextRow(*row) for row in rows]
+        if int(self._meta()["schema"]) < FORMAT:
+            return [TextRow(*row) for row in self._rows(_OLD_TEXTS, cell_id)]
+        rows = self._rows("SELECT texts FROM cell_texts WHERE id = ?", cell_id)
+        return [TextRow(*row) for row in _unpacked(rows[0][0])] if rows else []
 
     def statuses(self) -> dict[str, str]:
         """Cell id -> status, of every record."""
@@ -293,12 +303,16 @@ def _packed(value: Cell | Record) -> bytes:
     return zlib.compress(canonical(_plain(value)).encode())
 
 
-def _unpacked(kept: str | bytes) -> dict[str, Any]:
+def _packed_texts(texts: Sequence[TextRow]) -> bytes:
+    rows = [[row.target, row.attack, _encodable(row.text)] for row in texts]
+    return zlib.compress(canonical(rows).encode())
+
+
+def _unpacked(kept: str | bytes) -> Any:
     try:
-        plain: dict[str, Any] = json.loads(kept if isinstance(kept, str) else zlib.decompress(kept))
+        return json.loads(kept if isinstance(kept, str) else zlib.decompress(kept))
     except (ValueError, zlib.error) as error:
         raise UserError(f"a stored record cannot be read ({error}), expected {FILE} as it was written") from error
-    return plain
 
 
 def _cell(plain: Mapping[str, Any]) -> Cell:

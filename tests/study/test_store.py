@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 
@@ -180,12 +181,35 @@ def test_a_newer_schema_is_refused(tmp_path):
         other.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     other.close()
     for create in (True, False):
-        with pytest.raises(UserError, match="has schema 99, made by a newer dpguard, expected at most 2"):
+        with pytest.raises(UserError, match="has schema 99, made by a newer dpguard, expected at most 3"):
             Store.open(tmp_path, create=create)
     with sqlite3.connect(tmp_path / FILE) as other:
         other.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     other.close()
     Store.open(tmp_path, create=True).close()  # the refusal let the folder go
+
+
+def test_a_store_of_format_two_is_read_as_it_is_and_moved_by_its_first_writer(tmp_path):
+    rows = [TextRow(5, "truth", "Ann called"), TextRow(5, "span", "Ann called"), TextRow(2, "truth", "")]
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"))
+        store.put(Record(CELLS[1], "done"))
+    with sqlite3.connect(tmp_path / FILE) as old:
+        old.execute("DROP TABLE cell_texts")
+        old.execute("CREATE TABLE texts (id, position, target, attack, text, PRIMARY KEY (id, position)) WITHOUT ROWID")
+        for position, row in reversed(list(enumerate(rows))):
+            old.execute("INSERT INTO texts VALUES (?, ?, ?, ?, ?)", (CELLS[0].id, position, *astuple(row)))
+        old.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+    old.close()
+    for create in (False, True, False):
+        with Store.open(tmp_path, create=create) as store:
+            assert store.texts(CELLS[0].id) == rows
+            assert store.texts(CELLS[1].id) == []
+            assert len(store.records()) == 2
+    with sqlite3.connect(tmp_path / FILE) as new:
+        assert new.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("3",)
+        assert new.execute("SELECT count(*) FROM sqlite_master WHERE name = 'texts'").fetchone() == (0,)
+    new.close()
 
 
 def test_a_folder_that_is_a_file(tmp_path):
