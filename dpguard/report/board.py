@@ -145,7 +145,9 @@ class Frontier:
         leakage_metric: what ``leakage`` measures.
         utility_metric: what ``utility`` measures.
         floor: the leakage metric of the prior attack, which sees no message; None when it did not run.
-        majority: accuracy of always answering the commonest class; None unless utility is accuracy.
+        majority: accuracy of always answering the commonest class, in a federation each client's own; None unless
+            utility is accuracy.
+        by_client: that class is each client's own.
         parts: the parts of the model, in its order.
     """
 
@@ -154,7 +156,13 @@ class Frontier:
     utility_metric: str
     floor: Interval | None = None
     majority: float | None = None
+    by_client: bool = False
     parts: tuple[str, ...] = ()
+
+    @property
+    def commonest(self) -> str:
+        """What `majority` always answers."""
+        return "each client's own commonest class" if self.by_client else "the commonest class"
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def _cell(
         hatched.set(hatch="////", alpha=0.45)
         ax.add_patch(hatched)
         paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
-        words = ("no record" if cell is None else "not measured").replace(" ", "\n" if narrow else " ")
+        words = "–" if narrow else "no record" if cell is None else "not measured"
         ax.text(x + 0.5, y + 0.5, words, color=MUTED, ha="center", va="center", fontsize=7.5, bbox=paper)
         return
     low, high = ends

@@ -8,7 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from dpguard.report.figure_content import Bars
 from dpguard.report.marks import (
@@ -25,7 +25,7 @@ from dpguard.report.marks import (
 )
 from dpguard.report.sandwich_content import OverNoise, Panel, Slice
 from dpguard.report.style import INK, LINE, MUTED, OPEN, PAPER, RED
-from dpguard.report.text import visible
+from dpguard.report.text import short
 from dpguard.stats import Interval
 
 
@@ -75,7 +75,7 @@ def _measured(ax: Axes, place: int, part: Slice) -> None:
 
 
 def _rows(ax: Axes, rows: Sequence[tuple[int, str]], title: str, *, narrow: bool) -> None:
-    names = [str(number) if narrow else visible(policy, limit=NAME_LENGTH) for number, policy in rows]
+    names = [str(number) if narrow else short(policy, NAME_LENGTH) for number, policy in rows]
     ax.set_yticks(range(len(names)), names, color=INK)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-0.03, 1.03)
@@ -136,12 +136,11 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         colour = point.band.colour if point.band else OPEN
         _bar_at(ax, point.sigma, point.measured, RED if point.broken else colour, f"measured-{point.number}")
         marker(ax, point.sigma, point.measured.value, point.band, size=7.5)
-    wide_range = max(sigmas) > 30 * min(sigmas)
     for step in dict.fromkeys(p.band for p in content.points):
         crowd = [p for p in content.points if p.band == step and not p.labelled]
         if crowd:
             marker(ax, [p.sigma for p in crowd], [p.measured.value for p in crowd], step, size=7.5)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide_range else (1.0, 2.0, 5.0), numticks=12))
+    ax.xaxis.set_major_locator(_ticks(min(sigmas), max(sigmas)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("Effective noise multiplier of one step (more is safer)")
@@ -151,6 +150,13 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         handles.append(Line2D([], [], color=RED, linewidth=1.6, label="the most that the guarantee allows"))
     legend(ax, handles, 2 if narrow else len(handles))
     _name_noised(ax, content, narrow=narrow)
+
+
+def _ticks(least: float, most: float) -> Locator:
+    """Round values on a logarithmic axis, several of them however near its ends are."""
+    if most < 3 * least:
+        return MaxNLocator(5)
+    return LogLocator(subs=(1.0,) if most > 30 * least else (1.0, 2.0, 5.0), numticks=12)
 
 
 def _bar_at(ax: Axes, x: float, interval: Interval, colour: str, gid: str) -> None:
@@ -168,7 +174,7 @@ def _name_noised(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     if content.floor is not None:
         runs.append(((ax.get_xlim()[0], content.floor), (ax.get_xlim()[1], content.floor)))
     named = [
-        Named(p.sigma, p.measured.value, str(p.number) if narrow else visible(p.policy, limit=NAME_LENGTH))
+        Named(p.sigma, p.measured.value, str(p.number) if narrow else short(p.policy, NAME_LENGTH))
         for p in content.points
         if p.labelled
     ]

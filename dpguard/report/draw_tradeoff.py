@@ -25,7 +25,7 @@ from dpguard.report.marks import (
     settle,
 )
 from dpguard.report.style import INK, LINE, MUTED, OPEN
-from dpguard.report.text import visible
+from dpguard.report.text import short
 
 
 def draw_tradeoff(ax: Axes, content: Tradeoff, *, narrow: bool) -> None:
@@ -83,14 +83,15 @@ def _names(ax: Axes, content: Tradeoff, narrow: bool) -> None:
     settle(ax)
     markers = [around(*pixels(ax, p.leakage.value, p.utility.value), 7) for p in content.points]
     lines = _drawn(ax, content)
-    commonest = "commonest class" if narrow else "always the commonest class"
+    commonest = "own commonest class" if content.by_client else "commonest class"
+    commonest = commonest if narrow else f"always the {commonest}"
     levels = ((content.undefended, "no defence"), (content.majority, commonest))
     taken = [_name_level(ax, y, name, markers + lines) for y, name in levels if y is not None]
     named = [
         Named(
             p.leakage.value,
             p.utility.value,
-            str(p.number) if narrow else visible(p.policy, limit=NAME_LENGTH),
+            str(p.number) if narrow else short(p.policy, NAME_LENGTH),
             p.on_front,
         )
         for p in content.points

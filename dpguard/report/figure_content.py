@@ -43,6 +43,7 @@ class Tradeoff:
         ceiling: leakage of the undefended control.
         undefended: utility of the undefended control.
         majority: accuracy of always answering the commonest class.
+        by_client: that is each client's own.
         absent: policies that could not be drawn, with the reason.
         x_label: what leakage is.
         y_label: what utility is.
@@ -54,6 +55,7 @@ class Tradeoff:
     ceiling: float | None
     undefended: float | None
     majority: float | None
+    by_client: bool
     absent: tuple[tuple[str, str], ...]
     x_label: str
     y_label: str
@@ -85,6 +87,7 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
         control.leakage.value if control and control.leakage else None,
         control.utility.value if control and control.utility else None,
         frontier.majority,
+        frontier.by_client,
         tuple(absent),
         f"Leakage: {metric_name(frontier.leakage_metric)} of the strongest attack (less is better)",
         f"Utility: {metric_name(frontier.utility_metric)} on held-out texts",

@@ -83,7 +83,7 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
         metric,
         utility_metric,
         floors[0] if floors else None,
-        _majority(result.records) if utility_metric == "accuracy" else None,
+        *(_majority(result.records) if utility_metric == "accuracy" else (None, False)),
         _parts(result.records),
     )
 
@@ -232,12 +232,15 @@ def _where(leg: str, at: str, seed: int) -> str:
     return f"{at}, seed {seed}" if at else f"seed {seed}"
 
 
-def _majority(records: Sequence[Record]) -> float | None:
-    for record in records:
-        if record.cell.leg == "utility" and record.status == "done" and record.result["labels"]:
-            labels = record.result["labels"]
-            return Counter(labels).most_common(1)[0][1] / len(labels)
-    return None
+def _majority(records: Sequence[Record]) -> tuple[float | None, bool]:
+    """The accuracy that is had without a model, and whether by each client's own answer instead of one for all."""
+    done = [r.result for r in records if r.cell.leg == "utility" and r.status == "done" and r.result["labels"]]
+    if not done:
+        return None, False
+    labels = done[0]["labels"]
+    one = Counter(labels).most_common(1)[0][1] / len(labels)
+    own = max((float(result.get("federation", {}).get("commonest", 0.0)) for result in done), default=0.0)
+    return max(one, own), own > one
 
 
 def _parts(records: Sequence[Record]) -> tuple[str, ...]:

@@ -27,6 +27,20 @@ def answer(frontier: Frontier, case: Case) -> str:
     )
 
 
+def caution(frontier: Frontier, case: Case) -> str:
+    """That the policy is not shown to beat an answer without a model, where it is not; else empty.
+
+    Without one, accuracy is that of the commonest class (`Frontier.majority`) and Matthews correlation is 0.
+    """
+    idle = frontier.majority if frontier.utility_metric == "accuracy" else 0.0
+    if frontier.utility_metric == "f1" or idle is None or case.utility > idle:
+        return ""
+    return (
+        f"But it is not shown to have learnt anything: always answering {frontier.commonest} reaches "
+        f"{metric_name(frontier.utility_metric)} {number(idle, 3)}."
+    )
+
+
 def points(value: float) -> str:
     """A difference of scores in points of a hundredth, without its sign.
 

@@ -27,12 +27,13 @@ class Recommendation:
 
     Attributes:
         verdict: what kind of answer this is; a policy is named only for "recommended".
-        sentence: the answer.
+        sentence: the answer, with the caution where there is one.
         policy: the recommended policy, or empty.
         why: the caps and how far from each the policy is, and who else qualified.
         limits: what it does not protect.
         sensitivity: what relaxing a cap would gain.
         caps: the caps it was decided under.
+        caution: why the named policy may be worth nothing; else empty.
     """
 
     verdict: Verdict
@@ -42,6 +43,7 @@ class Recommendation:
     limits: tuple[str, ...] = ()
     sensitivity: tuple[str, ...] = ()
     caps: Caps = field(default_factory=Caps)
+    caution: str = ""
 
 
 def recommend(
@@ -87,14 +89,16 @@ def recommend(
             caps=caps,
         )
     chosen = choose(fit, caps)
+    caution = reasons.caution(frontier, chosen)
     return Recommendation(
         "recommended",
-        reasons.answer(frontier, chosen),
+        " ".join(filter(None, (reasons.answer(frontier, chosen), caution))),
         chosen.policy,
         tuple(reasons.why(frontier, chosen, fit, caps)),
         tuple(reasons.limits(frontier, chosen.row)),
         tuple(reasons.sensitivity(chosen, cases, caps, frontier.utility_metric)),
         caps,
+        caution,
     )
 
 

@@ -50,11 +50,11 @@ def _places(places: Sequence[str]) -> str:
 def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Where the numbers come from: every value that occurs, totals for durations, the largest memory."""
     found: dict[str, set[str]] = {}
-    seconds, peak, starts = 0.0, 0.0, []
+    totals, peak, starts = {"seconds": 0.0, "cpu_seconds": 0.0}, 0.0, []
     for record in records:
         for name, value in _flat(record.provenance):
-            if name == "seconds":
-                seconds += float(value)
+            if name in totals:
+                totals[name] += float(value)
             elif name == "peak_mb":
                 peak = max(peak, float(value))
             elif name == "started":
@@ -64,8 +64,9 @@ def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     facts = [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]
     if starts:
         facts.append(("first cell started", min(starts)))
-    if seconds:
-        facts.append(("computing time of all cells", f"{seconds:,.0f} s"))
+    for name, words in (("seconds", "time of all cells"), ("cpu_seconds", "of which on a processor")):
+        if totals[name]:
+            facts.append((words, f"{totals[name]:,.0f} s"))
     if peak:
         facts.append(("most memory of a cell", f"{peak:,.0f} MB"))
     return facts

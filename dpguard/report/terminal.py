@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpguard.report.frontier import Frontier
-from dpguard.report.text import epsilon, metric_name, number, span, visible
+from dpguard.report.text import epsilon, metric_name, number, short, span
 from dpguard.stats import Interval
 
 
@@ -30,7 +30,7 @@ def terminal_table(frontier: Frontier, width: int = 80) -> Table:
     table.add_column("epsilon", no_wrap=True, justify="right")
     for row in frontier.rows:
         mark = "*" if row.on_front else " "
-        name = Text(mark + visible(row.policy, limit=room - 1), style="bold" if row.on_front else "")
+        name = Text(mark + short(row.policy, room - 1), style="bold" if row.on_front else "")
         table.add_row(name, _value(row.leakage), _ends(row.leakage), _value(row.utility), _ends(row.utility),
                       epsilon(row.epsilon))  # fmt: skip
     if frontier.floor:

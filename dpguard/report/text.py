@@ -59,6 +59,21 @@ def name(text: Any) -> str:
     return visible(text, limit=NAME_LENGTH)
 
 
+def short(text: Any, limit: int) -> str:
+    """A name cut in the middle: what tells the policies of a sweep apart often stands at its end.
+
+    >>> short("only part=block[0].attention.query", 20)
+    'only p…tention.query'
+    >>> short("dp-sgd", 20)
+    'dp-sgd'
+    """
+    plain = visible(text)
+    if len(plain) <= limit:
+        return plain
+    head = (limit - 1) // 3
+    return f"{plain[:head]}…{plain[head + 1 - limit :]}"
+
+
 def visible_lines(text: Any) -> str:
     """As `visible`, but newlines stay: for a file that is printed as it is."""
     return "\n".join(visible(line.replace("\t", "    ")) for line in str(text).splitlines())

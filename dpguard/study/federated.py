@@ -131,6 +131,7 @@ def utility(found: Rehearsal, run: rounds.Run, model: LoadedModel) -> dict[str, 
         "train_seconds": round(run.seconds, 3),
         "federation": {
             "global": judged.global_scores,
+            "commonest": worth.commonest(found.corpus.train, found.train, test, found.test),
             "personal": {"mean": judged.mean, "worst_tenth": judged.worst_tenth, "clients": judged.clients},
             "bytes_per_round": round(sum(run.bytes) / len(run.bytes)),
             "bytes_per_message": round(sum(run.bytes) / (len(run.bytes) * found.settings.per_round)),

@@ -90,7 +90,8 @@ class Record:
     utility: {"metrics": {"accuracy","mcc","f1","loss"}, "predictions": [int], "labels": [int],
         "steps", "sampling_rate", "clipped_fraction" or None, "train_seconds"}; with a federation "predictions" are
         of each text's owner's model, "steps" are rounds, "sampling_rate" the share of clients in one, and
-        "federation" holds {"global" (scores), "personal" ({"mean", "worst_tenth", "clients"}), "bytes_per_message",
+        "federation" holds {"global" (scores), "commonest" (accuracy of each client's own commonest label),
+        "personal" ({"mean", "worst_tenth", "clients"}), "bytes_per_message",
         "bytes_per_round", "bytes", "epsilon" ({"max", "median"} over clients), "texts", "rounds" (by client)}
 
     ``provenance``: "versions" (name -> version), "git" ({"revision", "dirty", "of"} or None), "device", "started",

@@ -82,8 +82,11 @@ class Nodes:
         self.start(f"--address={self.address}")
 
     def kill(self, leader):
-        for pid in session(leader):
-            with_suppressed_kill(pid)
+        until = time.monotonic() + 30
+        while (left := session(leader)) and time.monotonic() < until:  # one may start another meanwhile
+            for pid in left:
+                with_suppressed_kill(pid)
+            time.sleep(0.05)
 
     def close(self):
         for leader in self.leaders:

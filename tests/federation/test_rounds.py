@@ -13,6 +13,7 @@ from dpguard.errors import UserError
 from dpguard.federation import views, worth
 from dpguard.federation.settings import Settings, rounds_of, who_takes_part
 from dpguard.federation.turn import client_batches, one_client_round
+from dpguard.inputs.texts import Example
 from dpguard.measure import utility
 from dpguard.policy.ledger import Ledger
 from tests import tiny
@@ -238,3 +239,11 @@ def test_personal_models_are_judged_on_their_own_texts():
     assert found.mean["accuracy"] == pytest.approx(sum(accuracies) / 3)
     assert found.worst_tenth["accuracy"] == pytest.approx(min(accuracies))
     assert settings.clients == 4
+
+
+def test_the_commonest_label_of_each_client_is_counted_on_its_own_held_out_texts():
+    train = [Example("t", label) for label in (0, 0, 1, 1, 1, 0, 1)]
+    test = [Example("t", label) for label in (0, 1, 1, 0)]
+    own = ((0, 1, 2), (3, 4), (5, 6))  # answers 0, 1, and of equally many the lower label: 0
+    assert worth.commonest(train, own, test, ((0, 1), (2,), (3,))) == 3 / 4
+    assert worth.commonest(train, own, test, ((), (0, 1, 2, 3), ())) == 2 / 4

@@ -64,6 +64,18 @@ def test_floor_ceiling_and_commonest_class(table):
     assert table.majority == pytest.approx(0.555, abs=0.01)
 
 
+def test_in_a_federation_the_commonest_class_is_each_clients_own_where_that_is_more(study):
+    def federated(record, own):
+        if record.cell.leg != "utility" or record.status != "done":
+            return record
+        return replace(record, result={**record.result, "federation": {"commonest": own}})
+
+    for own, found, by_client in ((0.75, 0.75, True), (0.1, pytest.approx(0.555, abs=0.01), False)):
+        records = [federated(record, own) for record in study.records]
+        table = frontier(replace(study, records=records))
+        assert (table.majority, table.by_client) == (found, by_client)
+
+
 def test_a_failed_cell_takes_its_leg_from_the_policy_and_is_named(table):
     row = table.row("sign")
     assert row.leakage is None

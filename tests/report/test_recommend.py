@@ -125,6 +125,22 @@ def test_the_sentence_names_the_bad_ends():
     assert any("No other policy keeps every cap" in line for line in got.why)
 
 
+@pytest.mark.parametrize(("metric", "by_client", "worth", "said"), [
+    ("accuracy", False, 0.5, "always answering the commonest class reaches accuracy 0.500."),
+    ("accuracy", True, 0.4, "always answering each client's own commonest class reaches accuracy 0.500."),
+    ("accuracy", True, 0.51, ""),
+    ("mcc", False, 0.0, "always answering the commonest class reaches Matthews correlation 0.000."),
+    ("mcc", False, 0.01, ""),
+    ("f1", False, 0.0, ""),
+])  # fmt: skip
+def test_a_policy_that_may_have_learnt_nothing_is_named_with_a_caution(metric, by_client, worth, said):
+    table = replace(board(policy("idle", 0.2, worth)), utility_metric=metric, majority=0.5, by_client=by_client)
+    got = recommend(table, max_leakage=0.3)
+    assert got.policy == "idle"
+    assert got.caution == (f"But it is not shown to have learnt anything: {said}" if said else "")
+    assert got.sentence.endswith(got.caution)
+
+
 def test_relaxing_a_cap_says_what_it_would_gain():
     table = board(policy("calm", 0.2, 0.6), policy("bold", 0.35, 0.85), policy("hush", 0.05, 0.4))
     got = recommend(table, max_leakage=0.3, min_utility=0.5)

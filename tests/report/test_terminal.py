@@ -39,10 +39,11 @@ def test_it_says_what_the_frontier_says():
 
 def test_hostile_names_and_markup_are_text():
     rows = [
-        Row("[red]x[/red]" + "y" * 300, leakage=Interval(0.5, 0.4, 0.6, 9), epsilon=float("inf")),
+        Row("[b]" + "y" * 300 + "[/b]", leakage=Interval(0.5, 0.4, 0.6, 9), epsilon=float("inf")),
         Row("\x1b[31m\u202ez", epsilon=70333.0),
     ]
     lines = printed(Frontier(tuple(rows), "rougeL", "mcc"), 80)
-    assert lines[1].lstrip().startswith("[red]x[/red]")
+    assert lines[1].lstrip().startswith("[b]yy")
+    assert "yy[/b] " in lines[1]
     assert "[U+001B][31m[U+202E]z" in lines[2]
     assert max(len(line.rstrip()) for line in lines) <= 80
