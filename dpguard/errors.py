@@ -32,6 +32,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("layres", ["layers", "clip"])
     "; did you mean 'layers'?"
+    >>> did_you_mean("dp-sdg", ["dp-sgd noise=0.5", "dp-sgd noise=1"])
+    "; did you mean 'dp-sgd noise=0.5' or another 'dp-sgd'?"
     >>> did_you_mean("zzz", ["layers", "clip"])
     '; expected one of: clip, layers'
     """
@@ -39,4 +41,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
+    families = {name.partition(" ")[0]: name for name in reversed(names) if " " in name}
+    if swept := difflib.get_close_matches(str(word), families, n=1, cutoff=0.6):
+        return f"; did you mean {families[swept[0]]!r} or another {swept[0]!r}?"
     return f"; expected one of: {', '.join(names)}" if names else ""

@@ -7,6 +7,7 @@ by side all the same, without a difference, and the reason is said.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,10 @@ LEAKAGE_TERMS = {
     "leakage metric": "another metric",
 }
 """Settings without which two leakages do not measure the same thing, and how that is said."""
+LEGS = ("leakage", "utility", "guarantee")
+NONE = "–"
+Differs = tuple[str, str, str]
+"""What is not equal, in the first study, in the other."""
 UTILITY_TERMS = {"data hash": "other texts", "utility metric": "another metric"}
 
 
@@ -69,7 +74,7 @@ class Against:
     """
 
     label: str
-    differs: tuple[tuple[str, str, str], ...]
+    differs: tuple[Differs, ...]
     leakage_reasons: tuple[str, ...]
     utility_reasons: tuple[str, ...]
     pairs: tuple[Pair, ...]
@@ -124,7 +129,8 @@ def difference(first: Interval | None, second: Interval | None) -> Interval | No
 
 def _against(first: StudyResult, table: Frontier, label: str, other: StudyResult) -> Against:
     other_table = _frontier_like(other, table)
-    differs = _differences(_terms(first, table), _terms(other, other_table))
+    terms, other_terms = _terms(first, table), _terms(other, other_table)
+    differs = _differences(terms, other_terms)
     changed = {name for name, _, _ in differs}
     leakage_reasons = _reasons(changed, LEAKAGE_TERMS)
     if any(name.startswith("leakage threat") for name in changed):
@@ -142,7 +148,7 @@ def _against(first: StudyResult, table: Frontier, label: str, other: StudyResult
     )  # fmt: skip
     return Against(
         label,
-        differs,
+        _said_once(differs),
         leakage_reasons,
         utility_reasons,
         pairs,
@@ -164,11 +170,11 @@ def _reasons(changed: set[str], terms: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _by_table(result: StudyResult, table: Frontier) -> dict[str, Row]:
-    """Rows by what the policy does; policies without any cell by their name."""
-    cells = {cell.policy: cell for cell in _cells(result)}
-    return {
-        canonical(cells[row.policy].table) if row.policy in cells else f"name {row.policy}": row for row in table.rows
-    }
+    """Rows by what the policy does; by their name too where several do the same under settings of their own."""
+    tables = {cell.policy: canonical(cell.table) for cell in _cells(result)}
+    many = Counter(tables.values())
+    alike = {policy: found if many[found] == 1 else f"{found} {policy}" for policy, found in tables.items()}
+    return {alike.get(row.policy, f"name {row.policy}"): row for row in table.rows}
 
 
 def _cells(result: StudyResult) -> list[Cell]:
@@ -205,8 +211,32 @@ def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
     return flat
 
 
-def _differences(one: Mapping[str, str], two: Mapping[str, str]) -> tuple[tuple[str, str, str], ...]:
+def _differences(one: Mapping[str, str], two: Mapping[str, str]) -> tuple[Differs, ...]:
     """What is not equal: texts and model first, then settings, then versions."""
     order = ("data", "model", "leakage", "utility", "guarantee", "version")
     names = sorted({*one, *two}, key=lambda name: (order.index(name.split()[0]), name))
-    return tuple((name, one.get(name, "–"), two.get(name, "–")) for name in names if one.get(name) != two.get(name))
+    return tuple((name, one.get(name, NONE), two.get(name, NONE)) for name in names if one.get(name) != two.get(name))
+
+
+def _said_once(differs: Sequence[Differs]) -> tuple[Differs, ...]:
+    """The same, with what differs alike in several legs named once, and a group that only one study has as one."""
+    legs: dict[Differs, list[str]] = defaultdict(list)
+    for name, one, two in differs:
+        leg, _, rest = name.partition(" ")
+        legs[(rest, one, two) if leg in LEGS else (name, one, two)].append(leg)
+    named = [
+        (name if len(found) > 1 or found[0] not in LEGS else f"{found[0]} {name}", one, two)
+        for (name, one, two), found in legs.items()
+    ]
+    told, groups = [], Counter(name.rpartition(" ")[0] for name, _, _ in named)
+    whole = {group for group in groups if groups[group] > 2 and group not in LEGS and _one_has(named, group)}
+    for group in whole:
+        inside = [(name.rpartition(" ")[2], one, two) for name, one, two in named if name.rpartition(" ")[0] == group]
+        one, two = (", ".join(f"{row[0]} {row[side]}" for row in inside if row[side] != NONE) for side in (1, 2))
+        told.append((group, one or NONE, two or NONE))
+    return (*(row for row in named if row[0].rpartition(" ")[0] not in whole), *sorted(told))
+
+
+def _one_has(named: Sequence[Differs], group: str) -> bool:
+    inside = [row for row in named if row[0].rpartition(" ")[0] == group]
+    return any(all(row[side] == NONE for row in inside) for side in (1, 2))

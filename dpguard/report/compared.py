@@ -57,9 +57,9 @@ def print_to(found: Comparison, width: int = 100) -> Iterator[str | Table]:
 
 
 def _differs(found: Comparison, other: Against, width: int) -> Table:
-    room = max((width - 24) // 2 - 2, 12)
+    room = max((width - 28) // 2 - 2, 12)
     table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    table.add_column("differs", no_wrap=True, overflow="ellipsis", max_width=22)
+    table.add_column("differs", no_wrap=True, overflow="ellipsis", max_width=26)
     for label in (found.label, other.label):
         table.add_column(Text(visible(label, limit=room)), no_wrap=True, overflow="ellipsis", max_width=room)
     for what, one, two in other.differs:

@@ -53,7 +53,7 @@ class Browser(contextlib.AbstractContextManager):
         )
         os.close(read)
         os.close(write)
-        target = self.call("Target.getTargets", session=False)["targetInfos"][0]["targetId"]
+        target = self._page()
         answer = self.call("Target.attachToTarget", {"targetId": target, "flatten": True}, session=False)
         self._session = answer["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -70,6 +70,16 @@ class Browser(contextlib.AbstractContextManager):
         os.close(self._in)
         os.close(self._out)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _page(self) -> str:
+        """The id of the empty page; a browser that is still starting lists others before it."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            for found in self.call("Target.getTargets", session=False)["targetInfos"]:
+                if found["type"] == "page" and found["url"] == "about:blank":
+                    return found["targetId"]
+            time.sleep(0.05)
+        raise TimeoutError("the browser opened no page")
 
     def call(self, method: str, params: dict | None = None, *, session: bool = True) -> dict:
         """Send one command and wait for its answer; what happens meanwhile is noted."""

@@ -219,6 +219,31 @@ def test_other_texts_spoil_both():
     assert other.leakage_reasons == other.utility_reasons == ("other texts",)
 
 
+def federated(study, **of_policy):
+    """The study with one table for every policy, and a federation that differs by policy."""
+    table = [{"layers": "all", "clip": 1.0}]
+
+    def moved(cell):
+        federation = {"clients": 10, "rounds": 40, "split": "iid", "local_steps": of_policy.get(cell.policy, 1)}
+        return replace(cell, table=table, settings={**cell.settings, "federation": federation})
+
+    return replace(study, records=[replace(r, cell=moved(r.cell)) for r in study.records], planned=())
+
+
+def test_policies_of_one_table_that_differ_in_their_federation_are_all_compared():
+    one, two = federated(sample(4)), federated(sample(4), sign=20)
+    [other] = compare([("a", one), ("b", two)]).others
+    assert [pair.name for pair in other.pairs] == list(one.policies)
+    assert not other.only_first
+    assert not other.only_second
+    assert [row for row in other.differs if "local_steps" in row[0]] == [("federation local_steps", "1", "1, 20")]
+
+
+def test_a_group_of_settings_that_one_study_has_is_one_line():
+    [other] = compare([("a", sample(4)), ("b", federated(sample(4)))]).others
+    assert other.differs[-1] == ("federation", "–", "clients 10, local_steps 1, rounds 40, split iid")
+
+
 def printed(found, width):
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None)
