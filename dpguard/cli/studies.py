@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,10 +15,14 @@ from dpguard.cli import searching
 from dpguard.cli.console import console, table
 from dpguard.cli.estimating import print_estimate
 from dpguard.cli.reporting import render_report
+from dpguard.cli.watching import best_point
 from dpguard.errors import UserError
+from dpguard.study import runner
 from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.devices import chosen as chosen_devices
 from dpguard.study.grid import NEEDS
+from dpguard.study.lock import in_use
+from dpguard.study.ray_cells import RayCells, exposed, reach
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs
 from dpguard.study.search import chosen, searches
@@ -26,6 +30,7 @@ from dpguard.study.selection import of_policies
 from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
+from dpguard.study.workers import warm_up
 
 if TYPE_CHECKING:
     from dpguard.policy.layers import Slot
@@ -96,31 +101,13 @@ def run_study(
     devices: str = "none",
 ) -> int:
     """Run a study, or a part of it, and print its decision; the exit status says whether a cell failed."""
-    from dpguard.cli.watching import best_point
-    from dpguard.study import runner
-    from dpguard.study.lock import in_use
-    from dpguard.study.ray_cells import RayCells, exposed, reach
-    from dpguard.study.workers import warm_up
-
     part = Shard.parse(shard) if shard is not None else None
     gpus = chosen_devices(devices, os.environ)
-    if ray and devices not in ("auto", "none"):
-        raise UserError("--devices names GPUs of this machine, expected a run without --ray")
     study = Study.load(path)
-    if only and out is None:
-        raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
+    _check_asked(study, out, part, only, ray, devices)
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
-    if part and searches(study):
-        raise UserError("--shard: a sweep of the study asks for each value after the last, expected a run without it")
     if not dry_run:
-        if holder := in_use(folder):  # told at once, not after reading model and texts
-            raise UserError(f"{str(folder)!r} is in use by {holder}, expected a folder that no other run writes to")
-        if ray:
-            reach(ray)
-            if warning := exposed(ray, os.environ):
-                print(warning, file=sys.stderr)
-        else:
-            warm_up(PRELOAD, threads)  # the worker server imports torch while this process reads model and texts
+        _make_ready(folder, ray, threads)
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         ground = read_ground(study)
     if only:
@@ -140,33 +127,65 @@ def run_study(
         return 0
 
     def go(planned: Planned, first: bool) -> Summary:
-        def on_ray() -> Executor:
-            return RayCells(
-                str(ray), EXECUTE, planned.context, limits=runner.limits_of(study), threads=threads, preload=PRELOAD
-            )
-
         with study.locating():
             check_inputs(planned.study, folder, planned.cells)
         return runner.run(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers,
             threads=threads, preload=PRELOAD, retry_failed=retry_failed and first, show_text=show_text,
-            best=best_point, only=_own(part, planned), executor=on_ray if ray else None, devices=gpus,
+            best=best_point, only=_own(part, planned), executor=_on_ray(ray, study, planned, threads), devices=gpus,
         )  # fmt: skip
 
     settled, summary = searching.run(study, folder, plan, go)
-    planned, own = settled.planned, _own(part, settled.planned)
+    _tell(settled, summary, folder, part)
+    return summary.exit_status
+
+
+def _check_asked(
+    study: Study, out: Path | None, part: Shard | None, only: Sequence[str], ray: str | None, devices: str
+) -> None:
+    """Refuse options that cannot go together."""
+    if ray and devices not in ("auto", "none"):
+        raise UserError("--devices names GPUs of this machine, expected a run without --ray")
+    if only and out is None:
+        raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
+    if part and searches(study):
+        raise UserError("--shard: a sweep of the study asks for each value after the last, expected a run without it")
+
+
+def _make_ready(folder: Path, ray: str | None, threads: int) -> None:
+    """See that the folder is free and the cluster there, and start what takes its time."""
+    if holder := in_use(folder):  # told at once, not after reading model and texts
+        raise UserError(f"{str(folder)!r} is in use by {holder}, expected a folder that no other run writes to")
+    if ray:
+        reach(ray)
+        if warning := exposed(ray, os.environ):
+            print(warning, file=sys.stderr)
+    else:
+        warm_up(PRELOAD, threads)  # the worker server imports torch while this process reads model and texts
+
+
+def _on_ray(ray: str | None, study: Study, planned: Planned, threads: int) -> Callable[[], Executor] | None:
+    """Makes the executor of a cluster; None where the cells run on this machine."""
+    if ray is None:
+        return None
+    limits = runner.limits_of(study)
+    return lambda: RayCells(ray, EXECUTE, planned.context, limits=limits, threads=threads, preload=PRELOAD)
+
+
+def _tell(settled: searching.Settled, summary: Summary, folder: Path, part: Shard | None) -> None:
+    """Print what ran and what failed, and the report of a run that has all its cells."""
     console().print(summary.sentence, markup=False)
     for cell, reason in summary.failures:
         console().print(f"failed: {cell}: {reason}", style="bold", markup=False)
     for sentence in settled.sentences:
         console().print(sentence, markup=False)
     if part:
-        missing = len(planned.cells) - len(own)
+        planned = settled.planned
+        missing = len(planned.cells) - len(_own(part, planned))
         told = f"shard {part}: {missing} of the study's {len(planned.cells)} cells are not its own; dpguard merge OUT"
         console().print(f"{told} {folder} DIR... joins it with the others", markup=False, soft_wrap=True)
     elif not summary.interrupted:
         render_report(folder)
-    return summary.exit_status
 
 
 def merge_shards(out: Path, folders: list[Path]) -> int:
@@ -216,11 +235,11 @@ def read_ground(study: Study) -> Ground:
     """
     from dpguard.inputs import models, texts
     from dpguard.inputs.family import slots
-    from dpguard.study import legs
+    from dpguard.study.ground import corpus_of
 
     data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
     with study.locating("data"), _asked_by_split(study):
-        corpus = legs.corpus_of({"data": data})
+        corpus = corpus_of({"data": data})
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
@@ -239,7 +258,7 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
         UserError: as `plan_study`.
     """
     from dpguard.attacks.panel import PANELS, panel_hash
-    from dpguard.study import legs
+    from dpguard.study import guarantee_leg
 
     study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
     plans = study.plans(ground.slots)
@@ -249,7 +268,7 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
         panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
     cells = study.cells(ground.model_id, ground.data_id, panel)
     with study.locating("federation"):
-        legs.check_split(cells, ground.corpus)
+        guarantee_leg.check_split(cells, ground.corpus)
     needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
     context = {
         "model": study.model,
@@ -264,7 +283,9 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
     }
     if not epsilons:
         return Planned(study, cells, context, {})
-    promised = {c.policy: legs.epsilon(c, plans[c.policy], ground.corpus) for c in cells if c.leg == "guarantee"}
+    promised = {
+        c.policy: guarantee_leg.epsilon(c, plans[c.policy], ground.corpus) for c in cells if c.leg == "guarantee"
+    }
     found = {label: epsilon for label, (epsilon, _) in promised.items()}
     return Planned(study, cells, context, found, {label: why for label, (_, why) in promised.items() if why})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from dpguard.study.cache import Cache
 Tensors = dict[str, Tensor]
 
 
-def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors], *, worth: float = 0.0) -> Tensors:
+def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
     """What ``make`` gives, from the cache when an entry of this key is there and whole; see `Cache`.
 
     Args:
         cache: the study's.
         key: what they are made from; ``key["what"]`` names the file.
         make: makes them.
-        worth: seconds; what took less to make is not kept, because reading it costs about as much.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -32,8 +30,6 @@ def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors], *,
     """
 
     def write(path: Path, made: Tensors) -> None:
-        if time.perf_counter() - started >= worth:
-            save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)
+        save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)
 
-    started = time.perf_counter()
     return cache.entry(key, ".safetensors", load_file, make, write)

@@ -11,7 +11,7 @@ import pytest
 
 from dpguard.cli.studies import plan_study
 from dpguard.errors import UserError
-from dpguard.study import legs
+from dpguard.study import ground
 from dpguard.study.resume import check_inputs
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -54,7 +54,7 @@ def test_a_study_resumed_with_other_texts_or_weights(home, told, tmp_path):
     check_inputs(study, out, cells)
     rows = (tmp_path / "texts.jsonl").read_text().splitlines()
     (tmp_path / "texts.jsonl").write_text("\n".join(rows[1:]) + "\n")
-    legs.load_corpus.cache_clear()  # another process reads the file again
+    ground.load_corpus.cache_clear()  # another process reads the file again
     one_sentence(told("run", path, "--out", out), "study.yaml:", "other texts", "expected the same, or another --out")
     others = [replace(cell, model={**cell.model, "hash": "else"}) for cell in cells]
     with pytest.raises(UserError, match="other weights"):

@@ -8,7 +8,7 @@ from dpguard.cli.studies import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.measure.threat import Threat
-from dpguard.study import legs
+from dpguard.study import guarantee_leg, legs
 from dpguard.study.spec import Study
 
 TEXT = """\
@@ -39,7 +39,7 @@ def test_the_true_text_is_among_them_once_in_an_order_of_the_seed():
 
 @pytest.mark.parametrize(("noise", "least", "most"), [(0.05, 1.0, 1.0), (50.0, 0.0, 0.5)])
 def test_identification_is_near_one_and_near_chance(tmp_path, monkeypatch, noise, least, most):
-    monkeypatch.setattr(legs, "_kappa", lambda *_: {})  # measured elsewhere, and slow
+    monkeypatch.setattr(guarantee_leg, "_kappa", lambda *_: {})  # measured elsewhere, and slow
     planned = plan_study(study(noise), tmp_path)
     cells = {(c.leg, c.policy): c for c in planned.cells}
     record, _ = legs.execute(cells["leakage", "dp"], planned.context)

@@ -69,11 +69,6 @@ def test_an_entry_too_large_for_the_room_is_made_and_not_kept(tmp_path):
         assert cache.entries() == []
 
 
-def test_what_took_no_time_is_not_kept(tmp_path):
-    shared(Cache(tmp_path), {"what": "message"}, lambda: weights(1), worth=30)
-    assert Cache(tmp_path).entries() == []
-
-
 def test_without_room_on_the_disk_the_work_is_not_lost(tmp_path, monkeypatch):
     def full(*_args, **_more):
         raise OSError(28, "No space left on device")

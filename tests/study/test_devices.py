@@ -12,7 +12,7 @@ from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import slots
 from dpguard.measure import utility
 from dpguard.policy.table import Policy
-from dpguard.study import devices, legs
+from dpguard.study import devices, ground
 from dpguard.study.record import Cell
 from dpguard.study.runner import run
 from dpguard.study.store import Store
@@ -70,10 +70,10 @@ def test_a_run_gives_devices_to_its_training_cells(kit, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_torch_cannot_use():
-    assert legs._device({}) == "cpu"
-    assert legs._device({"device": "cuda", "need_device": False}) == "cpu"
+    assert ground.device_of({}) == "cpu"
+    assert ground.device_of({"device": "cuda", "need_device": False}) == "cpu"
     with pytest.raises(UserError, match="torch cannot use the CUDA device"):
-        legs._device({"device": "cuda", "need_device": True})
+        ground.device_of({"device": "cuda", "need_device": True})
 
 
 def test_training_moves_every_batch_and_names_no_device_of_its_own(monkeypatch):

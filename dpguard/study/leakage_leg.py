@@ -1,0 +1,94 @@
+"""The leakage leg: what the attacks read from the messages of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpguard.engine.client import Client
+from dpguard.federation import views
+from dpguard.federation.settings import Settings
+from dpguard.inputs.models import LoadedModel
+from dpguard.inputs.texts import Corpus
+from dpguard.measure import defence, leakage
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Plan
+from dpguard.study import federated
+from dpguard.study.ground import Result, SkippedError, corpus_for, model_for, plan_for, refuse
+from dpguard.study.record import Cell, TextRow
+from dpguard.study.utility_leg import federation_weights, load_weights
+
+
+def run(cell: Cell, context: Mapping[str, Any]) -> Result:
+    """Scores of every attack on every message, what did not run and why, and what the defence was measured to do."""
+    corpus = corpus_for(cell, context)
+    model = model_for(cell, context, corpus)
+    given = cell.settings
+    plan = plan_for(cell, model)
+    if not plan.shared:
+        raise SkippedError("the policy shares nothing, so there is no message to attack")
+    if "federation" in given:
+        return _federated_leakage(cell, context, model, plan, corpus)
+    if given["at"] in ("end", "tuned"):
+        load_weights(model, context, given["needs"], corpus)
+    threat = Threat.of(given["threat"])
+    messages = leakage.pick_targets(
+        corpus, targets=given["targets"], batch_size=given["batch_size"] * threat.clients, seed=cell.seed
+    )
+    effect = _effect(model, plan, corpus, messages[0])
+    leaks = []
+    for number, indices in enumerate(messages):
+        seed = cell.seed * 1_000_003 + number
+        leaks.append(
+            leakage.attack_message(
+                model, plan, corpus, indices,
+                attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat,
+            )
+        )  # fmt: skip
+    return _attacked(cell, plan, leaks, effect)
+
+
+def _federated_leakage(
+    cell: Cell, context: Mapping[str, Any], model: LoadedModel, plan: Plan, corpus: Corpus
+) -> Result:
+    """One victim at the first or last weights, or the same record at several rounds: every message in turn."""
+    given = cell.settings
+    settings = Settings.of(given["federation"])
+    refuse(plan, settings)
+    each = given["batch_size"] * (settings.per_round if settings.view == "aggregate" else 1)
+    messages = leakage.pick_targets(corpus, targets=given["targets"], batch_size=each, seed=cell.seed)
+    effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0])
+    by_moment = []
+    for moment in federated.moments(cell):
+        state = {} if moment == "start" else federation_weights(context, given["needs"], corpus, moment)
+        at = federated.go_to(model, state, moment, settings)
+        by_moment.append(
+            [
+                federated.observe(model, plan, corpus, indices, cell, at, seed=cell.seed * 1_000_003 + number)
+                for number, indices in enumerate(messages)
+            ]
+        )
+    return _attacked(cell, plan, [federated.together(same) for same in zip(*by_moment, strict=True)], effect)
+
+
+def _attacked(cell: Cell, plan: Plan, leaks: Sequence[leakage.Leak], effect: defence.Effect) -> Result:
+    """The result of a leakage cell."""
+    rows: list[TextRow] = []
+    skipped: dict[str, str] = {}
+    for leak in leaks:
+        rows += [TextRow(t, "truth", text) for t, text in leak.truths.items()]
+        rows += [TextRow(s.target, s.attack, s.guess) for s in leak.scores if not s.inherited]
+        skipped |= leak.skipped
+    return {
+        "at": cell.settings["at"],
+        "scores": [score.plain() for leak in leaks for score in leak.scores],
+        "skipped": skipped,
+        "defence": {"clip": effect.clip, "noise": effect.noise},
+        "shared_fraction": plan.shared_fraction,
+        "messages": len(leaks),
+    }, rows
+
+
+def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: list[int]) -> defence.Effect:
+    batch = leakage.encode(model, [corpus.train[i] for i in indices])
+    return defence.check(Client(model.module, plan, seed=0, batch_size=len(batch)), batch)
