@@ -84,7 +84,8 @@ def _names(ax: Axes, content: Tradeoff, narrow: bool) -> None:
     markers = [around(*pixels(ax, p.leakage.value, p.utility.value), 7) for p in content.points]
     lines = _drawn(ax, content)
     commonest = "own commonest class" if content.by_client else "commonest class"
-    commonest = commonest if narrow else f"always the {commonest}"
+    if not narrow:
+        commonest = "each client answers its commonest class" if content.by_client else "always the commonest class"
     levels = ((content.undefended, "no defence"), (content.majority, commonest))
     taken = [_name_level(ax, y, name, markers + lines) for y, name in levels if y is not None]
     named = [
