@@ -96,17 +96,25 @@ def round_of(fl_ctx: FLContext) -> Round:
     return found
 
 
-class TaskGate(DXOFilter):  # type: ignore[misc]
-    """Task data filter: what the server sent is the rehearsed model, or the task is not even begun.
-
-    Args:
-        folder, state, table: see `Place`.
-    """
+class _Gate(DXOFilter):  # type: ignore[misc]
+    """A filter that takes whole messages, at a place."""
 
     def __init__(self, folder: str, state: str, table: str = "") -> None:
         super().__init__(supported_data_kinds=None, data_kinds_to_filter=None)
         self.folder, self.state, self.table = folder, state, table  # a job writes them down by these names
         self.place = Place(folder, state, table)
+
+    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
+        """Unused: `process` takes the whole message."""
+        raise NotImplementedError
+
+
+class TaskGate(_Gate):
+    """Task data filter: what the server sent is the rehearsed model, or the task is not even begun.
+
+    Args:
+        folder, state, table: see `Place`.
+    """
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Check weights, frozen layers, table and budget; keep the round for the other filter.
@@ -128,22 +136,13 @@ class TaskGate(DXOFilter):  # type: ignore[misc]
         _ROUNDS[_key(fl_ctx)] = Round(weights, number + 1, again is not None)
         return shareable
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
-        """Unused: `process` takes the whole message."""
-        raise NotImplementedError
 
-
-class ResultGate(DXOFilter):  # type: ignore[misc]
+class ResultGate(_Gate):
     """Task result filter: the policy table, applied to whatever is about to leave.
 
     Args:
         folder, state, table: see `Place`.
     """
-
-    def __init__(self, folder: str, state: str, table: str = "") -> None:
-        super().__init__(supported_data_kinds=None, data_kinds_to_filter=None)
-        self.folder, self.state, self.table = folder, state, table  # a job writes them down by these names
-        self.place = Place(folder, state, table)
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """A fresh message with what may leave.
@@ -156,10 +155,6 @@ class ResultGate(DXOFilter):  # type: ignore[misc]
             return make_reply(code)  # the code alone: a failed task's content may be anything
         with self.place.open(fl_ctx) as site:
             return through(site, shareable, round_of(fl_ctx))
-
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
-        """Unused: `process` takes the whole message."""
-        raise NotImplementedError
 
 
 def through(site: Site, shareable: Shareable, begun: Round) -> Shareable:
