@@ -88,7 +88,7 @@ def main() -> None:
     table = timed("frontier: intervals of every metric", lambda: frontier(study))
     timed("paired differences", lambda: compared(study, table, "mixture"))
     timed("every policy's own part", lambda: views.policy_views(study, table))
-    timed("pictures as SVG", lambda: pictures.draw_all(study, table))
+    timed("pictures as SVG", lambda: pictures.draw_all(table))
     fresh = replace(study, records=list(study.records))
     profile = cProfile.Profile() if given.profile else None
     with tempfile.TemporaryDirectory() as folder:

@@ -172,7 +172,10 @@ def recommend(
     max_epsilon: Annotated[Optional[float], typer.Option("--max-epsilon", min=0)] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Pick the policy of highest utility under caps (those of the study where none is given)."""
+    """Pick the policy of highest utility under caps.
+
+    A cap that is not given is the study's; --max-leakage 1, --min-utility -1 or --max-epsilon inf lifts one.
+    """
     from dpguard.cli.reporting import print_recommendation
 
     print_recommendation(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from dpguard.cli.console import console
+from dpguard.errors import UserError
 from dpguard.report.frontier import Frontier, frontier
 from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
 from dpguard.report.result import StudyResult
@@ -43,7 +47,8 @@ def render_report(
     if pdf:
         browser()  # a missing one is said before anything is made
     result = read_result(folder, show_text=show_text)
-    page = render(result, out or folder, metric=metric)
+    with _writing(out or folder):
+        page = render(result, out or folder, metric=metric)
     found = frontier(result, metric=metric)
     decision = _decide(found, Caps.read(result.spec))
     screen = console()
@@ -59,6 +64,19 @@ def render_report(
     return page
 
 
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Say in a sentence why something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        named = str(error.filename or place).removesuffix(".part")
+        raise UserError(
+            f"{named!r} cannot be written ({error.strerror}), expected a folder that can be written to; --out names "
+            "another"
+        ) from None
+
+
 def _decide(found: Frontier, caps: Caps) -> Recommendation:
     return recommend(found, max_leakage=caps.max_leakage, min_utility=caps.min_utility, max_epsilon=caps.max_epsilon)
 
@@ -71,18 +89,24 @@ def print_recommendation(
     max_epsilon: float | None,
     as_json: bool,
 ) -> None:
-    """Recommend under the caps given here; those of the study stand in where none is given."""
+    """Recommend under the caps given here; each that is not given is the study's."""
     result = read_result(folder)
     found = frontier(result)
     given = {"max_leakage": max_leakage, "min_utility": min_utility, "max_epsilon": max_epsilon}
     asked = {name: value for name, value in given.items() if value is not None}
-    caps = Caps(**asked) if asked else Caps.read(result.spec)
-    decision = _decide(found, caps)
+    of_study = {name: value for name, value in asdict(Caps.read(result.spec)).items() if name not in asked}
+    free = {name: None for name, value in asked.items() if value == math.inf}
+    decision = _decide(found, Caps(**(of_study | asked | free)))
     if as_json:
-        plain = {"verdict": decision.verdict, "policy": decision.policy, "sentence": decision.sentence}
+        plain = {
+            "verdict": decision.verdict, "policy": decision.policy, "sentence": decision.sentence,
+            "caps": asdict(decision.caps),
+        }  # fmt: skip
         print(json.dumps(plain, indent=2))
         return
     out = console()
+    if kept := Caps(**of_study).words() if asked else []:
+        out.print(f"The study's own caps hold beside yours: {', '.join(kept)}.", markup=False)
     out.print(decision.sentence, style="bold", markup=False)
     for line in (*decision.why, *decision.limits, *decision.sensitivity):
         out.print(f"- {line}", markup=False)
@@ -100,7 +124,8 @@ def write_card(folder: Path, policy: str | None, out: Path | None, *, as_json: b
     chosen = card.pick(result, decision, policy)
     made = card.content(result, found, decision, chosen)
     target = out or folder / "cards" / card.file_name(chosen)
-    card.write(made, target)
+    with _writing(target):
+        card.write(made, target)
     if as_json:
         print(json.dumps(made, indent=2))
         return
@@ -110,15 +135,18 @@ def write_card(folder: Path, policy: str | None, out: Path | None, *, as_json: b
 def compare_studies(folders: Sequence[Path], out: Path | None) -> None:
     """Print studies side by side; with ``out`` write the comparison as a page or as Markdown as well."""
     from dpguard.report.compare import compare
-    from dpguard.report.compared import print_to, write
+    from dpguard.report.compared import check_name, print_to, write
 
+    if out:
+        check_name(out)
     labels = _labels(folders)
     found = compare([(label, read_result(folder)) for label, folder in zip(labels, folders, strict=True)])
     screen = console()
     for part in print_to(found, screen.width):
         screen.print(part, markup=False) if isinstance(part, str) else screen.print(part)
     if out:
-        write(found, out)
+        with _writing(out):
+            write(found, out)
         screen.print(f"comparison: {out}", markup=False)
 
 

@@ -94,6 +94,8 @@ class Row:
             then fewer columns.
         attacks: the attacks that ran, the prior among them.
         positions: where in the training messages were attacked.
+        seen: how many messages of one record the attacker saw, which the bounds are about.
+        federation: the settings of its federation; empty without one.
         candidates: among how many disclosed texts the true one was; 0 in the open world. Exact match is then
             identification.
         gaps: what is missing, and why.
@@ -115,6 +117,8 @@ class Row:
     columns: int = 0
     attacks: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
+    seen: int = 1
+    federation: Mapping[str, Any] = field(default_factory=dict)
     candidates: int = 0
     gaps: tuple[Gap, ...] = ()
     on_front: bool = False
@@ -123,6 +127,21 @@ class Row:
     def formal(self) -> bool:
         """Whether epsilon is known and finite."""
         return self.epsilon is not None and math.isfinite(self.epsilon)
+
+    @property
+    def strongest(self) -> str:
+        """The attack that leaked most, or that none could run."""
+        return "none could run" if self.guessed else self.attack
+
+    @property
+    def saw(self) -> str:
+        """What the attacker saw of one record."""
+        return "one message" if self.seen == 1 else f"{self.seen} messages of the same record"
+
+    @property
+    def guessed(self) -> bool:
+        """Whether messages were attacked and no attack but the guess without a message could run."""
+        return bool(self.attacks) and set(self.attacks) <= {FLOOR}
 
     @property
     def exact(self) -> Interval | None:
@@ -197,6 +216,11 @@ class Frontier:
     def ceiling(self) -> Row | None:
         """The undefended control."""
         return self.row(CONTROL)
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Every place in the training from which messages were attacked."""
+        return tuple(dict.fromkeys(at for row in self.rows for at in row.positions))
 
     @property
     def gaps(self) -> tuple[Gap, ...]:

@@ -17,7 +17,9 @@ from typing import Any
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.statement import NOT_COVERED
-from dpguard.report.frontier import CONTROL, Frontier, Row
+from dpguard.report import federations
+from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row
+from dpguard.report.reasons import limits
 from dpguard.report.recommend import Recommendation
 from dpguard.report.result import StudyResult
 from dpguard.report.text import epsilon as show_epsilon
@@ -83,7 +85,7 @@ def content(result: StudyResult, found: Frontier, decision: Recommendation, poli
         "model": dict(cell.model) if cell else {},
         "data": dict(cell.data) if cell else {},
         "rows": list(cell.table) if cell else [],
-        "words": in_words(cell.table) if cell else [],
+        "words": [*in_words(federations.treated(row)), *federations.told(row, found.rows)] if cell else [],
         "table": list(claim.get("table", [])),
         "shared_fraction": row.shared_fraction,
         "attacked": _attacked(attacks),
@@ -93,7 +95,7 @@ def content(result: StudyResult, found: Frontier, decision: Recommendation, poli
             "this": _interval(row.utility),
             "without_any_defence": _interval(found.ceiling.utility if found.ceiling else None),
         },
-        "guarantee": _guarantee(claim, records),
+        "guarantee": _guarantee(claim, records) | {"seen": row.saw},
         "caps": {
             "asked": decision.caps.words(),
             "verdict": decision.verdict,
@@ -101,7 +103,7 @@ def content(result: StudyResult, found: Frontier, decision: Recommendation, poli
             "sentence": decision.sentence,
         },
         "gaps": [f"{gap.leg} {gap.where}: {gap.status}, {gap.reason}".replace(" :", ":") for gap in row.gaps],
-        "not_protected": [*NOT_COVERED, STRONGER],
+        "not_protected": [*limits(found, row), *NOT_COVERED, STRONGER],
         "versions": dict(records[0].provenance.get("versions", {})) if records else {},
     }
 
@@ -246,8 +248,8 @@ def _guarantee_lines(claim: Mapping[str, Any], counted: str) -> list[str]:
     if claim["reasons"]:
         lines += ["", *(f"- why there is none: {markdown(reason)}" for reason in claim["reasons"])]
     bounds = [
-        f"- from one message, a record that is guessed with chance {b['kappa']:g} is reconstructed with chance "
-        f"{b['success']:.3g} at most, by any attack"
+        f"- from {claim.get('seen', 'one message')}, a record that is guessed with chance {b['kappa']:g} is "
+        f"reconstructed with chance {b['success']:.3g} at most, by any attack"
         for b in claim["bounds"]
         if b.get("success") is not None
     ]
@@ -270,13 +272,19 @@ def _attack_lines(attacked: Mapping[str, Any], leak: Mapping[str, Any]) -> list[
     lines += [
         "| | value |",
         "|---|---|",
-        f"| {name}, best attack ({markdown(leak['attack']) or '-'}) | {_words(leak['this'])} |",
+        f"| {name}, {_best(leak, attacked)} | {_words(leak['this'])} |",
         f"| exact match | {_words(leak['exact_match'])} |",
         f"| {name} without any defence | {_words(leak['without_any_defence'])} |",
         f"| {name} of a guess that sees no message | {_words(leak['guess_without_a_message'])} |",
     ]
     skipped = [f"- {markdown(attack)} did not run: {markdown(why)}" for attack, why in attacked["skipped"].items()]
     return [*lines, "", *skipped] if skipped else lines
+
+
+def _best(leak: Mapping[str, Any], attacked: Mapping[str, Any]) -> str:
+    if set(attacked["attacks"]) <= {FLOOR}:
+        return "of a guess, as no attack could run"
+    return f"best attack ({markdown(leak['attack']) or '-'})"
 
 
 def _interval(found: Interval | None) -> dict[str, float | int] | None:

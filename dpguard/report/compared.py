@@ -17,14 +17,23 @@ from dpguard.stats import Interval
 KINDS = {".html": ("compare.html.j2", True), ".md": ("compare.md.j2", False)}
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name for the comparison's file that says no kind.
+
+    Raises:
+        UserError: it ends with neither .html nor .md.
+    """
+    if path.suffix not in KINDS:
+        raise UserError(f"{str(path)!r} ends with {path.suffix!r}, expected a name that ends with .html or .md")
+
+
 def write(found: Comparison, path: Path) -> None:
     """Write the comparison as the kind of file that the name ends with.
 
     Raises:
-        UserError: neither .html nor .md.
+        UserError: see `check_name`.
     """
-    if path.suffix not in KINDS:
-        raise UserError(f"{str(path)!r} ends with {path.suffix!r}, expected a name that ends with .html or .md")
+    check_name(path)
     file, escape = KINDS[path.suffix]
     context = {
         "first": found.label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -27,6 +28,9 @@ from dpguard.report.sandwich_content import OverNoise, Panel, Slice
 from dpguard.report.style import INK, LINE, MUTED, OPEN, PAPER, RED
 from dpguard.report.text import short
 from dpguard.stats import Interval
+
+BOUND: dict[str, Any] = {"color": RED, "marker": "_", "markersize": 13, "markeredgewidth": 1.8, "zorder": 1.4}
+"""A bound as a tick of its own."""
 
 
 def height(rows: int, *, narrow: bool) -> float:
@@ -122,11 +126,13 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     ax.set_xscale("log")
     ax.set_xlim(min(sigmas) / 1.35, max(sigmas) * 1.35)
     ax.set_ylim(-0.03, 1.05)
-    for line in content.curves:
-        xs, ys = zip(*line, strict=True)
-        ax.plot(xs, ys, color=RED, linewidth=1.6, zorder=1.4, gid="bound")
-    if len(content.curves) == 1:
+    if len(content.curves) > 1:  # each is about some of the policies only, and a line would not say which
+        bounds = [(point.sigma, point.bound) for point in content.points if point.bound is not None]
+        xs, ys = zip(*bounds, strict=True)
+        ax.plot(xs, ys, linestyle="none", **BOUND, gid="bound")
+    elif content.curves:
         xs, ys = zip(*content.curves[0], strict=True)
+        ax.plot(xs, ys, color=RED, linewidth=1.6, zorder=1.4, gid="bound")
         ax.fill_between(xs, [content.chance or 0.0] * len(xs), ys, color=LINE, alpha=0.6, linewidth=0, zorder=0.4)
     for level, name in ((content.floor, "floor: a guess, no message"),):
         if level is not None:
@@ -147,7 +153,8 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     ax.set_ylabel(content.metric)
     handles = band_handles(point.band for point in content.points)
     if content.curves:
-        handles.append(Line2D([], [], color=RED, linewidth=1.6, label="the most that the guarantee allows"))
+        look: dict[str, Any] = {"linestyle": "none", **BOUND} if len(content.curves) > 1 else {"color": RED}
+        handles.append(Line2D([], [], linewidth=1.6, label="the most that the guarantee allows", **look))
     legend(ax, handles, 2 if narrow else len(handles))
     _name_noised(ax, content, narrow=narrow)
 

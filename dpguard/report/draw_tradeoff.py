@@ -27,16 +27,28 @@ from dpguard.report.marks import (
 from dpguard.report.style import INK, LINE, MUTED, OPEN
 from dpguard.report.text import short
 
+NEAR = 0.45
+"""Of floor and ceiling: nearer than this, their names stand one above the other."""
+RING: dict[str, Any] = {
+    "marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.3,
+    "linestyle": "none", "zorder": 2.9, "clip_on": False,
+}  # fmt: skip
+"""Around the recommended policy."""
 
-def draw_tradeoff(ax: Axes, content: Tradeoff, *, narrow: bool) -> None:
-    """Draw onto axes; points have the ids ``point-1``, ``point-2``, ... as in the table."""
+
+def draw_tradeoff(ax: Axes, content: Tradeoff, *, narrow: bool, chosen: str = "") -> None:
+    """Draw onto axes; points have the ids ``point-1``, ``point-2``, ... as in the table. ``chosen`` gets a ring."""
     _limits(ax, content)
     _lines(ax, content, narrow)
     for point in content.points:
         _point(ax, point)
+        if point.policy == chosen:
+            ax.plot([point.leakage.value], [point.utility.value], **RING)
     handles = band_handles(point.band for point in content.points)
     if len(content.front) > 1:
         handles.append(Line2D([], [], color=INK, alpha=0.55, linewidth=1.1, label="Pareto front"))
+    if any(point.policy == chosen for point in content.points):
+        handles.append(Line2D([], [], label="recommended", **RING))
     legend(ax, handles, 2 if narrow else len(handles))
     ax.set_xlabel("Leakage (less is better)" if narrow else content.x_label)
     ax.set_ylabel(content.y_label)
@@ -56,10 +68,12 @@ def _lines(ax: Axes, content: Tradeoff, narrow: bool) -> None:
     """Floor and ceiling, each named above its line, the two levels of utility, and the front."""
     ends = ax.get_xaxis_transform()
     floor, ceiling = ("floor", "ceiling") if narrow else ("floor: a guess, no message", "ceiling: no defence")
-    for x, name in ((content.floor, floor), (content.ceiling, ceiling)):
+    near = content.floor is not None and content.ceiling is not None and abs(content.ceiling - content.floor) < NEAR
+    for x, name, raised in ((content.floor, floor, False), (content.ceiling, ceiling, near)):
         if x is not None:
             ax.axvline(x, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            ax.text(x, 1.015, name, transform=ends, color=MUTED, ha="right" if x > 0.6 else "left", va="bottom")
+            height = 1.065 if raised else 1.015
+            ax.text(x, height, name, transform=ends, color=MUTED, ha="right" if x > 0.6 else "left", va="bottom")
     for y in (content.undefended, content.majority):
         if y is not None:
             ax.axhline(y, color=LINE, linewidth=1.0, zorder=0.5)

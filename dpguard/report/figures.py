@@ -58,7 +58,9 @@ def frontier_of(source: Source, metric: str | None = None) -> Frontier:
     return frontier(StudyResult({}, list(source)), metric=metric)
 
 
-def tradeoff(source: Source, *, metric: str | None = None, ax: Axes | None = None, narrow: bool = False) -> Axes:
+def tradeoff(
+    source: Source, *, metric: str | None = None, ax: Axes | None = None, narrow: bool = False, chosen: str = ""
+) -> Axes:
     """Draw leakage (x) against utility (y): intervals, front, ceiling and floor; colour is epsilon.
 
     A filled circle has a formal guarantee, an open diamond has none.
@@ -68,6 +70,7 @@ def tradeoff(source: Source, *, metric: str | None = None, ax: Axes | None = Non
         metric: leakage metric instead of the study's.
         ax: where to draw; a new figure by default.
         narrow: for a column the width of a phone: points carry their row's number instead of a name.
+        chosen: a policy that gets a ring.
 
     Returns:
         The axes; points have the ids ``point-1``, ``point-2``, ... as in the table.
@@ -75,7 +78,7 @@ def tradeoff(source: Source, *, metric: str | None = None, ax: Axes | None = Non
     content = tradeoff_content(frontier_of(source, metric))
     with styled(narrow):
         ax = ax if ax is not None else new_axes(narrow, 5.0 if narrow else 5.6)[0]
-        draw_tradeoff(ax, content, narrow=narrow)
+        draw_tradeoff(ax, content, narrow=narrow, chosen=chosen)
     return ax
 
 

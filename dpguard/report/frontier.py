@@ -110,6 +110,8 @@ def _row(policy: str, records: list[Record], expected: set[Place], result: Study
         columns=_columns_set(table),
         attacks=tuple(dict.fromkeys(attack for attack, _ in result.scores.options(policy))),
         positions=tuple(dict.fromkeys(at for _, at in result.scores.options(policy))),
+        seen=int(promise.get("seen", 1)),
+        federation=next((f for r in records if (f := r.cell.settings.get("federation"))), {}),
         gaps=tuple(gaps),
     )
     if row.formal and promise.get("sigma_eff"):

@@ -16,6 +16,8 @@ Box = tuple[float, float, float, float]
 RINGS = (10.0, 16.0, 26.0, 40.0, 58.0, 80.0, 110.0)
 ANGLES = tuple(math.radians(a) for a in (0, 180, 35, -35, 145, -145, 90, -90, 65, -65, 115, -115))
 SWEEPS = 4
+STRAY = 30.0
+"""Cost of a place that is nearer to the point of another label."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def place(
     choices = [_choices(point, size) for point, size in zip(points, sizes, strict=True)]
     standing = [
         np.array([_fixed_cost(box, distance, bounds, walls, fences) for box, distance in options])
-        for options in choices
+        + STRAY * strays([box for box, _ in options], number, points)
+        for number, options in enumerate(choices)
     ]
     chosen: list[int | None] = [None] * len(choices)
     for _ in range(SWEEPS):
@@ -92,6 +95,21 @@ def place(
             break
     picked = [options[c or 0] for options, c in zip(choices, chosen, strict=True)]
     return [Place(float(box[0]), float(box[1]), distance) for box, distance in picked]
+
+
+def strays(boxes: Sequence[NDArray[np.float64]], own: int, points: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
+    """Which boxes stand nearer to another point than to their own, or as near.
+
+    >>> strays([np.array([60.0, 45, 80, 55])], 0, [(50, 50), (85, 50)]).tolist()
+    [True]
+    """
+    edges, at = np.array(boxes)[:, None, :], np.array(points)[None]
+    out = np.maximum(np.maximum(edges[..., :2] - at, at - edges[..., 2:]), 0)
+    away = np.hypot(out[..., 0], out[..., 1])
+    others = np.delete(away, own, axis=1)
+    others = others[:, np.hypot(*(np.delete(np.array(points), own, axis=0) - points[own]).T) > 1]  # not those below it
+    found: NDArray[np.bool_] = others.min(axis=1, initial=np.inf) <= away[:, own]
+    return found
 
 
 def _choices(point: tuple[float, float], size: tuple[float, float]) -> list[tuple[NDArray[np.float64], float]]:

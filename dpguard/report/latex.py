@@ -15,11 +15,12 @@ from dpguard.report.views import AttackRow, PolicyView
 from dpguard.stats import Interval
 
 NAME_LENGTH = 60
+EXACT = "exact_match"
 _SPECIAL = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
-    "–": "--", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "…": r"\dots{}",
+    "–": r"\textendash{}", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "…": r"\dots{}",
 })  # fmt: skip
 _LIGATURE = re.compile(r"([-,])(?=\1)")
 _ARGUMENT = re.compile(r"^\s*([\[*])")
@@ -48,7 +49,8 @@ def tables(views: Sequence[PolicyView], frontier: Frontier, decision: Recommenda
         _table(_frontier_rows(frontier, decision), "rlrlrlrr", _caption(frontier, decision), "tab:frontier"),
         _table(_policy_rows(views), "rllp{0.5\\linewidth}", "The policies: what is done to which layers.",
                "tab:policies"),
-        _table(_attack_rows(views, frontier), "llllrlrlr", _attacks_caption(frontier), "tab:attacks"),
+        _table(_attack_rows(views, frontier), "lllrlrr" if frontier.leakage_metric == EXACT else "lllrlrlrr",
+               _attacks_caption(frontier), "tab:attacks"),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
@@ -102,7 +104,7 @@ def _policy_rows(views: Sequence[PolicyView]) -> list[dict[str, str]]:
 
 
 def _attack_rows(views: Sequence[PolicyView], frontier: Frontier) -> list[dict[str, str]]:
-    leakage = metric_name(frontier.leakage_metric)
+    leakage, alone = metric_name(frontier.leakage_metric), frontier.leakage_metric == EXACT
 
     def row(view: PolicyView, attack: AttackRow, first: bool) -> dict[str, str]:
         return {
@@ -111,8 +113,7 @@ def _attack_rows(views: Sequence[PolicyView], frontier: Frontier) -> list[dict[s
             "message from": attack.at,
             leakage: _value(attack.leakage),
             "interval": _ends(attack.leakage),
-            "exact match": _value(attack.exact),
-            "interval ": _ends(attack.exact),
+            **({} if alone else {"exact match": _value(attack.exact), "interval ": _ends(attack.exact)}),
             "certain": str(attack.certain),
             "scores": str(attack.scores),
         }
@@ -134,7 +135,8 @@ def _caption(frontier: Frontier, decision: Recommendation) -> str:
 
 
 def _attacks_caption(frontier: Frontier) -> str:
-    return f"Every attack's own scores: {metric_name(frontier.leakage_metric)} and exact match, each with its interval."
+    both = "" if frontier.leakage_metric == EXACT else " and exact match, each"
+    return f"Every attack's own scores: {metric_name(frontier.leakage_metric)}{both} with its interval."
 
 
 def _is(row: Row, decision: Recommendation) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +51,7 @@ def marker(
         markeredgecolor=INK if band else OPEN,
         markeredgewidth=0.7 if band else 1.5,
         linestyle="none",
-        zorder=3,
+        zorder=3.1 if band else 3,  # where both lie on one place the promise shows, and can be pointed at
         clip_on=False,
         gid=gid,
     )
@@ -114,18 +115,20 @@ def name_points(ax: Axes, points: Sequence[Named], *, hard: Sequence[labels.Box]
         for p in points
     ]
     sizes = [(1.05 * box.width, box.height) for box in (text.get_window_extent() for text in written)]
+    places = [pixels(ax, p.x, p.y) for p in points]
     spots = labels.place(
-        [pixels(ax, p.x, p.y) for p in points],
+        places,
         sizes,
         bounds=edges(ax.get_window_extent()),
         hard=hard,
         soft=soft,
     )
     back = ax.transData.inverted()
-    for text, spot, point, size in zip(written, spots, points, sizes, strict=True):
+    for number, (text, spot, point, size) in enumerate(zip(written, spots, points, sizes, strict=True)):
         x, y = back.transform((spot.x, spot.y))
         text.set_position((float(x), float(y)))
-        if spot.distance > labels.RINGS[1]:
+        box = np.array([spot.x, spot.y, spot.x + size[0], spot.y + size[1]])
+        if spot.distance > labels.RINGS[1] or labels.strays([box], number, places)[0]:
             _leader(ax, point, spot, size)
 
 

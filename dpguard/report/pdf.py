@@ -11,6 +11,7 @@ from pathlib import Path
 from dpguard.errors import UserError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+NAME = "report.pdf"
 PATIENCE = 180
 """Seconds after which a browser that prints nothing is given up."""
 _FLAGS = (
@@ -42,7 +43,7 @@ def to_pdf(page: Path) -> Path:
     """
     path, target = browser(), page.with_suffix(".pdf")
     with tempfile.TemporaryDirectory(prefix="dpguard-print-") as scratch:
-        made = Path(scratch) / "report.pdf"
+        made = Path(scratch) / NAME
         command = [path, *_FLAGS, f"--user-data-dir={scratch}/profile", f"--print-to-pdf={made}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # Chromium refuses to run as root with it, as in a container

@@ -17,7 +17,6 @@ from dpguard.report import figures, text
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import Frontier, Row
 from dpguard.report.map_content import map_content
-from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content
 from dpguard.report.svg import Looks, Mark, inline, to_svg
 
@@ -32,13 +31,13 @@ class Picture:
     Attributes:
         name: of its files, and in templates.
         title: what it shows, for screen readers.
-        draw: (study, frontier, narrow) -> axes, or None when there is nothing to draw.
+        draw: (frontier, narrow, recommended policy) -> axes, or None when there is nothing to draw.
         marks: (frontier) -> what its points say and where they lead, by the point's group id.
     """
 
     name: str
     title: str
-    draw: Callable[[StudyResult, Frontier, bool], Axes | None]
+    draw: Callable[[Frontier, bool, str], Axes | None]
     marks: Callable[[Frontier], dict[str, Mark]] | None = None
 
 
@@ -58,8 +57,8 @@ def _over_noise(table: Frontier, narrow: bool) -> Axes | None:
     return figures.over_noise(table, narrow=narrow) if over_noise_content(table) else None
 
 
-def _map(of: Literal["leakage", "utility"]) -> Callable[[StudyResult, Frontier, bool], Axes | None]:
-    def draw(_: StudyResult, table: Frontier, narrow: bool) -> Axes | None:
+def _map(of: Literal["leakage", "utility"]) -> Callable[[Frontier, bool, str], Axes | None]:
+    def draw(table: Frontier, narrow: bool, _: str) -> Axes | None:
         content = map_content(table)
         if content is None or (of == "utility" and not any(cell.utility for cell in content.cells.values())):
             return None
@@ -72,18 +71,18 @@ PICTURES = (
     Picture(
         "tradeoff",
         "Leakage against utility, one point for every policy",
-        lambda _, table, narrow: figures.tradeoff(table, narrow=narrow),
+        lambda table, narrow, chosen: figures.tradeoff(table, narrow=narrow, chosen=chosen),
         _marks,
     ),
     Picture(
         "sandwich",
         "Chance, measured leakage and bound of every policy",
-        lambda _, table, narrow: _panels(table, narrow),
+        lambda table, narrow, _: _panels(table, narrow),
     ),
     Picture(
         "over_noise",
         "Measured leakage, bound and floor over the noise",
-        lambda _, table, narrow: _over_noise(table, narrow),
+        lambda table, narrow, _: _over_noise(table, narrow),
     ),
     Picture("map", "What each part of the model leaks when just that is shared", _map("leakage")),
     Picture("map_utility", "What each part of the model is worth when just that is trained", _map("utility")),
@@ -120,17 +119,17 @@ class Drawn:
         return Markup("\n").join(Markup(looks.apply(part)) for part in parts)
 
 
-def draw_all(result: StudyResult, table: Frontier) -> dict[str, Drawn]:
-    """Every picture that has something to draw, by name."""
+def draw_all(table: Frontier, chosen: str = "") -> dict[str, Drawn]:
+    """Every picture that has something to draw, by name; ``chosen`` is the recommended policy."""
     found = {}
     for picture in PICTURES:
-        made = _drawn(picture, result, table, picture.name)
+        made = _drawn(picture, table, picture.name, chosen)
         if made:
             found[picture.name] = made
     return found
 
 
-def tradeoffs(result: StudyResult, table: Frontier) -> list[Drawn]:
+def tradeoffs(table: Frontier, chosen: str = "") -> list[Drawn]:
     """The trade-off by every other leakage metric that the records have."""
     if len(table.rows) > MANY:
         return []
@@ -138,13 +137,13 @@ def tradeoffs(result: StudyResult, table: Frontier) -> list[Drawn]:
     for metric in table.metrics[1:]:
         other = table.by(metric)
         if any(row.leakage and row.utility for row in other.rows):
-            made = _drawn(PICTURES[0], result, other, f"tradeoff-{metric}")
+            made = _drawn(PICTURES[0], other, f"tradeoff-{metric}", chosen)
             found += [made] if made else []
     return found
 
 
-def _drawn(picture: Picture, result: StudyResult, table: Frontier, file: str) -> Drawn | None:
-    wide, narrow = (picture.draw(result, table, narrow) for narrow in (False, True))
+def _drawn(picture: Picture, table: Frontier, file: str, chosen: str) -> Drawn | None:
+    wide, narrow = (picture.draw(table, narrow, chosen) for narrow in (False, True))
     if wide is None or narrow is None:
         return None
     svgs = [to_svg(figures.figure_of(axes)) for axes in (wide, narrow)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from dpguard.report.board import CONTROL, FLOOR, Frontier, Row
+from dpguard.report.board import CONTROL, Frontier, Row
 from dpguard.report.choice import Caps, Case, after, choose, epsilon_up, fitting, misses, rounded_down, rounded_up
 from dpguard.report.text import at_name, count, metric_name, number, visible
 from dpguard.report.text import epsilon as show_epsilon
@@ -25,6 +25,15 @@ def answer(frontier: Frontier, case: Case) -> str:
         f"{number(case.utility, 3)}, leakage ({metric_name(frontier.leakage_metric)}) at most "
         f"{number(case.leakage, 3)}, and {guarantee}."
     )
+
+
+def called(policy: str) -> str:
+    """A policy's name inside a sentence, where the control's would read as its opposite.
+
+    >>> called("none"), called("dp-sgd")
+    ('the policy “none”', 'dp-sgd')
+    """
+    return f"the policy “{policy}”" if policy == CONTROL else visible(policy)
 
 
 def caution(frontier: Frontier, case: Case) -> str:
@@ -69,8 +78,8 @@ def why(frontier: Frontier, chosen: Case, fit: Sequence[Case], caps: Caps) -> li
     exact = chosen.row.measures.get("exact_match")
     if exact and exact.bound is not None and exact.upper is not None and exact.bound < 0.5:
         told.append(
-            f"Whatever the attack, what it saw gives a text away whole with chance at most {exact.bound:.2g}, where a "
-            f"guess does with at most {exact.upper:.2g}."
+            f"Whatever the attack, {chosen.row.saw} gives a text away whole with chance at most {exact.bound:.2g}, "
+            f"where a guess does with at most {exact.upper:.2g}; over the whole training, epsilon is the promise."
         )
     told += _next(chosen, fit, caps, metric_name(frontier.utility_metric))
     if caps.max_leakage is None and caps.max_epsilon is None:
@@ -133,7 +142,7 @@ def limits(frontier: Frontier, row: Row) -> list[str]:
             "There is no formal guarantee (epsilon is infinite): the leakage is what these attacks recovered, "
             "and a stronger attack may recover more."
         )
-    if set(row.attacks) <= {FLOOR}:
+    if row.guessed:
         told.append("No attack but the guess without a message could be run against this policy.")
     floor = row.floor or frontier.floor
     if row.leakage and floor and row.leakage.low > floor.value:
@@ -146,8 +155,8 @@ def limits(frontier: Frontier, row: Row) -> list[str]:
     exact = row.measures.get("exact_match")
     if exact and exact.bound is not None and exact.bound >= 0.5:
         told.append(
-            f"The guarantee alone allows a text to come back whole with chance up to {exact.bound:.2g}: "
-            "that less came back is measured, not proven."
+            f"The guarantee alone allows a text to come back whole from {row.saw} with chance up to "
+            f"{exact.bound:.2g}: that less came back is measured, not proven."
         )
     if row.formal:
         whom = "client: a person with several clients is" if _whole_updates(row) else "text: a person with several is"
@@ -205,12 +214,12 @@ def sensitivity(chosen: Case, cases: Sequence[Case], caps: Caps, metric: str) ->
         if name == "utility" and less > 0:
             told[name] = (
                 f"Accepting {points(gain)} less {metric_name(metric)} (at least {number(value, 3)}) would bring "
-                f"leakage down by {points(less)}: {visible(other.policy)} would be chosen."
+                f"leakage down by {points(less)}: {called(other.policy)} would be chosen."
             )
         elif name != "utility" and gain > 0:
             told[name] = (
                 f"{_with(name, value, caps)} you would gain {points(gain)} of {metric_name(metric)}: "
-                f"{visible(other.policy)} would be chosen."
+                f"{called(other.policy)} would be chosen."
             )
     return [*told.values(), *_safer(chosen, cases, caps, metric, told), *_steady(chosen, caps, changes)]
 
@@ -260,7 +269,7 @@ def none_qualifies(cases: Sequence[Case], caps: Caps, metric: str) -> str:
         "epsilon": f"epsilon of {show_epsilon(near.epsilon)}",
     }
     missed = " and ".join(f"its {told[name]}" for name in beyond)
-    return f"{start} The nearest miss is {visible(near.policy)}, for {missed}."
+    return f"{start} The nearest miss is {called(near.policy)}, for {missed}."
 
 
 def what_would_admit(cases: Sequence[Case], caps: Caps) -> list[str]:
@@ -269,5 +278,5 @@ def what_would_admit(cases: Sequence[Case], caps: Caps) -> list[str]:
     for name, _, case, value in _relaxed(cases, caps):
         shown = show_epsilon(value) if name == "epsilon" else number(value, 3)
         least = "at least" if name == "utility" else "at most"
-        told.setdefault(name, f"With {name} {least} {shown}, {visible(case.policy)} would qualify.")
+        told.setdefault(name, f"With {name} {least} {shown}, {called(case.policy)} would qualify.")
     return list(told.values())

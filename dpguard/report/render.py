@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpguard.report import card, pictures, text
+from dpguard.report import card, pdf, pictures, text
 from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
@@ -47,12 +47,12 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     decision = recommend(
         table, max_leakage=caps.max_leakage, min_utility=caps.min_utility, max_epsilon=caps.max_epsilon
     )
-    drawn = pictures.draw_all(result, table)
-    others = pictures.tradeoffs(result, table)
+    drawn = pictures.draw_all(table, decision.policy)
+    others = pictures.tradeoffs(table, decision.policy)
     made = card.content(result, table, decision, decision.policy) if decision.policy else None
     context = _context(result, table, decision) | {"card": card.to_markdown(made) if made else ""}
     folder = Path(folder)
-    for stale in (card.JSON, card.TEXT):
+    for stale in (card.JSON, card.TEXT, pdf.NAME):
         (folder / stale).unlink(missing_ok=True)
     if made:
         card.write(made, folder)
@@ -133,6 +133,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "sandwich": sandwich_content(table),
         "map": map_content(table),
         "over_noise": over_noise_content(table),
+        "saw": next((row.saw for row in table.rows if row.measures), "one message"),
         "closed": any(row.candidates for row in table.rows),
         "comparisons": compared(result, table, decision.policy),
         "absent": tradeoff_content(table).absent,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpguard.report import federations
 from dpguard.report.evidence import Evidence, evidence
 from dpguard.report.frontier import Frontier, Row
 from dpguard.report.result import StudyResult
@@ -119,15 +120,15 @@ def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores
     return PolicyView(
         number,
         row,
-        tuple(in_words(row.table)) if known else (),
-        tuple(table_rows(row.table)),
+        (*in_words(federations.treated(row)), *federations.told(row, frontier.rows)) if known else (),
+        (*table_rows(row.table), *federations.line(row, frontier.rows)),
         tuple(_printed(group) for group in promise.get("table", ())),
-        tuple(_guarantee_facts(promise)),
+        tuple(_guarantee_facts(promise, row)),
         visible(promise.get("statement", "")),
         tuple(visible(reason) for reason in promise.get("reasons", ())),
         tuple(_attack_rows(row.policy, frontier.leakage_metric, scores)),
         tuple(_skipped(attacked)),
-        *_checks(attacked),
+        *_checks(attacked, promise.get("table", ())),
         tuple(_utility_facts([r for r in done if r.cell.leg == "utility"])),
         shown,
         more,
@@ -153,7 +154,7 @@ def _printed(group: Mapping[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _guarantee_facts(promise: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _guarantee_facts(promise: Mapping[str, Any], row: Row) -> list[tuple[str, str]]:
     names = (("delta", "delta"), ("sampling_rate", "sampling rate"), ("steps", "steps"))
     facts = [(name, plain(promise[key])) for key, name in names if promise.get(key) is not None]
     if promise.get("sigma_eff"):
@@ -162,16 +163,11 @@ def _guarantee_facts(promise: Mapping[str, Any]) -> list[tuple[str, str]]:
     if bound:
         facts.append(
             (
-                f"bound on exact recovery from {_seen(promise)}",
+                f"bound on exact recovery from {row.saw}",
                 f"{float(bound['success']):.3g} (where a guess succeeds with chance {float(bound['kappa']):.2g})",
             )
         )
     return facts
-
-
-def _seen(promise: Mapping[str, Any]) -> str:
-    messages = int(promise.get("seen", 1))
-    return "one message" if messages == 1 else f"{messages} messages of the same record"
 
 
 def _federation_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:
@@ -223,13 +219,18 @@ def _skipped(attacked: Sequence[Record]) -> list[tuple[str, str, str]]:
     return sorted(told)
 
 
-def _checks(attacked: Sequence[Record]) -> tuple[tuple[Check, ...], int]:
-    """The defence-effect check of the first leakage cell that has one, and how many lines there was no room for."""
+def _checks(attacked: Sequence[Record], groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Check, ...], int]:
+    """The defence-effect check of the first leakage cell that has one, and how many lines there was no room for.
+
+    Parts of which nothing leaves are left out: they are no part of the message.
+    """
+    home = {group["parameters"] for group in groups} - {group["parameters"] for group in groups if group["share"]}
     defence: Mapping[str, Any] = next((r.result["defence"] for r in attacked if r.result.get("defence")), {})
     found = [
         Check(words, visible(part), f"{float(measured):.4g}", f"{float(claimed):.4g}")
         for key, words in (("clip", "one example moved"), ("noise", "noise std of"))
         for part, (measured, claimed) in (defence.get(key) or {}).items()
+        if part not in home
     ]
     return tuple(found[:CHECKS]), max(len(found) - CHECKS, 0)
 

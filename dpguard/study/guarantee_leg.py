@@ -11,6 +11,7 @@ from dpguard.engine.accounting import guarantee
 from dpguard.errors import UserError
 from dpguard.federation import views
 from dpguard.federation.leak import record_bound
+from dpguard.federation.personal import frozen_at_home
 from dpguard.federation.settings import Settings
 from dpguard.inputs import models
 from dpguard.inputs.models import LoadedModel
@@ -51,9 +52,15 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
         },
         "shared_fraction": plan.shared_fraction,
         "plan_hash": plan.hash,
-        "table": table_of(plan),
+        "table": table_of(_as_run(cell, plan)),
         **more,
     }, []
+
+
+def _as_run(cell: Cell, plan: Plan) -> Plan:
+    """The plan as its clients run it: withheld layers are frozen where a federation freezes them."""
+    personal = (cell.settings.get("federation") or {}).get("personal")
+    return frozen_at_home(plan) if personal == "frozen" else plan
 
 
 def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, dict[str, Any]]:
@@ -123,7 +130,9 @@ def table_of(plan: Plan) -> list[dict[str, Any]]:
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     total = sum(rule.slot.size for rule in plan.values())
     for rule in plan.values():
-        kind = (rule.slot.part, rule.train, rule.share, rule.clip, rule.group, rule.noise, rule.noise_std)
+        idle = not (rule.train or rule.share)  # its clip and noise apply to nothing
+        clip, group, noise = (None, None, 0.0) if idle else (rule.clip, rule.group, rule.noise)
+        kind = (rule.slot.part, rule.train, rule.share, clip, group, noise, 0.0 if idle else rule.noise_std)
         entry = merged.setdefault(
             (*kind, rule.describe()),
             {
@@ -131,10 +140,10 @@ def table_of(plan: Plan) -> list[dict[str, Any]]:
                 "fraction": 0.0,
                 "share": rule.share,
                 "train": rule.train,
-                "clip": rule.clip,
-                "group": rule.group,
-                "noise": rule.noise,
-                "std": rule.noise * (rule.clip or 0.0) if rule.noise else rule.noise_std,
+                "clip": clip,
+                "group": group,
+                "noise": noise,
+                "std": noise * (clip or 0.0) if noise else kind[-1],
                 "release": rule.describe(),
             },
         )

@@ -67,11 +67,41 @@ def test_a_study_from_file_to_decision(home, told, tmp_path):
     assert status == 0
     assert "from an earlier run" in again
     assert (out / "report.html").read_bytes() == page, "rebuilt byte for byte"
+    (out / "report.pdf").write_text("of an earlier report")
     assert told("report", out)[0] == 0
     assert (out / "report.html").read_bytes() == page
+    assert not (out / "report.pdf").exists(), "it may say something else than the page beside it"
     status, said, _err = told("recommend", out, "--max-leakage", "0.9", "--json")
     assert status == 0
     assert json.loads(said)["verdict"]
+    (tmp_path / "file").write_text("")
+    for words in (("report", out), ("card", out, "--policy", "none")):
+        status, _said, err = told(*words, "--out", tmp_path / "file")
+        assert (status, err.count("\n")) == (2, 1), err
+        assert f"{tmp_path / 'file'}" in err
+        assert "cannot be written (" in err
+
+
+def test_the_caps_of_the_study_hold_beside_the_given_ones(told, tmp_path):
+    from dpguard.study.store import Store
+    from tests.report.made_up_study import sample
+
+    result = sample(20)
+    spec = {**result.spec, "recommend": {"max_leakage": 0.5, "max_epsilon": 7}}
+    cells = [record.cell for record in result.records]
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("made-up", "name: made-up\n", spec, cells)
+        store.put_all((record, ()) for record in result.records)
+    asked = {}
+    for given in ((), ("--max-leakage", "0.4"), ("--max-leakage", "0.4", "--max-epsilon", "inf")):
+        status, said, _err = told("recommend", tmp_path, *given, "--json")
+        assert status == 0
+        asked[given] = json.loads(said)["caps"]
+    assert [list(caps.values()) for caps in asked.values()] == [
+        [0.5, None, 7.0], [0.4, None, 7.0], [0.4, None, None],
+    ]  # fmt: skip
+    said = told("recommend", tmp_path, "--max-leakage", "0.4")[1]
+    assert "The study's own caps hold beside yours: epsilon at most 7." in said
 
 
 def test_private_text_is_not_in_the_report_unless_asked_for(home, told, tmp_path):

@@ -219,3 +219,17 @@ def test_a_study_runs_and_its_records_say_what_happened(tmp_path, view):
     again, _texts = legs.execute(cell, planned.context)
     plain = [{**s, "seconds": 0} for s in again.result["scores"]]
     assert plain == [{**s, "seconds": 0} for s in results["leakage", "rounds"]["scores"]]
+
+
+def test_the_printed_table_says_what_a_federation_freezes(tmp_path):
+    text = HEAD.replace("dp-sgd: ", "cold: {rows: [{layers: all, clip: 1, noise: 0.5}, {layers: head, share: false}]}")
+    trains = {}
+    for personal in ("trained", "frozen"):
+        (tmp_path / "s.yaml").write_text(
+            text + f"federation: {{clients: 4, per_round: 2, rounds: 3, personal: {personal}}}\n"
+        )
+        planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path)
+        cell = next(c for c in planned.cells if c.leg == "guarantee" and c.policy == "cold")
+        [head] = [row for row in legs.execute(cell, planned.context)[0].result["table"] if row["parameters"] == "head"]
+        trains[personal] = (head["share"], head["train"], head["noise"])
+    assert trains == {"trained": (False, True, 0.5), "frozen": (False, False, 0.0)}

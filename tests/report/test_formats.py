@@ -56,7 +56,7 @@ def check_latex(text):
     known = {
         "usepackage", "begin", "end", "centering", "caption", "label", "toprule", "midrule", "bottomrule",
         "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "textquotedbl",
-        "textasciigrave", "textquotesingle", "infty", "varepsilon", "dots", "linewidth",
+        "textasciigrave", "textquotesingle", "textendash", "infty", "varepsilon", "dots", "linewidth",
     }  # fmt: skip
     text = re.sub(r"(?m)^%.*$", "", text)
     assert set(re.findall(r"\\([A-Za-z]+)", text)) <= known
@@ -237,6 +237,15 @@ def test_policies_of_one_table_that_differ_in_their_federation_are_all_compared(
     assert not other.only_first
     assert not other.only_second
     assert [row for row in other.differs if "local_steps" in row[0]] == [("federation local_steps", "1", "1, 20")]
+
+
+def test_policies_of_one_table_are_told_apart_by_their_federation():
+    study = federated(sample(4), sign=20)
+    found, _ = decided(study)
+    views = {view.row.policy: view for view in policy_views(study, found)}
+    assert views["sign"].words[-1] == "There are 40 rounds of 20 local steps."
+    assert views["sign"].table[-1] == ("federation", "local_steps: 20")
+    assert views["none"].table[-1] == ("federation", "local_steps: 1")
 
 
 def test_a_group_of_settings_that_one_study_has_is_one_line():

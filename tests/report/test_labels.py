@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpguard.report.labels import place
+from dpguard.report.labels import place, strays
 
 
 def boxes(places, sizes):
@@ -39,3 +39,11 @@ def test_placing_is_deterministic_and_empty_is_fine():
     points, sizes = [(50.0, 50.0), (55.0, 52.0)], [(40.0, 10.0)] * 2
     assert place(points, sizes, bounds=(0, 0, 99, 99)) == place(points, sizes, bounds=(0, 0, 99, 99))
     assert place([], [], bounds=(0, 0, 1, 1)) == []
+
+
+def test_a_label_keeps_nearer_to_its_own_point_than_to_others_where_there_is_room():
+    points = [(50.0, 50.0), (50.0, 66.0), (50.0, 82.0)]
+    sizes = [(60.0, 10.0)] * 3
+    spots = place(points, sizes, bounds=(-200, -200, 300, 300), hard=[(x - 4, y - 4, x + 4, y + 4) for x, y in points])
+    for own, (spot, size) in enumerate(zip(spots, sizes, strict=True)):
+        assert not strays([np.array([spot.x, spot.y, spot.x + size[0], spot.y + size[1]])], own, points)[0]
