@@ -12,9 +12,11 @@ from pathlib import Path
 from dpguard.cli.console import console
 from dpguard.errors import UserError
 from dpguard.report.frontier import Frontier, frontier
+from dpguard.report.missing import missing
 from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
 from dpguard.report.result import StudyResult
 from dpguard.report.terminal import terminal_table
+from dpguard.report.text import count
 from dpguard.study.store import Store
 
 
@@ -56,6 +58,8 @@ def render_report(
     screen.print(terminal_table(found, screen.width))
     screen.print()
     screen.print(decision.sentence, style="bold", markup=False)
+    if lacking := missing(found, decision).results:
+        screen.print(f"{count(lacking, 'result')} missing or failed: the report says which.", markup=False)
     if note := moved_cap(result.spec, found.leakage_metric, decision.caps):
         screen.print(note, markup=False)
     screen.print(f"report: {page}", markup=False)

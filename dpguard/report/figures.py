@@ -155,8 +155,10 @@ def map(
         narrow: for a column the width of a phone.
 
     Raises:
-        UserError: fewer than two policies share a single part of the model.
+        UserError: fewer than two policies share a single part of the model, or another ``of``.
     """
+    if of not in ("leakage", "utility"):
+        raise UserError(f"of is {of!r}, expected 'leakage' or 'utility'")
     content = map_content(frontier_of(source, metric))
     if content is None:
         raise UserError(f"fewer than {LEAST} policies share a single part as it is; expected some like block[0].mlp.in")

@@ -30,6 +30,7 @@ def template(name: str, *, escape: bool) -> Template:
         "name": text.name,
         "number": text.number,
         "span": text.span,
+        "apart": text.apart,
         "signed": text.signed,
         "epsilon": text.epsilon,
         "percent": text.percent,

@@ -122,6 +122,19 @@ def span(interval: Interval | None, digits: int = 2) -> str:
     return "" if interval is None else f"{number(interval.low, digits)} – {number(interval.high, digits)}"
 
 
+def apart(interval: Interval | None) -> str:
+    """The ends of the interval of a difference, with as many digits as tell on which side of 0 each lies.
+
+    >>> apart(Interval(-0.05, -0.1, -0.004, 9)), apart(Interval(-0.05, -0.1, 0.0, 9))
+    ('−0.100 – −0.004', '−0.10 – 0.00')
+    """
+    if interval is None:
+        return ""
+    ends = (interval.low, interval.high)
+    digits = next((d for d in (2, 3) if all(end == 0 or number(end, d).strip("−0.") for end in ends)), 4)
+    return span(interval, digits)
+
+
 def signed(interval: Interval | None) -> str:
     """The value of a difference, with its sign.
 
