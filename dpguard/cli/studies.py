@@ -127,8 +127,7 @@ def run_study(
         return 0
 
     def go(planned: Planned, first: bool) -> Summary:
-        with study.locating():
-            check_inputs(planned.study, folder, planned.cells)
+        check_inputs(planned.study, folder, planned.cells)
         return runner.run(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers,
             threads=threads, preload=PRELOAD, retry_failed=retry_failed and first, show_text=show_text,

@@ -28,6 +28,7 @@ from dpguard.study.todo import again
 
 _NAMED = 5  # failed cells that ``status`` names
 _LISTED = 40  # cells that ``show`` lists when several match
+STATUSES = ("done", "failed", "skipped", "left")
 _LONG = 12  # values of a list that ``show`` prints
 
 
@@ -102,6 +103,8 @@ def _state(holder: str, journal: Journal | None, left: int, planned: int) -> str
         )
     if journal is not None and journal.ended not in ("finished", "interrupted"):
         return f"stopped by an error: {journal.ended}"
+    if left and journal is not None and journal.ended == "finished":
+        return f"finished what was its own; {left} of {planned} cells are another shard's"
     return f"stopped with {left} of {planned} cells left; run the same command again to go on" if left else "finished"
 
 
@@ -129,6 +132,9 @@ def print_cell(folder: Path, asked: list[str], *, as_json: bool) -> None:
         cells = {cell.id: cell for cell in (*store.planned(), *(record.cell for record in store.ignored()))}
         fitting = _fitting(text, cells, statuses)
         if len(fitting) != 1:
+            if not fitting and text in STATUSES:
+                console().print(f"no cell of {folder} is {text}", markup=False)
+                return
             if not fitting:
                 hint = did_you_mean(text, {cell.policy for cell in cells.values()})
                 raise UserError(f"no cell of {str(folder)!r} is called {text!r}{hint}")

@@ -1,15 +1,15 @@
 """One client in the field: the exported folder, the site's own table, its ledger, and what it sent last.
 
-The order is the guarantee: a message is made, written to the outbox, entered in the ledger, and only then returned.
-Whoever is killed in between sends, after a restart, the very same message for the same round and weights, and the
-ledger counts it once.
+The order is the guarantee: a message is made, written to the outbox (with what the round makes of the layers at home),
+entered in the ledger, the layers at home are moved, and only then it is returned. Whoever is killed in between sends,
+after a restart, the very same message for the same round and weights, and the ledger counts it once; layers at home
+move with a message in the ledger or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpguard.deploy import checks, gate
+from dpguard.deploy import checks, files, gate
 from dpguard.deploy.checks import Refused
 from dpguard.deploy.rehearsal import MessageForm, Rehearsal, check_weights, content_of, digest
 from dpguard.deploy.stricter import stricter
@@ -31,7 +29,9 @@ from dpguard.errors import UserError
 from dpguard.policy.ledger import BudgetSpent, Ledger, Mechanism
 from dpguard.policy.table import Plan, Policy
 
-OUTBOX, PERSONAL = "outbox.safetensors", "personal.safetensors"
+OUTBOX, PERSONAL, TRAINED = "outbox.safetensors", "personal.safetensors", "trained.safetensors"
+HOME = "home/"
+"""Before the names of layers at home in the outbox."""
 RUN = "federation"
 
 
@@ -99,6 +99,7 @@ class Site:
         )  # fmt: skip
         try:
             self.ledger.accepts(self.mechanism)
+            self._go_on()
         except UserError:
             self.ledger.close()
             raise
@@ -171,26 +172,33 @@ class Site:
             update, self.plan, content=self.content, batch_size=message.batch_size, generator=self._generator,
             base=base, examples=form.examples, mask_seed=round_number, dtype=self.rehearsal.model.dtype,
         )  # fmt: skip
-        personal = self._step_at_home(made.home)
+        home = self._home_after(made.home)
         number = self.ledger.next_number(RUN)
-        self._keep(round_number, base, number, made.wire, allowed)
+        self._keep(round_number, base, number, made.wire, home, allowed)
         self.ledger.spend(self.mechanism, (RUN, number), count=self.messages_a_round)
-        if personal:
-            _save(personal, self.state / PERSONAL)
+        self._move_in(home, number)
         return Reply(made.wire, allowed)
 
     def personal(self) -> dict[str, Tensor]:
-        """Withheld tensor -> its weights at home; empty before the first round."""
-        path = self.state / PERSONAL
-        return load_file(path) if path.is_file() else {}
+        """Withheld tensor -> its weights at home, as of the last message in the ledger; empty before the first.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return files.load(self.state / PERSONAL)[0]
 
     def keep_personal(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep what local steps made of the withheld tensors."""
+        """Hand in what local steps made of the withheld tensors: they move in with this round's message.
+
+        Raises:
+            UserError: one is missing.
+        """
         missing = [name for name in self.plan.withheld if name not in weights]
         if missing:
             raise UserError(f"withheld tensor {missing[0]!r} is missing; expected all of {len(self.plan.withheld)}")
         if self.plan.withheld:
-            _save({name: weights[name] for name in self.plan.withheld}, self.state / PERSONAL)
+            told = {"number": str(self.ledger.next_number(RUN))}
+            files.save({name: weights[name] for name in self.plan.withheld}, self.state / TRAINED, told)
 
     def close(self) -> None:
         """Let another process have the ledger."""
@@ -220,11 +228,17 @@ class Site:
                 f"{meant.sampling_rate:.4g}, as rehearsed"
             )
 
-    def _step_at_home(self, home: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Withheld tensors after their own step of plain SGD; the first one starts from what `keep_personal` kept."""
+    def _home_after(self, home: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Withheld tensors after this round: as handed in (`keep_personal`), less their own step of plain SGD.
+
+        Args:
+            home: withheld tensor -> its noised mean, where the gate makes one.
+        """
+        before, told = files.load(self.state / TRAINED)
+        if told.get("number") != str(self.ledger.next_number(RUN)):
+            before = self.personal()  # what was handed in belongs to a round that never left
         if not home:
-            return {}
-        before = self.personal()
+            return before
         missing = [name for name in home if name not in before]
         if missing:
             raise UserError(f"no personal weights of {missing[0]!r} yet; expected keep_personal before the first round")
@@ -236,23 +250,42 @@ class Site:
         path = self.state / OUTBOX
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
-        except SafetensorError:
-            raise UserError(
-                f"{path} is damaged; expected the file as it was written (removing it costs the round's messages again)"
-            ) from None
+        told = files.about(path)
         if told.get("round") != str(round_number) or told.get("weights") != weights_digest(base):
             return None
         if told.get("plan") != self.plan.hash:
             raise Refused("the message of this round was made under another table; expected the table it began with")
-        self.ledger.spend(self.mechanism, (RUN, int(told["number"])), count=self.messages_a_round)
-        return Reply(load_file(path), json.loads(told["metrics"]), again=True)
+        number = int(told["number"])
+        self.ledger.spend(self.mechanism, (RUN, number), count=self.messages_a_round)
+        message, home = _apart(files.load(path)[0])
+        self._move_in(home, number)
+        return Reply(message, json.loads(told["metrics"]), again=True)
+
+    def _move_in(self, home: Mapping[str, Tensor], number: int) -> None:
+        """Let the layers at home be those of a message that is in the ledger."""
+        if home:
+            files.save(home, self.state / PERSONAL, {"number": str(number)})
+        (self.state / TRAINED).unlink(missing_ok=True)
+
+    def _go_on(self) -> None:
+        """After a restart: refuse files of messages that the ledger does not know, finish what was interrupted.
+
+        Raises:
+            UserError: the state holds a later message than the ledger, or a damaged file.
+        """
+        sent, at_home = (int(files.about(self.state / name).get("number", 0)) for name in (OUTBOX, PERSONAL))
+        following = self.ledger.next_number(RUN)
+        if sent > following or at_home >= following:
+            raise UserError(
+                f"{self.state} holds what message {max(sent, at_home)} made, and its ledger {following - 1} messages; "
+                "expected the ledger that goes with it, from a copy (another one forgets what was spent)"
+            )
+        if at_home < sent < following:
+            self._move_in(_apart(files.load(self.state / OUTBOX)[0])[1], sent)
 
     def _keep(
         self, round_number: int, base: Mapping[str, Tensor], number: int, message: Mapping[str, Tensor],
-        metrics: Mapping[str, float],
+        home: Mapping[str, Tensor], metrics: Mapping[str, float],
     ) -> None:  # fmt: skip
         told = {
             "round": str(round_number),
@@ -261,7 +294,7 @@ class Site:
             "plan": self.plan.hash,
             "metrics": json.dumps(dict(metrics)),
         }
-        _save(dict(message), self.state / OUTBOX, told)
+        files.save({**message, **{HOME + name: value for name, value in home.items()}}, self.state / OUTBOX, told)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -279,16 +312,10 @@ def _budget(rehearsal: Rehearsal, own: float | None) -> float | None:
     return None if epsilon == float("inf") or epsilon == 0 else epsilon
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, told: dict[str, str] | None = None) -> None:
-    """Write in one step and onto the disk: the old file or the new one, also after a power cut."""
-    draft = path.with_suffix(".part")
-    try:
-        save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, draft, metadata=told)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; expected a disk with space left") from None
+def _apart(kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(message, layers at home) of an outbox."""
+    home = {name.removeprefix(HOME): value for name, value in kept.items() if name.startswith(HOME)}
+    return {name: value for name, value in kept.items() if not name.startswith(HOME)}, home
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Ledger:
 
     Raises:
         UserError: an argument out of range, or a file that is another client's or model's, damaged, of an
-            unknown version, or in use.
+            unknown version, in use, or gone though there was one.
 
     >>> ledger = Ledger("clinic 3", "f00d", delta=1e-5, budget=8.0)
     >>> step = Mechanism("abc", sigma_eff=2.0, sampling_rate=1.0)
@@ -138,12 +138,23 @@ class Ledger:
         self._ahead: tuple[Mechanism, str, int] | None = None  # how many more fit, counted down
         self._guard = threading.RLock()
         self._lock = None if self.path is None else ledger_file.Lock(self.path)
-        if self.path is not None and self.path.exists():
-            try:
-                self._load(self.path, ledger_file.read(self.path))
-            except UserError:
-                self.close()
-                raise
+        try:
+            self._open()
+        except UserError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        if self.path is None or self._lock is None:
+            return
+        if self.path.exists():
+            self._load(self.path, ledger_file.read(self.path))
+            self._lock.mark()
+        elif self._lock.marked:
+            raise UserError(
+                f"ledger {self.path} is gone, though one was written there; expected the file from a copy (a new one "
+                "would forget what was spent; what is begun anew needs a folder of its own)"
+            )
 
     @staticmethod
     def beside(folder: str | Path) -> Path:
@@ -193,6 +204,8 @@ class Ledger:
             entries = _with(self._entries, mechanism, run, new)
             if self.path is not None:
                 ledger_file.write(self.path, self._content(entries, mechanism.plan))
+                if self._lock is not None:
+                    self._lock.mark()
             self._entries, self._plan = entries, mechanism.plan
             if self._ahead is not None and self._ahead[:2] == (mechanism, run):
                 self._ahead = (mechanism, run, self._ahead[2] - new)

@@ -16,10 +16,13 @@ from dpguard.errors import UserError
 
 FORMAT = "dpguard ledger"
 VERSION = 1
+MARK = b"a ledger was written beside this file\n"
 
 
 class Lock:
     """Holds ``<path>.lock`` until closed; the operating system lets go of it when the process dies.
+
+    The lock file remembers that a ledger was written beside it, so that one that has gone is missed.
 
     Raises:
         UserError: another ledger, here or in another process, holds it; or the folder cannot be written.
@@ -40,6 +43,17 @@ class Lock:
     def held(self) -> bool:
         """True until closed, in the process that opened it; a forked child must not spend."""
         return self._close.alive and os.getpid() == self._process
+
+    @property
+    def marked(self) -> bool:
+        """Whether a ledger was ever written beside this lock."""
+        return os.fstat(self._handle).st_size > 0
+
+    def mark(self) -> None:
+        """Remember that a ledger was written."""
+        if not self.marked:
+            with contextlib.suppress(OSError):  # a full disk: the ledger itself is written, and said so
+                os.pwrite(self._handle, MARK, 0)
 
     def close(self) -> None:
         """Let go; a second call does nothing."""

@@ -20,15 +20,17 @@ KINDS = ("parquet", "csv", "jsonl")
 def kind_of(file: Path | None, asked: str | None) -> str:
     """The format: the one that was asked for, else the file's ending, else Parquet.
 
-    >>> kind_of(Path("x.csv"), None), kind_of(None, None), kind_of(Path("x.csv"), "jsonl")
+    >>> kind_of(Path("x.csv"), None), kind_of(None, None), kind_of(Path("x.txt"), "jsonl")
     ('csv', 'parquet', 'jsonl')
 
     Raises:
-        UserError: a format or an ending that is none of `KINDS`.
+        UserError: a format or an ending that is none of `KINDS`, or two that contradict each other.
     """
     if asked is not None:
         if asked not in KINDS:
             raise UserError(f"--to is {asked!r}{did_you_mean(asked, KINDS)}")
+        if file is not None and (ending := file.suffix.removeprefix(".").lower()) in KINDS and ending != asked:
+            raise UserError(f"--to is {asked!r} and --out {str(file)!r}, expected a name that ends in .{asked}")
         return asked
     if file is None:
         return KINDS[0]

@@ -65,13 +65,14 @@ class Driver:
         self._journal = Journal()
         self._pace = Pace()
         self._best_at = 0.0
-        self._files = {path: text for path, text in (files or {}).items() if _reads(path) == text}
+        self._files = {path: text for path, text in (files or {}).items() if _reads(path) is not None}
         self._looked = time.monotonic()
 
     def drive(self) -> None:
         """Run until nothing is left, or until interrupted."""
         if not self.pending:
             return
+        self._look_at_files(at_once=True)  # it may have changed while model and texts were read
         executor, ended = self.make_executor(), "error"
         try:
             self._drive(executor)

@@ -17,7 +17,7 @@ def check_inputs(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
     A study file that was changed may name other texts: its cells are new, and the old ones are left aside.
 
     Raises:
-        UserError: other texts or another model; ``loc`` is in the study file.
+        UserError: other texts or another model, with the place in the study file; or a store that cannot be read.
     """
     if not (folder / FILE).is_file() or not cells:
         return
@@ -29,8 +29,9 @@ def check_inputs(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
     for key, what in (("data", "texts"), ("model", "weights")):
         old, new = getattr(before[0], key), getattr(cells[0], key)
         if old["hash"] != new["hash"]:
-            raise UserError(
-                f"{key}: these are other {what} (hash {new['hash']}) than those of the records in {str(folder)!r} "
-                f"(hash {old['hash']}), expected the same, or another --out for a run of its own",
-                loc=(key,),
-            )
+            with study.locating():
+                raise UserError(
+                    f"{key}: these are other {what} (hash {new['hash']}) than those of the records in {str(folder)!r} "
+                    f"(hash {old['hash']}), expected the same, or another --out for a run of its own",
+                    loc=(key,),
+                )

@@ -133,6 +133,8 @@ def test_a_failed_cell_is_a_record_and_the_study_goes_on(home, told, tmp_path, m
     assert status == 0
     assert "Traceback (most recent call last)" in said
     assert "failed utility, none, seed 0" in said
+    status, said, _err = told("show", tmp_path / "out", "skipped")
+    assert (status, said.count("is skipped")) == (0, 1)
     # the fault is gone: only what failed runs again
     status, said, _err = told("run", path, "--out", tmp_path / "out", "--workers", "1", "--retry-failed")
     assert status == 0, said

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -285,6 +287,76 @@ def test_the_exported_training_loop_runs_and_goes_on(study, home, tmp_path):
         [*words, "--steps", "99"], cwd=made.folder, capture_output=True, text=True, check=False, env=_environment()
     )
     assert "above its budget" in done.stdout, done.stderr
+
+
+def test_the_training_loop_refuses_other_weights_and_no_steps(study, home, tmp_path, monkeypatch, capsys):
+    made = export(study, to="opacus", policy="dp", out=tmp_path / "e")
+    shutil.copytree(home / "model", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: w + 0.01 for name, w in weights.items()}, tmp_path / "other" / "model.safetensors")
+    for words, said in (
+        (["--model", str(tmp_path / "other")], "first round"),
+        (["--steps", "-3"], "--steps is -3; expected a number from 1"),
+        (["--save-every", "0"], "--save-every is 0; expected a number from 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(home / "texts.jsonl"), *words])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(made.folder / "train.py"), run_name="__main__")
+        err = capsys.readouterr().err
+        assert (stopped.value.code, err.count("\n")) == (2, 1), err
+        assert said in err
+    assert not (made.folder / "state").exists()
+
+
+KILL = """
+import os, runpy, signal, sys
+import dpguard.engine.private_optimizer as private
+real, count = private.PrivateOptimizer.step, 0
+def step(self, *a, **k):
+    global count
+    done = real(self, *a, **k)
+    count += self.stepped
+    if count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+private.PrivateOptimizer.step = step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_what_was_saved_and_its_ledger_from_what_was_spent(study, home, tmp_path):
+    made = export(study, to="opacus", policy="dp", out=tmp_path / "e")
+    words = ["train.py", "--data", str(home / "texts.jsonl"), "--client", "a", "--save-every", "2", "--steps", "7"]
+
+    def run(*start):
+        return subprocess.run(
+            [sys.executable, *start, *words], cwd=made.folder, capture_output=True, text=True, check=False,
+            env=_environment(),
+        )  # fmt: skip
+
+    assert run("-c", KILL).returncode == -signal.SIGKILL
+    kept = (made.folder / "state" / "training.safetensors").read_bytes()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "the ledger holds 5 steps, the saved weights 4: the others were stopped and stay spent" in done.stdout
+    assert "2 steps now, 7 in all" in done.stdout
+    # a ledger that has gone, an older ledger, damaged weights: one sentence, and nothing is trained
+    state = made.folder / "state"
+    (state / "training.safetensors").write_bytes(kept[:1000])
+    done = run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "training.safetensors is damaged" in done.stderr
+    (state / "dpguard-ledger.json").unlink()
+    done = run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "is gone, though one was written there" in done.stderr
+    (state / "dpguard-ledger.json.lock").unlink()
+    (state / "training.safetensors").write_bytes(kept)
+    done = run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "holds 4 steps and the ledger beside it 0" in done.stderr
 
 
 def _environment():

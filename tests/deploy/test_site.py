@@ -219,6 +219,69 @@ def test_other_clients_ledgers_budgets_and_too_few_texts_are_refused(tmp_path):
             training.local_update(site, cases.model(), cases.texts(31), round_number=1)
 
 
+@pytest.mark.parametrize("name", ["withheld, whole update", "withheld, gradients"])
+def test_layers_at_home_move_with_a_message_in_the_ledger_or_not_at_all(name, tmp_path):
+    """A round that is tried again and again before its message is made starts from the same layers each time."""
+    folder, _made = exported(tmp_path / "e", name)
+    model, first = cases.model(), training.first_weights(cases.model())
+    with Site(folder, tmp_path / "s", client="a") as site:
+        training.one_round(site, model, cases.texts(), first, round_number=1, seed=3)
+        home = site.personal()
+        assert home
+        training.set_weights(model.module, first)
+        for _ in range(3):
+            update, form = training.local_update(site, model, cases.texts(), round_number=2, seed=3)
+            assert all(torch.equal(site.personal()[n], home[n]) for n in home)
+    with Site(folder, tmp_path / "s", client="a") as site:  # killed there, and begun anew
+        update, form = training.local_update(site, model, cases.texts(), round_number=2, seed=3)
+        site.send(update, first, round_number=2, form=form)
+        moved = site.personal()
+        assert any(not torch.equal(moved[n], home[n]) for n in home)
+    with Site(folder, tmp_path / "t", client="a") as site:
+        for number in (1, 2):
+            training.one_round(site, model, cases.texts(), first, round_number=number, seed=3)
+        if name == "withheld, whole update":  # the other one draws secret noise at the gate
+            assert all(torch.allclose(site.personal()[n], moved[n]) for n in moved)
+
+
+def test_killed_after_the_ledger_the_layers_at_home_move_in_at_the_next_start(tmp_path, monkeypatch):
+    folder, _made = exported(tmp_path / "e", "withheld, whole update")
+    model, first = cases.model(), training.first_weights(cases.model())
+    with Site(folder, tmp_path / "s", client="a") as site:
+        training.one_round(site, model, cases.texts(), first, round_number=1)
+        home = site.personal()
+        monkeypatch.setattr(site, "_move_in", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            training.one_round(site, model, cases.texts(), first, round_number=2)
+        spent = site.ledger.messages
+        assert all(torch.equal(site.personal()[n], home[n]) for n in home)
+    with Site(folder, tmp_path / "s", client="a") as site:
+        assert site.ledger.messages == spent
+        assert any(not torch.equal(site.personal()[n], home[n]) for n in home)
+
+
+@pytest.mark.parametrize("gone", [["dpguard-ledger.json"], ["dpguard-ledger.json", "dpguard-ledger.json.lock"]])
+def test_a_ledger_that_has_gone_is_missed(gone, tmp_path):
+    folder, _made = exported(tmp_path / "e", "withheld, whole update")
+    with Site(folder, tmp_path / "s", client="a") as site:
+        rounds(site, 2)
+    for name in gone:
+        (tmp_path / "s" / name).unlink()
+    with pytest.raises(UserError, match=r"expected the .*from a copy") as caught:
+        Site(folder, tmp_path / "s", client="a")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_layers_at_home_are_said(tmp_path):
+    folder, _made = exported(tmp_path / "e", "withheld, whole update")
+    with Site(folder, tmp_path / "s", client="a") as site:
+        rounds(site, 1)
+    kept = tmp_path / "s" / "personal.safetensors"
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"personal\.safetensors is damaged"):
+        Site(folder, tmp_path / "s", client="a")
+
+
 def test_a_damaged_outbox_is_said(tmp_path):
     folder, _made = exported(tmp_path / "e")
     with Site(folder, tmp_path / "s", client="a") as site:

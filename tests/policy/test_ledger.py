@@ -297,6 +297,17 @@ def test_killed_after_every_message_nothing_is_forgotten_and_it_halts_at_the_sam
         assert ledger.epsilon() == dpguard.guarantee(plan(), sampling_rate=0.1, steps=room, delta=DELTA).epsilon
 
 
+def test_a_file_that_has_gone_is_missed_and_one_that_never_was_is_not(tmp_path):
+    path = Ledger.beside(tmp_path)
+    mechanism = Mechanism.of(plan(), sampling_rate=0.1)
+    opened(path).close()
+    with opened(path) as ledger:  # nothing was spent the first time
+        ledger.spend(mechanism, ("a", 1))
+    path.unlink()
+    with pytest.raises(UserError, match=r"is gone, though one was written there; expected the file from a copy"):
+        opened(path)
+
+
 def test_a_message_is_on_disk_when_spend_returns_and_a_refused_one_is_not(tmp_path):
     path = tmp_path / "l.json"
     with opened(path, 2.0) as ledger:

@@ -34,6 +34,8 @@ def test_how_a_study_stands_is_said():
     assert _state("", journal, 3, 9).startswith("crashed: process 7 on here ended without a word")
     assert _state("", replace(journal, ended="interrupted"), 3, 9).startswith("stopped with 3 of 9 cells left")
     assert _state("", replace(journal, ended="finished"), 0, 9) == "finished"
+    shard = _state("", replace(journal, ended="finished"), 4, 9)
+    assert shard == "finished what was its own; 4 of 9 cells are another shard's"
     assert _state("", replace(journal, ended="no room"), 3, 9) == "stopped by an error: no room"
 
 
@@ -87,6 +89,15 @@ def test_a_damaged_record_is_a_sentence(kit, tmp_path):
         store._connection.execute("UPDATE records SET record = x'00'")
         with pytest.raises(UserError, match="a stored record cannot be read"):
             store.records()
+
+
+def test_a_study_file_that_changed_before_its_first_cell_is_told(kit, tmp_path, capfd):
+    path = tmp_path / "study.yaml"
+    path.write_text(kit.text)
+    study = kit.study(path=str(path))
+    path.write_text(kit.text.replace("Does it help?", "Does it?"))  # while model and texts are read
+    run(study, tmp_path / "out", study.cells(kit.model, kit.data)[:1], execute=kit.execute, context={"script": {}})
+    assert capfd.readouterr().err.count("study.yaml has changed since this run was planned") == 1
 
 
 def test_a_study_file_that_changes_while_it_runs_is_told(kit, tmp_path, capfd):

@@ -14,8 +14,9 @@ def _check(made: Rehearsal) -> None:
         UserError: what was rehearsed sends changes of weights after local steps.
     """
     if made.message.kind != "gradient":
+        steps = made.message.local_steps
         raise UserError(
-            f"policy {made.policy!r} was rehearsed with {made.message.local_steps} local steps a message, and a "
+            f"policy {made.policy!r} was rehearsed with {steps} local step{'s' * (steps != 1)} a message, and a "
             "training loop sends every step's gradient; expected --to flower or nvflare, or a study without local steps"
         )
 

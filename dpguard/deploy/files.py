@@ -1,0 +1,45 @@
+"""Tensors in a client's folder: a file is the old one or the new one, and a damaged one is said. No framework here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpguard.errors import UserError
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, told: dict[str, str] | None = None) -> None:
+    """Write in one step and onto the disk: the old file or the new one, also after a power cut."""
+    draft = path.with_suffix(".part")
+    try:
+        save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, draft, metadata=told)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; expected a disk with space left") from None
+
+
+def about(path: Path) -> dict[str, str]:
+    """What was written beside the tensors of a file; empty without one."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError:
+        raise UserError(
+            f"{path} is damaged; expected the file as it was written, from a copy (without it, what it holds is made "
+            "and paid again)"
+        ) from None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, what was written beside them) of a file; empty without one."""
+    beside = about(path)
+    return (load_file(path) if path.is_file() else {}), beside
