@@ -147,14 +147,21 @@ class Ledger:
     def _open(self) -> None:
         if self.path is None or self._lock is None:
             return
+        entered = self._lock.entered
         if self.path.exists():
             self._load(self.path, ledger_file.read(self.path))
-            self._lock.mark()
-        elif self._lock.marked:
+        if entered and not self.path.exists():
             raise UserError(
-                f"ledger {self.path} is gone, though one was written there; expected the file from a copy (a new one "
-                "would forget what was spent; what is begun anew needs a folder of its own)"
+                f"ledger {self.path} is gone, though {entered} messages were entered; expected the file from a copy (a "
+                "new one would forget what was spent; what is begun anew needs a folder of its own)"
             )
+        if self.messages < entered:
+            raise UserError(
+                f"ledger {self.path} holds {self.messages} messages, and {entered} were entered; expected the latest "
+                "file (an older one forgets what was spent)"
+            )
+        if self.messages:
+            self._lock.enter(self.messages)
 
     @staticmethod
     def beside(folder: str | Path) -> Path:
@@ -204,9 +211,9 @@ class Ledger:
             entries = _with(self._entries, mechanism, run, new)
             if self.path is not None:
                 ledger_file.write(self.path, self._content(entries, mechanism.plan))
-                if self._lock is not None:
-                    self._lock.mark()
             self._entries, self._plan = entries, mechanism.plan
+            if self._lock is not None:
+                self._lock.enter(self.messages)
             if self._ahead is not None and self._ahead[:2] == (mechanism, run):
                 self._ahead = (mechanism, run, self._ahead[2] - new)
             else:

@@ -16,13 +16,12 @@ from dpguard.errors import UserError
 
 FORMAT = "dpguard ledger"
 VERSION = 1
-MARK = b"a ledger was written beside this file\n"
 
 
 class Lock:
     """Holds ``<path>.lock`` until closed; the operating system lets go of it when the process dies.
 
-    The lock file remembers that a ledger was written beside it, so that one that has gone is missed.
+    The lock file remembers how many messages were entered: a ledger that has gone, or an older copy, is noticed.
 
     Raises:
         UserError: another ledger, here or in another process, holds it; or the folder cannot be written.
@@ -45,15 +44,17 @@ class Lock:
         return self._close.alive and os.getpid() == self._process
 
     @property
-    def marked(self) -> bool:
-        """Whether a ledger was ever written beside this lock."""
-        return os.fstat(self._handle).st_size > 0
+    def entered(self) -> int:
+        """How many messages were ever entered in the ledger beside this lock, as far as is known."""
+        os.lseek(self._handle, 0, os.SEEK_SET)
+        written = os.read(self._handle, 32).strip()
+        return int(written) if written.isdigit() else 0
 
-    def mark(self) -> None:
-        """Remember that a ledger was written."""
-        if not self.marked:
-            with contextlib.suppress(OSError):  # a full disk: the ledger itself is written, and said so
-                os.pwrite(self._handle, MARK, 0)
+    def enter(self, messages: int) -> None:
+        """Remember how many messages the ledger holds."""
+        with contextlib.suppress(OSError):  # a full disk: the ledger itself is written, and that is what counts
+            os.lseek(self._handle, 0, os.SEEK_SET)
+            os.write(self._handle, f"{messages:20d}\n".encode())
 
     def close(self) -> None:
         """Let go; a second call does nothing."""

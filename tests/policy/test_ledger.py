@@ -297,15 +297,24 @@ def test_killed_after_every_message_nothing_is_forgotten_and_it_halts_at_the_sam
         assert ledger.epsilon() == dpguard.guarantee(plan(), sampling_rate=0.1, steps=room, delta=DELTA).epsilon
 
 
-def test_a_file_that_has_gone_is_missed_and_one_that_never_was_is_not(tmp_path):
+def test_a_file_that_has_gone_and_an_older_copy_are_noticed(tmp_path):
     path = Ledger.beside(tmp_path)
     mechanism = Mechanism.of(plan(), sampling_rate=0.1)
     opened(path).close()
     with opened(path) as ledger:  # nothing was spent the first time
         ledger.spend(mechanism, ("a", 1))
-    path.unlink()
-    with pytest.raises(UserError, match=r"is gone, though one was written there; expected the file from a copy"):
+        older = path.read_bytes()
+        ledger.spend(mechanism, ("a", 2))
+    latest = path.read_bytes()
+    path.write_bytes(older)
+    with pytest.raises(UserError, match=r"holds 1 messages, and 2 were entered; expected the latest file"):
         opened(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"is gone, though 2 messages were entered; expected the file from a copy"):
+        opened(path)
+    path.write_bytes(latest)
+    with opened(path) as ledger:
+        assert ledger.messages == 2
 
 
 def test_a_message_is_on_disk_when_spend_returns_and_a_refused_one_is_not(tmp_path):
