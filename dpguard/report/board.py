@@ -218,6 +218,11 @@ class Frontier:
         return self.row(CONTROL)
 
     @property
+    def trains(self) -> bool:
+        """Whether the study measures utility, or was to."""
+        return any(row.utility or any(gap.leg == "utility" for gap in row.gaps) for row in self.rows)
+
+    @property
     def positions(self) -> tuple[str, ...]:
         """Every place in the training from which messages were attacked."""
         return tuple(dict.fromkeys(at for row in self.rows for at in row.positions))

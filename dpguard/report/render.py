@@ -91,7 +91,7 @@ def _shown(
 
 
 CONTENTS: tuple[tuple[str, str, str | None], ...] = (
-    ("tradeoff", "Trade-off", None),
+    ("tradeoff", "Trade-off", "tradeoff"),
     ("frontier", "Frontier", None),
     ("leaks", "Chance and bound", "sandwich"),
     ("map", "Map", "map"),

@@ -274,6 +274,21 @@ def test_a_report_without_any_record_is_still_a_report(tmp_path):
     assert "nothing can be concluded" in text
 
 
+def test_a_study_without_a_utility_leg_has_no_empty_picture_or_column(tmp_path):
+    study = sample(6)
+    records = [record for record in study.records if record.cell.leg != "utility"]
+    planned = [cell for cell in study.planned if cell.leg != "utility"]
+    render(replace(study, records=records, planned=planned), tmp_path)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "tradeoff" not in page.ids
+    assert "what it is worth" not in page.text
+    assert "accuracy, interval" not in page.text
+    assert not list((tmp_path / "figures").glob("tradeoff*"))
+    words = (tmp_path / "report.md").read_text("utf-8")
+    assert "tradeoff.svg" not in words
+    assert "| strongest attack | epsilon | shared |" in words
+
+
 def test_two_thousand_records(tmp_path):
     base = sample(10)
     records, policies = [], []
