@@ -1,0 +1,54 @@
+"""Findings that the documentation quotes are those of the committed records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/frontier.csv"))
+QUOTED = re.compile(r"(1\.00|\.\d\d+)\s+\[(\.\d\d+|1\.00),\s+(\.\d\d+|1\.00)\]")
+
+
+def near(quoted: str, value: float) -> bool:
+    """Whether a figure is the value, rounded to as many digits as it has."""
+    return abs(float(quoted) - value) <= 0.5001 * 10 ** -len(quoted.partition(".")[2])
+
+
+def intervals(folder: Path) -> list[tuple[float, float, float]]:
+    """Every value with its interval that the report holds: leakage, utility and paired differences."""
+    table = pd.read_csv(folder / "frontier.csv")
+    found = []
+    for name in ("leakage", "utility"):
+        columns = table[[name, f"{name}_low", f"{name}_high"]].dropna()
+        found += [tuple(map(float, row)) for row in columns.itertuples(index=False)]
+    page = (folder / "report.md").read_text("utf-8").replace("−", "-")
+    number = r"([+-]?\d\.\d+)"
+    for value, low, high in re.findall(rf"\| {number} \| {number} – {number} \|", page):
+        found += [(float(value), float(low), float(high)), (-float(value), -float(high), -float(low))]
+    return found
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
+def test_every_interval_of_the_five_sentences_is_the_report_s(folder):
+    held = intervals(folder)
+    quoted = QUOTED.findall((folder / "five-sentences.md").read_text("utf-8"))
+    assert len(quoted) >= 5
+    for figures in quoted:
+        assert any(all(map(near, figures, row)) for row in held), figures
+
+
+def test_the_table_of_the_identification_study_is_its_frontier():
+    table = pd.read_csv(ROOT / "reports/does-dp-protect-identify-cola/frontier.csv").set_index("policy")
+    page = (ROOT / "docs/reference-studies.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (\.?\d) \| ([\d.]+) \| (.+?) \| (.+?) \| [\d.]+ \|$", page)
+    assert [row[0] for row in rows] == [".1", ".2", ".3", ".5", "1", "2"]
+    for noise, epsilon, whole, query in rows:
+        for name, cell in (("whole", whole), ("query", query)):
+            held = table.loc[f"{name} noise={float(noise):g}"]
+            [figures] = QUOTED.findall(cell) or [re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", cell).groups()]
+            assert all(map(near, figures, (held.leakage, held.leakage_low, held.leakage_high))), (noise, name)
+            assert near(epsilon, held.epsilon)
