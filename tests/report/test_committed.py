@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/frontier.csv"))
+REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/five-sentences.md"))
 QUOTED = re.compile(r"(1\.00|\.\d\d+)\s+\[(\.\d\d+|1\.00),\s+(\.\d\d+|1\.00)\]")
 
 
