@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpguard.deploy.rehearsal import Rehearsal
+from dpguard.policy.guarantee import plain_epsilon
 from dpguard.policy.statement import NOT_COVERED
 from dpguard.report import card
 from dpguard.report.frontier import frontier
@@ -48,7 +49,7 @@ def make(result: StudyResult, rehearsal: Rehearsal, decision: Recommendation) ->
         "attacked": {**plain["attacked"], "as_exported": plain["attacked"]["what"] == _kind(message.kind, steps)},
         "guarantee": {
             **plain["guarantee"],
-            "epsilon": card.epsilon_plain(budget.epsilon), "delta": budget.delta,
+            "epsilon": plain_epsilon(budget.epsilon), "delta": budget.delta,
             "messages": rehearsal.rounds, "noised_steps": budget.messages,
             "unit": "client" if rehearsal.plan.unit == "update" else "example",
             "sampling": message.sampling,

@@ -19,7 +19,7 @@ _WEIGHT, _MOMENT = "weight/", "moment/"
 
 
 def save(folder: str | Path, model: LoadedModel, optimizer: Optimizer, step: int) -> None:
-    """Write both files: the training for `load`, and the plain weights for whoever uses the model.
+    """Write what `load` goes on from.
 
     Args:
         folder: the client's state.
@@ -27,17 +27,20 @@ def save(folder: str | Path, model: LoadedModel, optimizer: Optimizer, step: int
         optimizer: torch's own, as it was before it was made private.
         step: how many messages of the ledger are in these weights.
     """
-    weights = first_weights(model)
+    weights = {_WEIGHT + name: p for name, p in model.module.named_parameters()}
     moments = {
         f"{_MOMENT}{number}/{name}": torch.as_tensor(value)
         for number, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
         if value is not None
     }
-    files.save(
-        {**{_WEIGHT + name: w for name, w in weights.items()}, **moments}, Path(folder) / NAME, {"step": str(step)}
-    )
-    files.save(weights, Path(folder) / MODEL)
+    files.save({**weights, **moments}, Path(folder) / NAME, {"step": str(step)})
+
+
+def finish(folder: str | Path, model: LoadedModel) -> Path:
+    """Write the plain weights, for whoever uses the model; where they are."""
+    files.save(first_weights(model), Path(folder) / MODEL)
+    return Path(folder) / MODEL
 
 
 def load(folder: str | Path, model: LoadedModel, optimizer: Optimizer, entered: int) -> int:

@@ -1,13 +1,15 @@
-"""Tensors in a client's folder: a file is the old one or the new one, and a damaged one is said. No framework here."""
+"""Tensors in a client's folder: a file is the old one or the new one, and a damaged one is said."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpguard.errors import UserError
@@ -29,17 +31,25 @@ def about(path: Path) -> dict[str, str]:
     """What was written beside the tensors of a file; empty without one."""
     if not path.is_file():
         return {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, what was written beside them) of a file; empty without one."""
+    if not path.is_file():
+        return {}, {}
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            yield file
     except SafetensorError:
         raise UserError(
             f"{path} is damaged; expected the file as it was written, from a copy (without it, what it holds is made "
             "and paid again)"
         ) from None
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, what was written beside them) of a file; empty without one."""
-    beside = about(path)
-    return (load_file(path) if path.is_file() else {}), beside

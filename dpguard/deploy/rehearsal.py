@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from dpguard.documents import Document
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.family import identity, slots
 from dpguard.inputs.models import LoadedModel
-from dpguard.policy.guarantee import Sampling
+from dpguard.policy.guarantee import Sampling, plain_epsilon
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan, Policy
 
@@ -186,7 +185,7 @@ class Rehearsal:
             "policy": self.policy,
             "plan": self.plan.hash,
             "message": asdict(self.message),
-            "budget": asdict(self.budget) | {"epsilon": _finite_or_word(self.budget.epsilon)},
+            "budget": asdict(self.budget) | {"epsilon": plain_epsilon(self.budget.epsilon)},
             "metrics": list(self.metrics),
             "model": asdict(replace(self.model, weights=()))
             | {"weights": [{**asdict(w.slot), "dtype": w.dtype, "digest": w.digest} for w in self.model.weights]},
@@ -272,10 +271,6 @@ def check_weights(card: ModelCard, weights: Mapping[str, Any], plan: Plan, *, fi
             )
         out[name] = value
     return out
-
-
-def _finite_or_word(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
 
 
 def _json(path: Path) -> dict[str, Any]:

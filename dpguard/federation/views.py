@@ -45,15 +45,20 @@ def check(plan: Plan, settings: Settings) -> None:
         )
 
 
+def own_plan(plan: Plan, settings: Settings) -> Plan:
+    """The table as a client trains by it: withheld layers frozen if they are to be."""
+    return frozen_at_home(plan) if settings.personal == "frozen" else plan
+
+
 def message_plan(plan: Plan, settings: Settings) -> Plan:
     """What each client runs: withheld layers frozen if they are to be, and its share of the noise."""
-    own = frozen_at_home(plan) if settings.personal == "frozen" else plan
+    own = own_plan(plan, settings)
     return own if settings.view == "client" else _shares(own, settings)
 
 
 def claim_plan(plan: Plan, settings: Settings) -> Plan:
     """What the accountant counts for one client: the noise that hides its messages from the server."""
-    own = frozen_at_home(plan) if settings.personal == "frozen" else plan
+    own = own_plan(plan, settings)
     return _shares(own, settings) if settings.view == "aggregate" and own_share_only(own, settings) else own
 
 
@@ -177,7 +182,7 @@ def _in_words(worst: Promise, plan: Plan, counted: Plan, settings: Settings, del
 
 def _aggregate(worst: Promise, plan: Plan, settings: Settings, delta: float) -> str:
     needed = settings.per_round - settings.may_fail
-    own = frozen_at_home(plan) if settings.personal == "frozen" else plan
+    own = own_plan(plan, settings)
     words = (
         "View: secure aggregation is assumed, and not part of what was run: the server sees only the mean over the "
         f"{settings.per_round} clients of a round. Each adds 1/{needed} of the noise's variance."

@@ -210,6 +210,15 @@ def exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[floa
     return sampling_rate, steps
 
 
+def plain_epsilon(value: float) -> float | str:
+    """Epsilon, or a noise multiplier, as JSON can hold it.
+
+    >>> plain_epsilon(math.inf), plain_epsilon(2.5)
+    ('inf', 2.5)
+    """
+    return "inf" if value == math.inf else value
+
+
 def check_arguments(q: float, steps: int, delta: float, sampling: str, examples: int | None) -> None:
     """What `guarantee` refuses.
 

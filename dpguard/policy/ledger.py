@@ -104,7 +104,7 @@ class Ledger:
 
     Raises:
         UserError: an argument out of range, or a file that is another client's or model's, damaged, of an
-            unknown version, in use, or gone though there was one.
+            unknown version, in use, an older copy, or gone though there was one.
 
     >>> ledger = Ledger("clinic 3", "f00d", delta=1e-5, budget=8.0)
     >>> step = Mechanism("abc", sigma_eff=2.0, sampling_rate=1.0)
@@ -150,7 +150,7 @@ class Ledger:
         entered = self._lock.entered
         if self.path.exists():
             self._load(self.path, ledger_file.read(self.path))
-        if entered and not self.path.exists():
+        elif entered:
             raise UserError(
                 f"ledger {self.path} is gone, though {entered} messages were entered; expected the file from a copy (a "
                 "new one would forget what was spent; what is begun anew needs a folder of its own)"

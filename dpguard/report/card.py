@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -297,12 +296,3 @@ def _words(found: Mapping[str, float] | None) -> str:
     if found is None:
         return "not measured"
     return f"{found['value']:.3f} (95 %: {found['low']:.3f} to {found['high']:.3f}, n = {found['n']})"
-
-
-def epsilon_plain(value: float) -> float | str:
-    """Epsilon as JSON can hold it.
-
-    >>> epsilon_plain(math.inf)
-    'inf'
-    """
-    return "inf" if math.isinf(value) else value

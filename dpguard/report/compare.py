@@ -129,8 +129,7 @@ def difference(first: Interval | None, second: Interval | None) -> Interval | No
 
 def _against(first: StudyResult, table: Frontier, label: str, other: StudyResult) -> Against:
     other_table = _frontier_like(other, table)
-    terms, other_terms = _terms(first, table), _terms(other, other_table)
-    differs = _differences(terms, other_terms)
+    differs = _differences(_terms(first, table), _terms(other, other_table))
     changed = {name for name, _, _ in differs}
     leakage_reasons = _reasons(changed, LEAKAGE_TERMS)
     if any(name.startswith("leakage threat") for name in changed):
@@ -228,15 +227,19 @@ def _said_once(differs: Sequence[Differs]) -> tuple[Differs, ...]:
         (name if len(found) > 1 or found[0] not in LEGS else f"{found[0]} {name}", one, two)
         for (name, one, two), found in legs.items()
     ]
-    told, groups = [], Counter(name.rpartition(" ")[0] for name, _, _ in named)
-    whole = {group for group in groups if groups[group] > 2 and group not in LEGS and _one_has(named, group)}
-    for group in whole:
-        inside = [(name.rpartition(" ")[2], one, two) for name, one, two in named if name.rpartition(" ")[0] == group]
-        one, two = (", ".join(f"{row[0]} {row[side]}" for row in inside if row[side] != NONE) for side in (1, 2))
-        told.append((group, one or NONE, two or NONE))
-    return (*(row for row in named if row[0].rpartition(" ")[0] not in whole), *sorted(told))
+    groups: dict[str, list[Differs]] = defaultdict(list)
+    for name, one, two in named:
+        group, _, setting = name.rpartition(" ")
+        groups[group].append((setting, one, two))
+    whole = {group: inside for group, inside in groups.items() if group not in LEGS and _one_study_s(inside)}
+    told = [(group, _joined(inside, 1), _joined(inside, 2)) for group, inside in sorted(whole.items())]
+    return (*(row for row in named if row[0].rpartition(" ")[0] not in whole), *told)
 
 
-def _one_has(named: Sequence[Differs], group: str) -> bool:
-    inside = [row for row in named if row[0].rpartition(" ")[0] == group]
-    return any(all(row[side] == NONE for row in inside) for side in (1, 2))
+def _one_study_s(inside: Sequence[Differs]) -> bool:
+    """Whether several settings of a group are all missing in one of the studies."""
+    return len(inside) > 2 and any(all(row[side] == NONE for row in inside) for side in (1, 2))
+
+
+def _joined(inside: Sequence[Differs], side: int) -> str:
+    return ", ".join(f"{row[0]} {row[side]}" for row in inside if row[side] != NONE) or NONE

@@ -41,8 +41,8 @@ def caution(frontier: Frontier, case: Case) -> str:
 
     Without one, accuracy is that of the commonest class (`Frontier.majority`) and Matthews correlation is 0.
     """
-    idle = frontier.majority if frontier.utility_metric == "accuracy" else 0.0
-    if frontier.utility_metric == "f1" or idle is None or case.utility > idle:
+    idle = {"accuracy": frontier.majority, "mcc": 0.0}.get(frontier.utility_metric)
+    if idle is None or case.utility > idle:
         return ""
     return (
         f"But it is not shown to have learnt anything: always answering {frontier.commonest} reaches "

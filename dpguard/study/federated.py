@@ -20,6 +20,7 @@ from dpguard.measure import leakage
 from dpguard.measure import utility as scoring
 from dpguard.measure.leakage import Score
 from dpguard.measure.threat import Threat
+from dpguard.policy.guarantee import plain_epsilon
 from dpguard.policy.table import Plan
 from dpguard.study.record import Cell
 
@@ -136,15 +137,11 @@ def utility(found: Rehearsal, run: rounds.Run, model: LoadedModel) -> dict[str, 
             "bytes_per_round": round(sum(run.bytes) / len(run.bytes)),
             "bytes_per_message": round(sum(run.bytes) / (len(run.bytes) * found.settings.per_round)),
             "bytes": sum(run.bytes),
-            "epsilon": {"max": _plain(max(epsilons)), "median": _plain(float(np.median(epsilons)))},
+            "epsilon": {"max": plain_epsilon(max(epsilons)), "median": plain_epsilon(float(np.median(epsilons)))},
             "texts": found.sizes,
             "rounds": list(run.taken),
         },
     }
-
-
-def _plain(value: float) -> float | str:
-    return "inf" if value == float("inf") else value
 
 
 def _state(weights: Mapping[str, Tensor], at_home: LocalState) -> dict[str, Tensor]:

@@ -11,13 +11,12 @@ from dpguard.engine.accounting import guarantee
 from dpguard.errors import UserError
 from dpguard.federation import views
 from dpguard.federation.leak import record_bound
-from dpguard.federation.personal import frozen_at_home
 from dpguard.federation.settings import Settings
 from dpguard.inputs import models
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.measure import kappa
-from dpguard.policy.guarantee import Guarantee
+from dpguard.policy.guarantee import Guarantee, plain_epsilon
 from dpguard.policy.table import Plan
 from dpguard.study import federated
 from dpguard.study.ground import Result, SkippedError, cache_of, corpus_for, plan_for, refuse
@@ -33,12 +32,13 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
     model = models.load(context["model"], labels=corpus.classes, seed=0)
     plan = plan_for(cell, model)
     found, seen, more = _promised(cell, plan, corpus)
+    given = cell.settings.get("federation")
     closed = cell.settings.get("candidates")
     kappas = (KAPPAS[0], 1 / closed) if closed else KAPPAS
     bounds = [{"kappa": k, "success": found.bound(k, seen)} for k in kappas]
     return {
-        "epsilon": _plain(found.epsilon),
-        "sigma_eff": _plain(found.sigma_eff),
+        "epsilon": plain_epsilon(found.epsilon),
+        "sigma_eff": plain_epsilon(found.sigma_eff),
         "delta": found.delta,
         "sampling_rate": found.sampling_rate,
         "steps": found.steps,
@@ -52,15 +52,9 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
         },
         "shared_fraction": plan.shared_fraction,
         "plan_hash": plan.hash,
-        "table": table_of(_as_run(cell, plan)),
+        "table": table_of(views.own_plan(plan, Settings.of(given)) if given else plan),
         **more,
     }, []
-
-
-def _as_run(cell: Cell, plan: Plan) -> Plan:
-    """The plan as its clients run it: withheld layers are frozen where a federation freezes them."""
-    personal = (cell.settings.get("federation") or {}).get("personal")
-    return frozen_at_home(plan) if personal == "frozen" else plan
 
 
 def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, dict[str, Any]]:
@@ -121,10 +115,6 @@ def _kappa(cell: Cell, context: Mapping[str, Any], corpus: Corpus, model: Loaded
     return found
 
 
-def _plain(value: float) -> float | str:
-    return "inf" if value == float("inf") else value
-
-
 def table_of(plan: Plan) -> list[dict[str, Any]]:
     """The plan by part of the model and kind of treatment: what a report prints."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -132,7 +122,8 @@ def table_of(plan: Plan) -> list[dict[str, Any]]:
     for rule in plan.values():
         idle = not (rule.train or rule.share)  # its clip and noise apply to nothing
         clip, group, noise = (None, None, 0.0) if idle else (rule.clip, rule.group, rule.noise)
-        kind = (rule.slot.part, rule.train, rule.share, clip, group, noise, 0.0 if idle else rule.noise_std)
+        fixed = 0.0 if idle else rule.noise_std
+        kind = (rule.slot.part, rule.train, rule.share, clip, group, noise, fixed)
         entry = merged.setdefault(
             (*kind, rule.describe()),
             {
@@ -143,7 +134,7 @@ def table_of(plan: Plan) -> list[dict[str, Any]]:
                 "clip": clip,
                 "group": group,
                 "noise": noise,
-                "std": noise * (clip or 0.0) if noise else kind[-1],
+                "std": noise * (clip or 0.0) if noise else fixed,
                 "release": rule.describe(),
             },
         )

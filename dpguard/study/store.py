@@ -31,11 +31,12 @@ FINISHED = ("done", "skipped")
 FORMAT = 3
 """Of the file. What a cell's id hashes has a number of its own (`record.SCHEMA`)."""
 
-_TABLES = """
+_CELL_TEXTS = "CREATE TABLE cell_texts (id TEXT PRIMARY KEY, texts BLOB NOT NULL)"
+_TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE plan (position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, cell BLOB NOT NULL);
 CREATE TABLE records (id TEXT PRIMARY KEY, status TEXT NOT NULL, record BLOB NOT NULL);
-CREATE TABLE cell_texts (id TEXT PRIMARY KEY, texts BLOB NOT NULL);
+{_CELL_TEXTS};
 """
 _OLD_TEXTS = "SELECT target, attack, text FROM texts WHERE id = ? ORDER BY position"
 
@@ -128,7 +129,7 @@ class Store:
     def _move_texts(self) -> None:
         """From one row for every text (formats 1 and 2) to one for every cell."""
         run = self._connection.execute
-        run(next(line for line in _TABLES.split(";") if "cell_texts" in line))
+        run(_CELL_TEXTS)
         for (cell_id,) in run("SELECT DISTINCT id FROM texts").fetchall():
             rows = [TextRow(*row) for row in run(_OLD_TEXTS, (cell_id,))]
             run("INSERT INTO cell_texts VALUES (?, ?)", (cell_id, _packed_texts(rows)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dpguard.deploy.exporters.base import Exporter
 from dpguard.deploy.rehearsal import Rehearsal
 from dpguard.errors import UserError
+from dpguard.report.text import count
 
 
 def _check(made: Rehearsal) -> None:
@@ -14,10 +15,10 @@ def _check(made: Rehearsal) -> None:
         UserError: what was rehearsed sends changes of weights after local steps.
     """
     if made.message.kind != "gradient":
-        steps = made.message.local_steps
         raise UserError(
-            f"policy {made.policy!r} was rehearsed with {steps} local step{'s' * (steps != 1)} a message, and a "
-            "training loop sends every step's gradient; expected --to flower or nvflare, or a study without local steps"
+            f"policy {made.policy!r} was rehearsed with {count(made.message.local_steps, 'local step')} a message, "
+            "and a training loop sends every step's gradient; expected --to flower or nvflare, or a study without "
+            "local steps"
         )
 
 
