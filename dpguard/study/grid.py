@@ -49,7 +49,7 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
     for index, named in enumerate(study.policies):
         attack = _attack(study, named, panel)
         trained: dict[int, tuple[int, Cell]] = {}
-        for turn, seed in enumerate(study.utility.seeds if study.utility else ()):
+        for turn, seed in enumerate(study.utility.seeds if study.utility and trainings[index] else ()):
             trained[seed] = turn, cell("utility", index, trainings[index], seed)
             rounds.append((turn, index, 0, trained[seed][1]))
         for turn, seed in enumerate(study.leakage.seeds if study.leakage else ()):

@@ -89,7 +89,7 @@ Knowledge = Annotated[
     tuple[Literal["count", "labels", "lengths"], ...], BeforeValidator(_listed), AfterValidator(_distinct)
 ]
 Attacks = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_distinct), AfterValidator(_attacks)]
-
+Names = Annotated[tuple[Text, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 Rounds = Annotated[tuple[Count, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
 _COUNT = "a whole number above 0"
 _ABOVE_0 = "a number above 0"
@@ -184,6 +184,8 @@ class Utility(Section):
         optimizer: which optimizer takes the private gradient.
         seeds: one cell a seed.
         train_examples: train on the first so many texts only; None = all.
+        policies: names of the policies that are trained, as written under ``policies``; None = all. The others are
+            attacked and accounted for as one message, and have no utility.
     """
 
     metric: UtilityMetric = Field(default="accuracy", description="a utility metric such as accuracy")
@@ -193,6 +195,7 @@ class Utility(Section):
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="adam, adamw or sgd")
     seeds: Seeds = Field(default=(0,), description=_SEEDS)
     train_examples: Count | None = Field(default=None, description=_COUNT)
+    policies: Names | None = Field(default=None, description="names of policies, such as [none]")
 
 
 class Federation(Section):

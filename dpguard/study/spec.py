@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpguard.documents import Document
-from dpguard.errors import UserError
+from dpguard.errors import UserError, did_you_mean
 from dpguard.federation.settings import Settings, Split
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan
@@ -20,6 +20,7 @@ from dpguard.study.policies import Named, locate, read_policies
 from dpguard.study.record import Cell, canonical
 from dpguard.study.schedule import Schedule
 from dpguard.study.sections import (
+    CEILING,
     Caps,
     CellLimits,
     Federation,
@@ -120,6 +121,7 @@ class Study:
                 "expected a 'utility' section and no federation",
                 loc=("leakage", "at"),
             )
+        self._check_trained()
         self._check_candidates()
         for cap, leg, given in (
             ("max_leakage", "leakage", self.leakage),
@@ -128,6 +130,26 @@ class Study:
             if getattr(self.recommend, cap) is not None and given is None:
                 raise UserError(
                     f"recommend.{cap}: nothing measures it, expected a {leg!r} section", loc=("recommend", cap)
+                )
+
+    def _check_trained(self) -> None:
+        """``utility.policies`` names policies, and all whose trained weights are asked for."""
+        if self.utility is None or self.utility.policies is None:
+            return
+        loc, given = ("utility", "policies"), self.utility.policies
+        if self.federation is not None:
+            raise UserError("utility.policies: a federation trains every policy, expected no such list", loc=loc)
+        known = [named.entry or named.label for named in self.policies]
+        for name in given:
+            if name not in known:
+                raise UserError(f"utility.policies: unknown policy {name!r}{did_you_mean(name, known)}", loc=loc)
+        at = self.leakage.at if self.leakage else ()
+        needed = [*(known if "end" in at else ()), *([CEILING] if "tuned" in at else ())]
+        for name in needed:
+            if name not in given:
+                raise UserError(
+                    f"utility.policies: leakage.at attacks weights that {name!r} is trained to, expected it there",
+                    loc=loc,
                 )
 
     def _check_candidates(self) -> None:
@@ -155,9 +177,10 @@ class Study:
                         + ("federation settings of the policy" if key == "utility" else "noise in its rows"),
                         loc=(*named.loc, key),
                     )
-            if named.utility and self.utility is None:
+            if named.utility and not self._trains(named):
                 raise UserError(
-                    f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study",
+                    f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study "
+                    "that trains it",
                     loc=(*named.loc, "utility"),
                 )
             if self.federation is not None or self.utility is None:
@@ -175,19 +198,27 @@ class Study:
         """What a sweep looks for is measured by a leg of the study."""
         for named in self.policies:
             target = named.search.auto.target if named.search else ""
-            if named.search and target in ("leakage", "utility") and getattr(self, target) is None:
+            measured = {"leakage": self.leakage, "utility": self.utility if self._trains(named) else None}
+            if named.search and target in measured and measured[target] is None:
                 raise UserError(
-                    f"auto: nothing measures {target}, expected a {target!r} section of the study",
+                    f"auto: nothing measures {target}, expected a {target!r} section of the study with this policy",
                     loc=(*named.loc, "sweep", named.search.auto.variable, "auto"),
                 )
 
+    def _trains(self, named: Named) -> bool:
+        """Whether the utility leg trains this policy."""
+        trained = self.utility.policies if self.utility else ()
+        return trained is None or (named.entry or named.label) in trained
+
     def utility_of(self, named: Named) -> Utility | None:
-        """The training of one policy: the study's, with what the policy sets for itself.
+        """The training of one policy: the study's, with what the policy sets for itself; None = it is not trained.
 
         Raises:
             UserError: a setting that cannot be meant, with its place.
         """
-        if self.utility is None or not named.utility:
+        if self.utility is None or not self._trains(named):
+            return None
+        if not named.utility:
             return self.utility
         try:
             return Utility.model_validate({**self.utility.model_dump(exclude_unset=True), **named.utility})
