@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class PrivacyEngine:
         loss_reduction: str = "mean",
         grad_mode: str = "fast",
         max_physical_batch_size: int | None = None,
+        lengths: Sequence[int] | None = None,
         ledger: Ledger | None = None,
         run: str = "training",
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
@@ -97,6 +98,8 @@ class PrivacyEngine:
             grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at different speeds.
             max_physical_batch_size: the loader hands out parts of at most this many examples; ``step`` clips
                 and sums each, and noises and steps once at the end of a batch (``optimizer.stepped`` tells).
+            lengths: tokens of each example, in the data set's order: a batch is then handed out in parts of like
+                length, which pads less (up to twice as fast); its sum is the same.
             ledger: what this client has spent on this model (`open_ledger`); every step is entered before its
                 noise is drawn, and ``step`` raises `BudgetSpent` before the budget would be exceeded.
             run: name of this training in the ledger.
@@ -124,7 +127,9 @@ class PrivacyEngine:
         _check_optimizer(module, optimizer)
         drawn_from = noise.source(seed)
         coins = noise.source(None if seed is None else seed + 1_000_003)
-        loader = sampling.poisson_loader(data_loader, coins, physical=max_physical_batch_size, poisson=poisson_sampling)
+        loader = sampling.poisson_loader(
+            data_loader, coins, physical=max_physical_batch_size, poisson=poisson_sampling, lengths=lengths
+        )
         self.examples, batch_size = sampling.public_sizes(data_loader)
         self.plan, self.poisson, self.seeded = plan, poisson_sampling, seed is not None
         self.sampling_rate = batch_size / self.examples

@@ -39,8 +39,8 @@ class ClippedSum:
     rows: int = 0
 
     def plus(self, other: ClippedSum) -> ClippedSum:
-        """The sum over two parts of one logical batch."""
-        return self.joined(replace(other, sums={name: v + other.sums[name] for name, v in self.sums.items()}))
+        """The sum over two parts of one logical batch; this one's tensors become it."""
+        return self.joined(replace(other, sums={name: v.add_(other.sums[name]) for name, v in self.sums.items()}))
 
     def joined(self, other: ClippedSum) -> ClippedSum:
         """The other part's sums, which hold this one's already, with the norms and counts of both."""

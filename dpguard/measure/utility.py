@@ -86,13 +86,14 @@ def train(
     model.to(device)
     model.train()
     inner = _optimizer(optimizer, model, plan, learning_rate)
-    encoded = DataLoader(_encode(examples, tokenizer), batch_size=batch_size, collate_fn=_pad(tokenizer))  # type: ignore[arg-type,var-annotated]
+    rows = _encode(examples, tokenizer)
+    encoded = DataLoader(rows, batch_size=batch_size, collate_fn=_pad(tokenizer))  # type: ignore[arg-type,var-annotated]
     engine = PrivacyEngine()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module, private, loader = engine.make_private(
             module=model, optimizer=inner, data_loader=encoded, policy=plan, seed=seed, loss_reduction="sum",
-            max_physical_batch_size=physical,
+            max_physical_batch_size=physical, lengths=[len(ids) for ids, _ in rows],
         )  # fmt: skip
         steps = round(epochs / engine.sampling_rate)
         try:
@@ -140,7 +141,8 @@ def _optimizer(name: str, model: nn.Module, plan: Plan, learning_rate: float) ->
         raise UserError(f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
     trained = set(plan.trained)
     parameters = [p for n, p in model.named_parameters() if n in trained]
-    return OPTIMIZERS[name](parameters, lr=learning_rate)  # type: ignore[call-arg]
+    # one pass over the weights instead of a dozen: a third of a step at batch 1
+    return OPTIMIZERS[name](parameters, lr=learning_rate, fused=True)  # type: ignore[call-arg]
 
 
 def _encode(examples: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], int]]:

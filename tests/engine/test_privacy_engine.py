@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.privacy_engine import PrivacyEngine
-from dpguard.engine.sampling import Part, PoissonSampler
+from dpguard.engine.sampling import Part, PoissonSampler, alike
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
@@ -189,6 +191,48 @@ def test_a_large_batch_in_physical_parts_is_the_same_step():
     assert sum(n for n, _ in sizes) == sum(n for n, _ in part_sizes)
     assert engine.steps == other.steps == sum(stepped for _, stepped in part_sizes)
     assert engine.diagnostics.clipped_fraction == other.diagnostics.clipped_fraction
+
+
+@pytest.mark.parametrize("rows", [DP, [{"layers": "all", "train": True}]], ids=["clipped", "plain"])
+def test_parts_of_like_length_are_the_same_steps(rows):
+    lengths = [len(tiny.tokenizer()(text)["input_ids"]) for text, _ in EXAMPLES]
+
+    def weights(**more):
+        _engine, module, optimizer, loader = private(rows, seed=3, batch_size=12, **more)
+        no_dropout(module)
+        shapes = []
+        for part in loader:
+            train_step(module, optimizer, part)
+            shapes.append(tuple(part["input_ids"].shape))
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), shapes, _engine.steps
+
+    whole, one, steps = weights()
+    cut, many, same = weights(max_physical_batch_size=4, lengths=lengths)
+    assert torch.allclose(whole, cut, rtol=1e-5, atol=1e-7)
+    assert steps == same
+    assert max(rows for rows, _ in many) <= 4
+    assert sum(rows for rows, _ in one) == sum(rows for rows, _ in many)
+    assert sum(rows * width for rows, width in many) < sum(rows * width for rows, width in one)
+
+
+def test_lengths_of_other_data_are_refused():
+    with pytest.raises(UserError, match="lengths has 3 entries; expected one for each of the"):
+        private(DP, lengths=[3, 4, 5])
+
+
+def test_a_cut_along_the_lengths_computes_the_fewest_tokens():
+    def cost(lengths, ends, each):
+        return sum((e - s) * lengths[e - 1] + each for s, e in zip([0, *ends], ends, strict=False))
+
+    draw = random.Random(5)
+    for _ in range(30):
+        lengths = sorted(draw.randint(1, 40) for _ in range(draw.randint(1, 9)))
+        size, each, last = draw.randint(1, 9), draw.choice([0, 10, 64]), len(lengths)
+        found = alike(lengths, size, each)
+        cuts = ([*inner, last] for many in range(last) for inner in itertools.combinations(range(1, last), many))
+        allowed = [c for c in cuts if all(e - s <= size for s, e in zip([0, *c], c, strict=False))]
+        assert found in allowed
+        assert cost(lengths, found, each) == min(cost(lengths, c, each) for c in allowed)
 
 
 def test_a_batch_left_half_way_is_dropped_whole():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpguard.engine import wire
 from dpguard.engine.modes.base import GradientMode, trained_parameters
@@ -32,14 +32,17 @@ class PlainSum(GradientMode):
             self.rows = int(getattr(output, "logits", torch.zeros(1)).shape[0])
 
     def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:
-        """The sum of the latest backward pass, added to ``before``."""
+        """The sum of the latest backward pass, added to ``before``; the gradients' own tensors become it."""
         scale = float(self.rows) if self.mean else 1.0
-        sums = {name: torch.zeros_like(p) if p.grad is None else p.grad * scale for name, p in self.parameters.items()}
-        finite = all(bool(g.isfinite().all()) for g in sums.values())
-        dropped = 0 if finite else self.rows
-        if not finite:
-            sums = {name: torch.zeros_like(g) for name, g in sums.items()}
-        latest = wire.ClippedSum({name: g.clone() for name, g in sums.items()}, {}, dropped, self.rows)
+        sums = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
+        rows, dropped = self.rows, 0 if all(_finite(g) for g in sums.values()) else self.rows
+        for value in sums.values():
+            if dropped:
+                value.zero_()
+            elif scale != 1:
+                value.mul_(scale)
+        self.clear()  # .grad is the sum now and must not be added to
+        latest = wire.ClippedSum(sums, {}, dropped, rows)
         return latest if before is None else before.plus(latest)
 
     def pending(self) -> bool:
@@ -56,3 +59,8 @@ class PlainSum(GradientMode):
         """See `GradientMode.detach`."""
         for handle in self.handles:
             handle.remove()
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether every entry is; a finite sum, the usual case, says so without a second tensor."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
