@@ -129,6 +129,11 @@ class Row:
         return self.epsilon is not None and math.isfinite(self.epsilon)
 
     @property
+    def trains(self) -> bool:
+        """Whether its utility is measured, or was to be."""
+        return self.utility is not None or any(gap.leg == "utility" for gap in self.gaps)
+
+    @property
     def strongest(self) -> str:
         """The attack that leaked most, or that none could run."""
         return "none could run" if self.guessed else self.attack
@@ -220,7 +225,12 @@ class Frontier:
     @property
     def trains(self) -> bool:
         """Whether the study measures utility, or was to."""
-        return any(row.utility or any(gap.leg == "utility" for gap in row.gaps) for row in self.rows)
+        return any(row.trains for row in self.rows)
+
+    @property
+    def trades(self) -> bool:
+        """Whether two policies can be weighed by what they leak and are worth; a single one by itself, too."""
+        return sum(row.trains for row in self.rows) >= min(2, len(self.rows))
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -271,11 +281,15 @@ def led_by(row: Row, metric: str) -> Row:
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows with ``on_front`` set: the Pareto front of low leakage and high utility, by the point estimates."""
+    """Rows with ``on_front`` set: the Pareto front of low leakage and high utility, by the point estimates.
+
+    One policy of several makes no front: it beats nothing that was measured.
+    """
     known = [(row.leakage.value, row.utility.value) for row in rows if row.leakage and row.utility]
+    alone = len(known) < min(2, len(rows))
 
     def on_front(row: Row) -> bool:
-        if row.leakage is None or row.utility is None:
+        if alone or row.leakage is None or row.utility is None:
             return False
         x, y = row.leakage.value, row.utility.value
         return not any(a <= x and b >= y and (a < x or b > y) for a, b in known)

@@ -71,7 +71,7 @@ PICTURES = (
     Picture(
         "tradeoff",
         "Leakage against utility, one point for every policy",
-        lambda table, narrow, chosen: figures.tradeoff(table, narrow=narrow, chosen=chosen) if table.trains else None,
+        lambda table, narrow, chosen: figures.tradeoff(table, narrow=narrow, chosen=chosen) if table.trades else None,
         _marks,
     ),
     Picture(

@@ -7,6 +7,7 @@ equal bytes.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _shown(
     return {
         "pictures": shown,
         "choices": choices,
-        "contents": [(anchor, words) for anchor, words, there in CONTENTS if there in (None, *drawn, *_full(context))],
+        "contents": _contents({*drawn, *_full(context)}),
         **dress(context["study"], sorted(set(points)), len(choices), looks.style()),
     }
 
@@ -101,6 +102,12 @@ CONTENTS: tuple[tuple[str, str, str | None], ...] = (
     ("how", "How it was made", None),
 )
 """Sections of the page: anchor, words, and the picture or list without which it is not there."""
+
+
+def _contents(there: Collection[str]) -> list[tuple[str, str]]:
+    """Anchor and words of the sections of a page; the map leads where nothing can be weighed against its worth."""
+    found = [(anchor, words) for anchor, words, needs in CONTENTS if needs is None or needs in there]
+    return found if "tradeoff" in there else sorted(found, key=lambda section: section[0] != "map")
 
 
 def _full(context: dict[str, Any]) -> list[str]:

@@ -302,3 +302,19 @@ def test_two_thousand_records(tmp_path):
     render(replace(base, study={**base.study, "spec": spec}, records=records, texts={}), tmp_path)
     text = Page((tmp_path / "report.html").read_text("utf-8")).text
     assert "policies off the front had no room here" in text
+
+
+def test_where_only_the_control_is_trained_the_map_leads(tmp_path):
+    whole = sample(8)
+    kept = [r for r in whole.records if r.cell.leg != "utility" or r.cell.policy == "none"]
+    result = replace(whole, records=kept, planned=[r.cell for r in kept])
+    page = render(result, tmp_path).read_text("utf-8")
+    found = Page(page)
+    assert "tradeoff" not in found.ids
+    assert not (tmp_path / "figures" / "tradeoff.svg").exists()
+    assert found.ids.index("map") < found.ids.index("frontier") < found.ids.index("leaks")
+    assert found.ids.count("map") == 1
+    links = [link for link in found.links if link in ("#map", "#frontier", "#leaks")]
+    assert links.index("#map") < links.index("#frontier") < links.index("#leaks")
+    assert "on the front" not in page  # one policy of several beats nothing that was measured
+    assert "figures/tradeoff" not in (tmp_path / "report.md").read_text("utf-8")
