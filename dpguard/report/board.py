@@ -50,6 +50,7 @@ class Measure:
         metric: its name.
         measured: largest mean over attacks and positions.
         attack, at: the attack and position that reached it.
+        positions: position -> largest mean over attacks there.
         floor: of the prior attack on the same messages.
         chance: what a guess scores without any message, measured on public texts; None where it was not.
         upper: upper limit of that chance, from which the bound starts.
@@ -67,6 +68,7 @@ class Measure:
     upper: float | None = None
     bound: float | None = None
     proven: float | None = None
+    positions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def broken(self) -> bool:
@@ -83,6 +85,7 @@ class Row:
         leakage: largest mean of the leakage metric over attacks and positions, in [0, 1].
         attack: the attack that reached it.
         at: the position at which it did.
+        leakage_at: position -> largest mean over attacks there.
         measures: metric -> the same for every recorded metric, with chance and bound: what the sandwich shows.
         floor: the leakage metric of the prior attack on the same messages.
         utility: the study's utility metric on held-out texts.
@@ -106,6 +109,7 @@ class Row:
     leakage: Interval | None = None
     attack: str = ""
     at: str = ""
+    leakage_at: Mapping[str, float] = field(default_factory=dict)
     measures: Mapping[str, Measure] = field(default_factory=dict)
     floor: Interval | None = None
     utility: Interval | None = None
@@ -276,8 +280,10 @@ def led_by(row: Row, metric: str) -> Row:
     """The row with another recorded metric as its leakage; without leakage where that was not measured."""
     found = row.measures.get(metric)
     if found is None:
-        return replace(row, leakage=None, attack="", at="", floor=None)
-    return replace(row, leakage=found.measured, attack=found.attack, at=found.at, floor=found.floor)
+        return replace(row, leakage=None, attack="", at="", floor=None, leakage_at={})
+    return replace(
+        row, leakage=found.measured, attack=found.attack, at=found.at, floor=found.floor, leakage_at=found.positions
+    )
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:

@@ -17,7 +17,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpguard.errors import UserError
+from dpguard.errors import UserError, did_you_mean
 from dpguard.report.board import Frontier
 from dpguard.report.draw_map import draw_map
 from dpguard.report.draw_sandwich import draw_bars, draw_over_noise, draw_panel, height, sandwich_legend
@@ -142,6 +142,7 @@ def map(
     *,
     metric: str | None = None,
     of: Literal["leakage", "utility"] = "leakage",
+    at: str = "",
     ax: Axes | None = None,
     narrow: bool = False,
 ) -> Axes:
@@ -151,20 +152,24 @@ def map(
         source: see `frontier_of`.
         metric: leakage metric instead of the study's.
         of: ``leakage`` or ``utility``.
+        at: of leakage, only at this position in the training, such as ``start``; empty: the largest over all.
         ax: where to draw; a new figure by default.
         narrow: for a column the width of a phone.
 
     Raises:
-        UserError: fewer than two policies share a single part of the model, or another ``of``.
+        UserError: fewer than two policies share a single part of the model, or another ``of``, or a position at
+            which they were not attacked.
     """
     if of not in ("leakage", "utility"):
         raise UserError(f"of is {of!r}, expected 'leakage' or 'utility'")
     content = map_content(frontier_of(source, metric))
     if content is None:
         raise UserError(f"fewer than {LEAST} policies share a single part as it is; expected some like block[0].mlp.in")
+    if at and at not in content.positions:
+        raise UserError(f"at is {at!r}{did_you_mean(at, content.positions)}")
     with styled(narrow):
         ax = ax if ax is not None else new_axes(narrow, 1.1 + 0.55 * len(content.rows))[0]
-        draw_map(ax, content, of=of, narrow=narrow)
+        draw_map(ax, content, of=of, narrow=narrow, at=at)
         settle(ax)
     return ax
 

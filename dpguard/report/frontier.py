@@ -157,6 +157,7 @@ def _measures(policy: str, promise: Mapping[str, Any], scores: Scores, among: in
             chance, upper, bound = _ceiling(metric, promise, scores.blocks[policy].texts)
         found[metric] = Measure(
             metric, interval, attack, at,
+            positions=scores.by_position(policy, metric),
             floor=scores.interval(policy, metric, prior) if prior else None,
             chance=chance, upper=upper, bound=bound,
             # a lower limit is below the mean: only a mean above its bound can have one above it

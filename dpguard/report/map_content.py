@@ -8,8 +8,8 @@ to write a selector means the same here as anywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from dpguard.errors import UserError
@@ -40,6 +40,8 @@ class MapCell:
         number: the policy's row in the frontier table, from 1.
         policy: its name.
         leakage: of the study's metric.
+        leakage_at: position in the training -> largest mean over attacks there.
+        guessed: no attack could run, so that the leakage is a guess's.
         utility: when only that is trained; None when other parts train too, or when it was not measured.
         share: the part's share of all parameters.
     """
@@ -49,6 +51,8 @@ class MapCell:
     leakage: Interval | None
     utility: Interval | None
     share: float | None
+    leakage_at: Mapping[str, float] = field(default_factory=dict)
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class Map:
     utility_metric: str
 
     @property
+    def positions(self) -> tuple[str, ...]:
+        """Positions in the training at which more than one of the parts was attacked, in their order."""
+        found = [at for cell in self.cells.values() for at in cell.leakage_at]
+        return tuple(at for at in dict.fromkeys(found) if found.count(at) > 1)
+
+    @property
     def places(self) -> list[tuple[str, str]]:
         """Every place of the grid: roles of blocks, and the whole of what is outside them."""
         return [(r, c) for r in self.rows for c in self.columns if r.startswith("block ") or c == WHOLE]
@@ -83,7 +93,10 @@ def map_content(frontier: Frontier) -> Map | None:
         if found is None:
             continue
         place, alone = found
-        cell = MapCell(number, row.policy, row.leakage, row.utility if alone else None, row.shared_fraction)
+        cell = MapCell(
+            number, row.policy, row.leakage, row.utility if alone else None, row.shared_fraction,
+            dict(row.leakage_at), row.guessed,
+        )  # fmt: skip
         if place not in cells or _leaks(cell) > _leaks(cells[place]):
             cells[place] = cell
     if len(cells) < LEAST:

@@ -6,6 +6,7 @@ with the macro ``picture``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from dpguard.report import figures, text
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import Frontier, Row
-from dpguard.report.map_content import map_content
+from dpguard.report.map_content import Map, map_content
 from dpguard.report.sandwich_content import over_noise_content
 from dpguard.report.svg import Looks, Mark, inline, to_svg
 
@@ -62,9 +63,28 @@ def _map(of: Literal["leakage", "utility"]) -> Callable[[Frontier, bool, str], A
         content = map_content(table)
         if content is None or (of == "utility" and not any(cell.utility for cell in content.cells.values())):
             return None
-        return figures.map(table, of=of, narrow=narrow)
+        return figures.map(table, of=of, narrow=narrow, at=_first(content) if of == "leakage" else "")
 
     return draw
+
+
+def _first(content: Map) -> str:
+    """Where messages of several positions were attacked every one has a map of its own, and this has the first."""
+    return content.positions[0] if len(content.positions) > 1 else ""
+
+
+def _later_maps(table: Frontier) -> list[Picture]:
+    """The maps of the positions after the first."""
+
+    def draw(at: str) -> Callable[[Frontier, bool, str], Axes]:
+        return lambda table, narrow, _: figures.map(table, narrow=narrow, at=at)
+
+    content = map_content(table)
+    title = "What each part of the model leaks when just that is shared"
+    return [
+        Picture("map_" + re.sub("[^a-z0-9]+", "-", at.lower()), f"{title}: {text.at_name(at)}", draw(at))
+        for at in (content.positions[1:] if content else ())
+    ]
 
 
 PICTURES = (
@@ -122,7 +142,7 @@ class Drawn:
 def draw_all(table: Frontier, chosen: str = "") -> dict[str, Drawn]:
     """Every picture that has something to draw, by name; ``chosen`` is the recommended policy."""
     found = {}
-    for picture in PICTURES:
+    for picture in (*PICTURES[:-1], *_later_maps(table), PICTURES[-1]):
         made = _drawn(picture, table, picture.name, chosen)
         if made:
             found[picture.name] = made

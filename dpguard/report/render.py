@@ -51,7 +51,10 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     drawn = pictures.draw_all(table, decision.policy)
     others = pictures.tradeoffs(table, decision.policy)
     made = card.content(result, table, decision, decision.policy) if decision.policy else None
-    context = _context(result, table, decision) | {"card": card.to_markdown(made) if made else ""}
+    context = _context(result, table, decision) | {
+        "card": card.to_markdown(made) if made else "",
+        "maps": [found for name, found in drawn.items() if name.startswith("map")],
+    }
     folder = Path(folder)
     for stale in (card.JSON, card.TEXT, pdf.NAME):
         (folder / stale).unlink(missing_ok=True)

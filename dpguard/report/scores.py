@@ -127,6 +127,15 @@ class Scores:
         sums, counts = self._of(policy, metric, [option])
         return float(sums.sum() / counts.sum()) if counts.sum() else None
 
+    def by_position(self, policy: str, metric: str) -> dict[str, float]:
+        """Position -> largest mean over attacks there, in the order in which the positions were attacked."""
+        found: dict[str, float] = {}
+        for option in self.options(policy):
+            mean = self.mean(policy, option, metric)
+            if mean is not None:
+                found[option[1]] = max(mean, found.get(option[1], 0.0))
+        return found
+
     def proven(self, policy: str, metric: str) -> float | None:
         """Largest lower limit of a metric's mean over attacks and positions, corrected for looking at all.
 

@@ -7,6 +7,7 @@ from dpguard.policy.ready import ready
 from dpguard.report import figures
 from dpguard.report.board import Frontier, Row
 from dpguard.report.map_content import map_content
+from dpguard.report.pictures import draw_all
 from dpguard.stats import Interval
 
 NOTHING = {"layers": "all", "train": False, "share": False}
@@ -118,3 +119,40 @@ def test_no_map_without_cells():
     assert map_content(shown(only("head"))) is None
     with pytest.raises(UserError, match="fewer than 2 policies share a single part"):
         figures.map(shown(only("head")))
+
+
+def placed(name, at, attacks=("prior", "span")):
+    leakage = Interval(max(at.values()), 0.4, 1.0, 9)
+    return Row(name, leakage=leakage, leakage_at=at, attacks=attacks, table=tuple(only(name)[1]), shared_fraction=0.01)
+
+
+def values(ax):
+    return sorted(text.get_text() for text in ax.texts if text.get_text() not in ("no record", "1.0 %"))
+
+
+def test_every_position_in_the_training_has_a_map_of_its_own():
+    rows = placed("block[0]", {"start": 0.9, "tuned": 0.2}), placed("head", {"start": 0.3, "tuned": 0.7})
+    table = Frontier(rows, "rougeL", "accuracy", parts=PARTS)
+    assert map_content(table).positions == ("start", "tuned")
+    assert values(figures.map(table, at="start")) == ["0.30", "0.90"]
+    assert values(figures.map(table, at="tuned")) == ["0.20", "0.70"]
+    assert values(figures.map(table)) == ["0.70", "0.90"]
+    drawn = draw_all(table)
+    assert [name for name in drawn if name.startswith("map")] == ["map", "map_tuned"]
+    assert "fine-tuned weights" in drawn["map_tuned"].axes.get_title(loc="left")
+    with pytest.raises(UserError, match="at is 'tined'; did you mean 'tuned'"):
+        figures.map(table, at="tined")
+
+
+def test_one_position_is_one_map():
+    rows = placed("block[0]", {"end": 0.9}), placed("head", {"end": 0.3})
+    drawn = draw_all(Frontier(rows, "rougeL", "accuracy", parts=PARTS))
+    assert [name for name in drawn if name.startswith("map")] == ["map"]
+    assert drawn["map"].axes.get_title(loc="left") == "ROUGE-L when just that is shared"
+
+
+def test_a_guess_is_no_leak_of_the_part():
+    rows = placed("block[0]", {"start": 0.9}), placed("block[2]", {"start": 0.15}, attacks=("prior",))
+    ax = figures.map(Frontier(rows, "rougeL", "accuracy", parts=PARTS))
+    assert "no attack\ncould run" in values(ax)
+    assert "0.15" not in values(ax)
