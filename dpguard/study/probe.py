@@ -47,8 +47,11 @@ class Estimate:
         >>> Estimate(50, 400, 4, (), {}).sentence
         'estimate: 50 s to 7 min, from 4 short probes (one message attacked, 3 training steps); other policies may \
 differ'
+        >>> Estimate(5.1, 5.2, 1, (), {}).sentence.split(",")[0]
+        'estimate: about 5 s'
         """
-        text = f"estimate: {words(self.low)} to {words(self.high)}"
+        low, high = words(self.low), words(self.high)
+        text = f"estimate: about {low}" if low == high else f"estimate: {low} to {high}"
         if self.over:
             text += f" or more ({', '.join(self.over)}: the probe was ended after {60 * MINUTES:g} s)"
         text += f", from {self.probes} short probes (one message attacked, {STEPS} training steps)"
