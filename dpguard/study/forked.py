@@ -24,6 +24,7 @@ from dpguard.study.record import Cell
 DRIVER = "DPGUARD_DRIVER"
 """Names the driver's process to the server, which ends with it even in the middle of an import."""
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def live(sender: Connection, log: int, cell: Cell, execute: str, context: Mappin
         os.environ["CUDA_VISIBLE_DEVICES"] = setting.device
     if setting.device:
         context = {**context, "device": "cuda"}
+    _keep_freed_memory()
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(setting.threads)
     sender.send(perform(cell, execute, context))
@@ -69,6 +71,18 @@ def live(sender: Connection, log: int, cell: Cell, execute: str, context: Mappin
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and libraries' exit handlers cost time in every cell
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc use again what was freed instead of giving it back: a worker lives for one cell.
+
+    Otherwise every large tensor is mapped and cleared by the system anew: 6 to 19 % of a training's CPU seconds, at the
+    same peak of memory (measured on MiniLM). Other C libraries go on as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _end_with_driver() -> None:
