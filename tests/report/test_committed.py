@@ -27,7 +27,7 @@ def intervals(folder: Path) -> list[tuple[float, float, float]]:
         found += [tuple(map(float, row)) for row in columns.itertuples(index=False)]
     page = (folder / "report.md").read_text("utf-8").replace("−", "-")
     number = r"([+-]?\d\.\d+)"
-    for value, low, high in re.findall(rf"\| {number} \| {number} – {number} \|", page):
+    for value, low, high in re.findall(rf"\| {number} \| {number} – {number} (?=\|)", page):
         found += [(float(value), float(low), float(high)), (-float(value), -float(high), -float(low))]
     return found
 
@@ -52,3 +52,22 @@ def test_the_table_of_the_identification_study_is_its_frontier():
             [figures] = QUOTED.findall(cell) or [re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", cell).groups()]
             assert all(map(near, figures, (held.leakage, held.leakage_low, held.leakage_high))), (noise, name)
             assert near(epsilon, held.epsilon)
+
+
+def test_the_counts_of_the_map_study_are_its_records():
+    scores = pd.read_parquet(ROOT / "reports/which-part-leaks-cola/scores.parquet")
+    exact = scores[(scores.metric == "exact_match") & (scores.attack != "prior")]
+    one = exact[exact.sweep_part.notna()].groupby("at").value.agg(["sum", "count"])
+    sure = exact[exact.certain.astype(bool)]
+    counts = {
+        "pretrained": f"{one.loc['start', 'sum']:.0f} of {one.loc['start', 'count']:.0f}",
+        "fine-tuned": f"{one.loc['tuned', 'sum']:.0f} of {one.loc['tuned', 'count']:.0f}",
+        "certain": f"{len(sure):,} of {len(exact):,}",
+    }
+    assert (sure.value == 1).all()
+    said = (ROOT / "reports/which-part-leaks-cola/five-sentences.md").read_text("utf-8")
+    assert all(count in said for count in counts.values()), counts
+    for page in ("README.md", "docs/reference-studies.md"):
+        text = " ".join((ROOT / page).read_text("utf-8").split())
+        assert counts["pretrained"] in text
+        assert counts["fine-tuned"] in text
