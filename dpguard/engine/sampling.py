@@ -97,7 +97,7 @@ class PartSampler(Sampler[list[int]]):
 
 
 A_PART = 64
-"""What a further forward and backward pass costs, in tokens (MiniLM, one CPU thread: 65 without a clip, 22 with one)."""
+"""What a further pass costs, in tokens (MiniLM, one CPU thread: 65 without a clip, 22 with one)."""
 
 
 def alike(lengths: Sequence[int], size: int, each: int = A_PART) -> list[int]:
