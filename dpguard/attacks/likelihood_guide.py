@@ -70,6 +70,10 @@ class Guide:
 
     def slopes(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """(N, T, d) float32 derivatives of the score with respect to token embeddings."""
+        size = self.replay.chunk
+        return torch.cat([self._slopes(rows[first : first + size]) for first in range(0, len(rows), size)])
+
+    def _slopes(self, rows: Sequence[Sequence[int]]) -> Tensor:
         batch = batch_of(rows, self.label, self.padding)
         start = self.table[batch.input_ids].detach().clone().requires_grad_()
         found = self.replay.differentiable(batch, start)

@@ -10,6 +10,7 @@ import torch
 from dpguard.attacks.base import Budget
 from dpguard.attacks.likelihood_evolve import Evolution
 from dpguard.attacks.likelihood_guide import Guide
+from dpguard.attacks.likelihood_precision import search_dtype
 from dpguard.attacks.likelihood_prior import Neighbours
 from dpguard.attacks.likelihood_replay import Replay
 from dpguard.attacks.likelihood_search import Row, Search
@@ -22,8 +23,9 @@ SAMPLE = 1000
 """Public texts that say which label and which length are likely."""
 LENGTHS = 3
 """Lengths that are tried when it is unknown."""
-WIDE = 256
-"""Models narrower than this gain nothing from bfloat16."""
+FAINT = 16.0
+"""Energy of a public text over the noise, in nats, below which no search is made: the message then tells at most half
+of it about the text, which no more than the choice among public texts can use."""
 PRECISE = 0.1
 """The last part of the budget goes by the exact likelihood, in float32: bfloat16 can't tell hundredths apart."""
 RESTARTS = 4
@@ -41,7 +43,8 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     """
     exact = Replay(seen)
     table = exact.model.get_input_embeddings().weight  # type: ignore[operator]
-    quick = Replay(seen, dtype=torch.bfloat16) if table.shape[1] >= WIDE else exact
+    dtype = search_dtype(table)
+    quick = exact if dtype is torch.float32 else Replay(seen, dtype=dtype)
     words = Neighbours(seen.disclosed, len(table))
     spent = Spent(max(1, budget.candidates))
     starts = [*words.rows, *_proposed(seen, words)]
@@ -54,8 +57,10 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     begun, share = spent.candidates, (spent.limit - spent.candidates) // 3 if len(ways) > 1 else 0
     for index, search in enumerate(searches):
         search.start([row for row in starts if len(row) == search.length])
-        if len(ways) > 1:
+        if len(ways) > 1 and search.guide.energy > FAINT:
             Evolution(search).run(begun + share * (index + 1) // len(ways))
+    if all(search.guide.energy <= FAINT for search in searches):
+        return _answer(seen, exact, searches, spent)
     _, lead = max((_decide(exact, search)[1], -index) for index, search in enumerate(searches))
     search = searches[-lead]
     rest = spent.limit - spent.candidates

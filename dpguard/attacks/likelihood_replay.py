@@ -8,7 +8,7 @@ Only inner products and norms are needed, and both follow from a layer's inputs 
 forming a weight gradient: <dYᵀ X, M> = <X Mᵀ, dY> and ||dYᵀ X||² = <X Xᵀ, dY dYᵀ> (Goodfellow, arXiv 1510.01799), so
 one forward and one backward pass over activations score a whole batch of candidates. (<m, g> is also the derivative
 of the candidate's loss along m, which one forward-mode pass gives at the same cost, but without the norms.)
-Tensors of which only some entries arrive are formed.
+Of tensors of which only some entries arrive, see `likelihood_pruned`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from dpguard.attacks.likelihood_channels import Channel, channels
+from dpguard.attacks.likelihood_pruned import embedding_square, gathered, is_sparse, surviving
 from dpguard.attacks.observation import Observation
 from dpguard.attacks.replay import recording
 from dpguard.engine import wire
@@ -33,7 +34,7 @@ from dpguard.inputs.batch import Batch
 from dpguard.policy.layers import Slot
 
 CHUNK = 64
-"""Candidates a pass; a sixteenth of it where gradients have to be formed."""
+"""Candidates a pass; a sixteenth of it where weight gradients are formed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Replay:
         channels: the tensors that are compared.
         ignored: names of tensors on the wire that are not.
         model: the copy, eval mode, frozen.
+        chunk: candidates that are compared at once.
     """
 
     def __init__(
@@ -102,6 +104,11 @@ class Replay:
         self.channels = [c for c in found if _known(slots[c.name], modules)]
         self.ignored = [*ignored, *(c.name for c in found if not _known(slots[c.name], modules))]
         self._values = {c.name: c.value.to(dtype) for c in self.channels}
+        pruned = [c for c in self.channels if c.kept is not None]
+        cut = [c for c in pruned if isinstance(modules[c.name.rpartition(".")[0]], (nn.Linear, Conv1D))]
+        self._places = {c.name: surviving(c.value) for c in cut if is_sparse(c.value)}
+        formed = any(c.value.dim() == 2 and c.name not in self._places for c in cut)
+        self.chunk = CHUNK // 16 if formed else CHUNK
         grouped = {n for g in self.plan.groups.values() for n in g.names if n in slots and _known(slots[n], modules)}
         self._slots = {name: slot for name, slot in slots.items() if name in grouped | set(self._values)}
         self._complete = {
@@ -129,9 +136,8 @@ class Replay:
             only: channels (by index) to compare, for a cheaper look: nothing below them is differentiated, and
                 norms run over these channels alone.
         """
-        size = CHUNK if all(c.kept is None for c in self.channels) else max(1, CHUNK // 16)
         parts = []
-        for first in range(0, len(batch), size):
+        for first in range(0, len(batch), size := self.chunk):
             found = self._terms(batch.rows(slice(first, first + size)), None, only)
             parts.append(Terms(found.dots.detach(), found.squares.detach()))
         return Terms.join(parts)
@@ -192,9 +198,7 @@ class Replay:
         if channel.kept is None:
             dot = self._dot(channel.name, use)
         else:
-            gradients = self._form(channel.name, use) * channel.kept
-            dot = (gradients * channel.value).flatten(1).sum(1)
-            square = gradients.pow(2).flatten(1).sum(1)
+            dot, square = self._compare_kept(channel, use)
         factor = factors.get(self.plan[channel.name].group)
         if factor is not None:
             dot, square = dot * factor, square * factor.pow(2)
@@ -202,6 +206,19 @@ class Replay:
             gain = dot.clamp(min=0) / square.clamp(min=1e-30)
             dot, square = dot * gain, square * gain.pow(2)
         return dot / channel.variance, square / channel.variance
+
+    def _compare_kept(self, channel: Channel, use: _Use) -> tuple[Tensor, Tensor]:
+        """(N,) inner products and squared norms over the entries that arrived."""
+        assert channel.kept is not None
+        module = self.model.get_submodule(channel.name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding):
+            return self._dot(channel.name, use), embedding_square(use.given, _wide(_real(module, use)), channel.kept)
+        if channel.name in self._places:
+            places, value = self._places[channel.name]
+            entries = gathered(*_sides(module, use), places)
+        else:
+            entries, value = (self._form(channel.name, use) * channel.kept).flatten(1), channel.value.flatten()
+        return (entries * value).sum(1), entries.pow(2).sum(1)
 
     def _dot(self, name: str, use: _Use) -> Tensor:
         """(N,) inner products of a parameter's gradients with the message."""
@@ -221,18 +238,12 @@ class Replay:
         return use.signal.sum(1) if part == "bias" else (use.signal * _unscaled(module, use.given)).sum(1)
 
     def _form(self, name: str, use: _Use) -> Tensor:
-        """(N, *shape) gradients of one parameter, float32 or wider."""
+        """(N, *shape) gradients of one parameter, float32 or wider; embeddings are never formed."""
         owner, _, part = name.rpartition(".")
         module = self.model.get_submodule(owner)
-        if part == "bias" or not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+        if part == "bias" or not isinstance(module, (nn.Linear, Conv1D)):
             return _wide(self._vector(module, part, use))
-        signal = _wide(use.signal)
-        if isinstance(module, nn.Embedding):
-            signal = _wide(_real(module, use))
-            out = signal.new_zeros((len(signal), *module.weight.shape))
-            return out.scatter_add(1, use.given[:, :, None].expand_as(signal), signal)
-        given = _wide(use.given)
-        left, right = (signal, given) if isinstance(module, nn.Linear) else (given, signal)
+        left, right = _sides(module, use)
         return left.transpose(1, 2) @ right
 
     def _factors(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,6 +272,12 @@ class _Grams:
         if id(x) not in self._known:
             self._known[id(x)] = (x, _wide(x @ x.transpose(1, 2)))
         return self._known[id(x)][1]
+
+
+def _sides(module: nn.Module, use: _Use) -> tuple[Tensor, Tensor]:
+    """(N, T, rows) and (N, T, columns) whose product over T is a linear weight's gradient, float32 or wider."""
+    signal, given = _wide(use.signal), _wide(use.given)
+    return (signal, given) if isinstance(module, nn.Linear) else (given, signal)
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

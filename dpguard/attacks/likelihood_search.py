@@ -26,7 +26,7 @@ Row = tuple[int, ...]
 FRESH, BARREN = 16, 12
 """A search ends after this many turns that each found fewer new texts than this."""
 STEP = 64
-"""Texts differentiated at once."""
+"""Public texts that the first survey goes by."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Search:
         rows = rows[: self.spent.take(len(rows))]
         if not rows:
             return {}
-        slopes = torch.cat([self.guide.slopes(rows[i : i + STEP]) for i in range(0, len(rows), STEP)])
+        slopes = self.guide.slopes(rows)
         counted = torch.ones(slopes.shape[:2]) if weights is None else torch.tensor(weights[: len(rows)]).float()
         mean = (slopes * counted[:, :, None]).sum(0)[list(self.places)]
         lines = (mean.to(self.guide.table.dtype) @ self.guide.table.T).float()

@@ -146,6 +146,15 @@ def test_open_world_finds_what_is_at_least_as_likely_as_the_truth_under_noise() 
     assert found.notes["log_posterior"] >= posterior - 1e-3 * abs(posterior)
 
 
+@pytest.mark.parametrize(("noise", "searches"), [(0.1, True), (0.5, False)])
+def test_a_message_that_tells_next_to_nothing_is_read_by_public_texts_alone(noise: float, searches: bool) -> None:
+    """Energy of a text under an active clip: 1 / noise², 100 and 4 nats."""
+    seen, _ = _seen("bert", [{"layers": "all", "clip": 0.1, "noise": noise}], 1, public=CANDIDATES)
+    found = _run(seen, budget=Budget(0, 3000))
+    assert found.sequences[0]
+    assert (found.candidates > 1000) == searches
+
+
 @pytest.mark.parametrize("candidates", [1, 5, 40])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_any_budget_gives_one_text(family, candidates) -> None:

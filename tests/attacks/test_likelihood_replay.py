@@ -23,6 +23,7 @@ POLICIES = {
     "normalise": [{"layers": "all", "clip": 0.1, "noise": 0.3, "mode": "normalise", "per": "block"}],
     "update": [{"layers": "all", "clip": 0.1, "noise": 0.3, "unit": "update"}],
     "pruned": [{"layers": "all", "clip": 0.1, "noise": 0.3, "keep": 0.1}],
+    "pruned to few": [{"layers": "all", "clip": 0.1, "noise": 0.3, "keep": 0.02}],
     "4 bits": [{"layers": "all", "clip": 0.1, "noise": 0.3, "bits": 4}],
     "no clip": [{"layers": "all", "noise_std": 0.01}],
     "one matrix": [
@@ -71,6 +72,20 @@ def test_the_likelihood_is_that_of_gradients_written_out(family: str, policy: st
     tolerance = 1e-5 if family.startswith("llama") else 1e-10
     assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     assert float(expected.std()) > 1e-3 * float(expected.abs().max())  # candidates do differ
+
+
+@pytest.mark.parametrize("policy", ["pruned", "pruned to few"])
+def test_pruned_tensors_cost_no_gradient_as_large_as_the_table(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few entries no weight gradient is formed, and all candidates go through at once."""
+    seen, _, batch = _case("bert", policy)
+    replay, formed = Replay(seen), []
+    whole = Replay._form
+    monkeypatch.setattr(Replay, "_form", lambda self, name, use: formed.append(name) or whole(self, name, use))
+    replay.terms(batch)
+    assert not any("embeddings" in name and name.endswith("_embeddings.weight") for name in formed)
+    matrices = {c.name for c in replay.channels if c.value.dim() == 2}
+    assert bool(matrices & set(formed)) == (policy == "pruned")
+    assert replay.chunk == (4 if policy == "pruned" else 64)
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama"])
