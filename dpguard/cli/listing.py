@@ -35,6 +35,7 @@ def names(what: str) -> dict[str, str]:
         "families": lambda: _plugins("dpguard.inputs.families"),
         "metrics": lambda: METRICS,
         "columns": _columns,
+        "keys": _keys,
         "studies": _studies,
     }
     if what not in lists:
@@ -63,6 +64,12 @@ def _columns() -> dict[str, str]:
     from dpguard.policy.columns import COLUMNS
 
     return {"layers": "who: a selector or a list of selectors", **{c.name: c.meaning for c in COLUMNS.values()}}
+
+
+def _keys() -> dict[str, str]:
+    from dpguard.cli.keys import study_keys
+
+    return study_keys()
 
 
 def _plugins(package: str) -> dict[str, str]:

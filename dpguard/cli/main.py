@@ -321,7 +321,7 @@ def layers(
 
 @app.command("list")
 def list_names(
-    what: Annotated[str, typer.Argument(metavar="policies|attacks|metrics|studies|families|columns")],
+    what: Annotated[str, typer.Argument(metavar="policies|attacks|metrics|studies|families|columns|keys")],
     as_json: Json = False,
 ) -> None:
     """List what can be named."""

@@ -109,9 +109,10 @@ class Source(Section):
 
     Attributes:
         path: ``demo``, a file (jsonl, csv, parquet) or a hub name.
-        text, label: column names.
-        test: file of the held-out texts; without it, a part of ``path`` is held out.
-        public: file of public texts of the same kind.
+        text, label: names of the columns.
+        test: file of the held-out texts; without it, 15 % of ``path`` are held out.
+        public: file of the attacker's public texts of the same kind; without it, 20 % of what is left of ``path`` are
+            set apart for that and not trained on.
         entities: column of marked entities.
     """
 

@@ -24,7 +24,14 @@ def test_help_and_lists_do_not_import_torch():
         "try: main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'opacus', 'transformers', 'seaborn', 'rouge_score'} & set(sys.modules), sys.modules"
     )
-    for words in (["--help"], ["list", "policies"], ["list", "attacks"], ["list", "metrics"], ["list", "columns"]):
+    for words in (
+        ["--help"],
+        ["list", "policies"],
+        ["list", "attacks"],
+        ["list", "metrics"],
+        ["list", "columns"],
+        ["list", "keys"],
+    ):
         done = subprocess.run([sys.executable, "-c", code % words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "dp-sgd" in done.stdout or words != ["list", "policies"]
