@@ -270,7 +270,7 @@ class _Reader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise self._error("found a list or a mapping as a key, expected a text", key)
-            name = key.value
+            name = self._whole(key.value, key)
             if key.tag != _TAG + "str":
                 raise self._error(f"key {name!r} is read as no text by YAML, expected a text: quote it", key)
             if name in data:
@@ -283,7 +283,7 @@ class _Reader:
         raw = node.value
         match node.tag.removeprefix(_TAG):
             case "str":
-                return _VARIABLE.sub(lambda found: self._variable(found, node), raw)
+                return self._whole(_VARIABLE.sub(lambda found: self._variable(found, node), raw), node)
             case "null":
                 return None
             case "bool":
@@ -295,6 +295,14 @@ class _Reader:
                 except ValueError:
                     raise self._error(f"{_shown(raw)} is no number that can be read", node) from None
         raise self._error(f"tag {node.tag!r} is not supported, expected plain data", node)
+
+    def _whole(self, text: str, node: yaml.Node) -> str:
+        """A text whose halves of characters are joined: JSON writes one beyond 16 bits as two escapes."""
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            shown = text.encode("ascii", "backslashreplace").decode()
+            raise self._error(f"{_shown(shown)} holds half a character, expected both escapes of it", node) from None
 
     def _variable(self, found: re.Match[str], node: yaml.ScalarNode) -> str:
         escaped, name = found.groups()

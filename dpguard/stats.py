@@ -315,13 +315,31 @@ def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
         ValueError: the metric has another name.
     """
     table = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(table, axis1=-2, axis2=-1)
-    true, guessed, total = table.sum(axis=-1), table.sum(axis=-2), table.sum(axis=(-2, -1))
+    return from_counts(np.diagonal(table, axis1=-2, axis2=-1), table.sum(axis=-1), table.sum(axis=-2), metric)
+
+
+def from_counts(hits: ArrayLike, true: ArrayLike, guessed: ArrayLike, metric: str) -> Floats:
+    """The same from counts of each class alone, which take the memory of its number and not of its square.
+
+    Args:
+        hits: shape (..., classes), examples of the class that were said to be.
+        true: examples of the class.
+        guessed: examples said to be of the class.
+        metric: accuracy, f1 or mcc.
+
+    Returns:
+        Shape (...).
+
+    Raises:
+        ValueError: the metric has another name.
+    """
+    hits, true, guessed = (np.asarray(counts, dtype=np.float64) for counts in (hits, true, guessed))
+    total = true.sum(axis=-1)
     if metric == "accuracy":
         return _ratio(hits.sum(axis=-1), total)
     if metric == "f1":
         each = _ratio(2 * hits, true + guessed)
-        scores: Floats = each[..., 1] if table.shape[-1] == 2 else each.mean(axis=-1)
+        scores: Floats = each[..., 1] if hits.shape[-1] == 2 else each.mean(axis=-1)
         return scores
     if metric == "mcc":
         covariance = hits.sum(axis=-1) * total - (true * guessed).sum(axis=-1)

@@ -9,7 +9,6 @@ under every policy.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,7 @@ from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.language import Corpus, public_lengths
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
+from dpguard.inputs.words import words
 
 Words = tuple[str, ...]
 
@@ -152,15 +152,6 @@ def _nearest(corpus: Corpus, length: int | None) -> list[int]:
     counts = public_lengths(corpus)
     near = sorted(range(total), key=lambda index: abs(counts[index] - length))
     return near[: max(MINIMUM, total // 8)]
-
-
-def words(text: str) -> Words:
-    """Lower-case words as ROUGE counts them.
-
-    >>> words("Dr. Lee won't come.")
-    ('dr', 'lee', 'won', 't', 'come')
-    """
-    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def expected_score(candidates: list[Words], references: list[Words]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

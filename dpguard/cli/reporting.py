@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpguard.cli.console import console
 from dpguard.errors import UserError
+from dpguard.report.files import meant
 from dpguard.report.frontier import Frontier, frontier
 from dpguard.report.missing import missing
 from dpguard.report.recommend import Caps, Recommendation, moved_cap, recommend
@@ -74,7 +75,7 @@ def _writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = str(error.filename or place).removesuffix(".part")
+        named = meant(str(error.filename or place))
         raise UserError(
             f"{named!r} cannot be written ({error.strerror}), expected a folder that can be written to; --out names "
             "another"

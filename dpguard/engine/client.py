@@ -30,7 +30,8 @@ class Client:
         plan: the policy resolved against it (a `Policy` is resolved here).
         seed: seed of the noise, for studies and tests only: whoever knows it can subtract the noise. None
             (the default) draws from a cryptographic source, see `noise.SecureSource`.
-        batch_size: the PUBLIC batch size; the number of rows of the observed batch when None.
+        batch_size: the PUBLIC batch size; the number of rows of the observed batch when None, which is refused where
+            that number is drawn (``sampling_rate`` below 1).
         mode: ``eval`` = dropout off, ``train`` = dropout on (its masks come from ``dropout_seed``).
         mask_seed: public seed of random pruning masks.
         dropout_seed: seed of the dropout masks in ``train`` mode; the k-th local step adds k.
@@ -64,6 +65,11 @@ class Client:
             self.plan = self.plan.plan(slots(self.model))
         if self.batch_size is not None and (isinstance(self.batch_size, bool) or self.batch_size < 1):
             raise UserError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1")
+        if self.batch_size is None and self.sampling_rate < 1:
+            raise UserError(
+                f"batch_size is None at sampling rate {self.sampling_rate:g}; expected the public batch size, because "
+                "the number of rows that were drawn is private"
+            )
         clipping.check_model(self.model, self.plan)
         self._source = noise.source(self.seed)
         self._mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate) if self.ledger else None
@@ -112,7 +118,7 @@ class Client:
         """Enter messages in the ledger, if there is one, before they leave."""
         if self.ledger is None or self._mechanism is None:
             return
-        self.ledger.spend(self._mechanism, (self.run, self.ledger.next_number(self.run)), count=messages)
+        self.ledger.spend_next(self._mechanism, self.run, count=messages)
 
     def _after_steps(self, batches: list[Batch]) -> Update:
         if not batches:

@@ -91,7 +91,7 @@ def delta(client: Client, batches: Sequence[Batch], drawn_from: noise.Source) ->
             for name, value in state.personal.items():
                 parameters[name].copy_(value)
         _steps(client, batches, parameters, drawn_from)
-        change = {name: parameters[name].detach() - before[name] for name in plan.shared}
+        change = {name: _wide(parameters[name].detach()) - _wide(before[name]) for name in plan.shared}
         state.personal = {name: parameters[name].detach().clone() for name in plan.withheld}
     finally:
         with torch.no_grad():
@@ -99,6 +99,10 @@ def delta(client: Client, batches: Sequence[Batch], drawn_from: noise.Source) ->
                 parameters[name].copy_(value)
                 parameters[name].grad = None
     return _released(client, change, drawn_from)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(noise.wide(value.dtype))
 
 
 def _steps(

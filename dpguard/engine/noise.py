@@ -28,6 +28,10 @@ class SecureSource:
     """Gaussian and uniform numbers that nobody can predict, not even from all that was drawn before."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
 
     def __deepcopy__(self, _memo: object) -> SecureSource:
@@ -36,6 +40,8 @@ class SecureSource:
 
     def words(self, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) random integers over the whole range of ``dtype`` (int32 or int64)."""
+        if os.getpid() != self._process:  # a fork took the stream along: its parent draws the same
+            self._begin()
         size = count * (4 if dtype == torch.int32 else 8)
         drawn = bytearray(size + 16)  # the cipher asks for a block more than it fills
         zeros = _ZEROS if size == len(_ZEROS) else bytes(size)
@@ -81,12 +87,26 @@ def source(seed: int | None, device: str = "cpu") -> Source:
     return SecureSource() if seed is None else torch.Generator(device).manual_seed(seed)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which tensors of a type are summed and noised: float32, or wider where they are.
+
+    >>> wide(torch.bfloat16), wide(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 def add_noise_(value: Tensor, std: float, drawn_from: Source, *, divide_by: float = 1) -> Tensor:
     """Add Gaussian noise of ``std`` to every entry of a float32 or float64 tensor, then divide, in place.
 
     Returns:
         ``value``, or a contiguous copy where it was not contiguous.
+
+    Raises:
+        TypeError: a narrower type, in which some entries would get no noise at all.
     """
+    if value.dtype != wide(value.dtype):
+        raise TypeError(f"noise on a tensor of {value.dtype}; expected float32 or float64")
     value = value.contiguous()
     flat = value.view(-1)
     # noise that travels to another device goes in fewer, larger pieces

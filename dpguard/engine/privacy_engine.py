@@ -112,6 +112,11 @@ class PrivacyEngine:
                 parameters, a loader without a length, a layer that no gradient mode can handle, a ledger of
                 another model or policy, or a mistake in the policy.
         """
+        if self.steps:
+            raise UserError(
+                f"this engine has made {self.steps} steps under its policy already; expected an engine of its own for "
+                "every training (and one ledger for all of them)"
+            )
         if not module.training:
             raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
         if loss_reduction not in ("mean", "sum"):
@@ -195,7 +200,7 @@ class PrivacyEngine:
             ledger, mechanism, run = self._ledger
             # own batches: every pass over the loader is a run of its own, in which each example appears once
             run = run if self.poisson else f"{run}, pass {epoch}"
-            ledger.spend(mechanism, (run, ledger.next_number(run)))
+            ledger.spend_next(mechanism, run)
         self._epochs.add(epoch)
         self.steps += 1
 
@@ -209,6 +214,8 @@ class PrivacyEngine:
             "plan": self.plan.hash if self.plan else "",
             "steps": self.steps,
             "sampling_rate": self.sampling_rate,
+            "poisson": self.poisson,
+            "seeded": self.seeded,
             "clips": {} if plan is None else {key: g.clip for key, g in plan.groups.items() if g.quantile},
             "passes": len(self._epochs),
             "generators": [g.get_state() for g in self._generators()],
@@ -218,7 +225,7 @@ class PrivacyEngine:
         """Go on where a checkpoint was made; call it after `make_private`.
 
         Raises:
-            UserError: before `make_private`, or a checkpoint of another policy or sampling rate.
+            UserError: before `make_private`, or a checkpoint of another policy, sampling or source of noise.
         """
         if self.plan is None or self._optimizer is None:
             raise UserError("nothing is private yet; expected make_private to be called before load_state_dict")
@@ -232,6 +239,13 @@ class PrivacyEngine:
                 f"the checkpoint was made at sampling rate {state['sampling_rate']:g}, this training's is "
                 f"{self.sampling_rate:g}; expected the same batch size and number of examples"
             )
+        for key, own in (("poisson_sampling", self.poisson), ("a seed", self.seeded)):
+            made = state["poisson" if key == "poisson_sampling" else "seeded"]
+            if made != own:
+                raise UserError(
+                    f"the checkpoint was made {'with' if made else 'without'} {key}, this training is "
+                    f"{'with' if own else 'without'}; expected the same for all steps that are claimed together"
+                )
         self.steps = int(state["steps"])
         self._epochs = {-k for k in range(1, int(state["passes"]) + 1)}
         for generator, drawn in zip(self._generators(), state["generators"], strict=self.seeded):

@@ -107,7 +107,8 @@ class PrivateOptimizer(Optimizer):
             UserError: the part before was neither stepped on nor given up with zero_grad(): two batches in one
                 step would double what one example can change.
         """
-        if not self.module.training:  # an evaluation over the training texts
+        evaluating = not self.module.training
+        if evaluating and (self._fetched or self._open):  # over the training texts, with a batch at hand
             return
         if self._fetched:
             raise UserError(
@@ -117,12 +118,14 @@ class PrivateOptimizer(Optimizer):
         if part.first:
             self._open = False  # a logical batch that the caller left half-way is dropped whole
             self.mode.discard()
-        self._fetched, self._last_part = True, part.last
-        self._handed = part.rows if part.first else (self._handed or 0) + part.rows
+        # what is fetched in eval mode may be evaluated, or trained on after model.train()
+        self._fetched, self._last_part = not evaluating, part.last
+        self._handed = self.mode.folded + part.rows  # a part that was given up is not among the folded ones
 
     def fold(self) -> None:
         """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
         self.mode.fold()
+        self._check_rows(self.mode.folded)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on the message of everything that went backward since the last one.
@@ -137,12 +140,13 @@ class PrivateOptimizer(Optimizer):
         self._fetched = False
         if not self._last_part:
             self._open = True
-            self.mode.fold()
+            self.fold()
             return loss
         self._open = False
         clipped = wire.empty_sum(self.parameters_by_name, self.plan) if self.empty else self.mode.collect()
         self.mode.discard()
         self._check_rows(clipped.rows)
+        self._handed = None if self._handed is None else 0
         self._before_release()
         self.diagnostics.record(clipped.norms, clipped.sums, clipped.dropped, self.plan, self.batch_size)
         self._emit(clipped)
@@ -152,11 +156,12 @@ class PrivateOptimizer(Optimizer):
         return loss
 
     def _check_rows(self, rows: int) -> None:
-        handed, self._handed = self._handed, None if self._handed is None else 0
-        if handed is not None and rows > handed:
+        handed = self._handed
+        if handed is not None and rows != handed:
             raise UserError(
-                f"{rows} examples went backward for a batch of {handed}: an example that counts twice moves the sum by "
-                "twice its clip; expected one forward and one backward pass of each batch that the loader hands out"
+                f"{rows} examples went backward for a batch of {handed}: one that counts twice, or two clipped as one, "
+                "move the sum by more than the clip; expected one forward and one backward pass of each batch that the "
+                "loader hands out"
             )
 
     @property

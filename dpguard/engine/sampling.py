@@ -166,10 +166,12 @@ def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
         raise UserError("the data loader has no batch size; expected DataLoader(..., batch_size=...)")
     if size > examples:
         raise UserError(f"batch size {size} is larger than the {examples} examples; expected at most {examples}")
-    once = isinstance(loader.sampler, RandomSampler) and not loader.sampler.replacement
-    if not (once or isinstance(loader.sampler, SequentialSampler)) or type(loader.batch_sampler) is not BatchSampler:
+    sampler = loader.sampler
+    # more samples than examples are several passes, and one batch may span two
+    once = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples <= examples
+    if not (once or isinstance(sampler, SequentialSampler)) or type(loader.batch_sampler) is not BatchSampler:
         raise UserError(
-            f"the data loader has a sampler of its own ({type(loader.sampler).__name__}), which may draw an example "
+            f"the data loader has a sampler of its own ({type(sampler).__name__}), which may draw an example "
             "twice; expected shuffle=True or False and no sampler"
         )
     return examples, int(size)

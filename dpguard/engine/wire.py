@@ -50,7 +50,10 @@ class ClippedSum:
 
 def empty_sum(parameters: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
     """The clipped sum of a batch without examples: zeros in the shapes of ``parameters`` (name -> tensor)."""
-    zeros = {name: torch.zeros_like(parameters[name], requires_grad=False) for name in plan.trained}
+    zeros = {
+        name: torch.zeros_like(parameters[name], dtype=noise.wide(parameters[name].dtype), requires_grad=False)
+        for name in plan.trained
+    }
     groups = [key for key, group in plan.groups.items() if group.unit == "example"]
     return ClippedSum(zeros, {key: torch.zeros(0) for key in groups})
 
@@ -153,6 +156,8 @@ def example_factors(squared: Mapping[str, Tensor], plan: Plan) -> Factors:
     finite = torch.stack([s.isfinite() for s in stacked]).all(0) if stacked else torch.ones(0, dtype=torch.bool)
     groups = {key: group for key, group in plan.groups.items() if group.unit == "example"}
     norms = {key: group_norms(squared, group) for key, group in groups.items()}
+    for norm in norms.values():  # squares may be finite and their sum not
+        finite = finite & norm.isfinite()
     by_group = {
         key: clip_factors(n.nan_to_num(posinf=0.0), groups[key].clip, groups[key].mode) * finite
         for key, n in norms.items()

@@ -56,7 +56,8 @@ def judge(
     """
     labels = [e.label for e in test]
     found, loss = utility.predict(model, tokenizer, test)
-    global_scores = utility.scores(found, labels, loss)
+    classes = 1 + max(*found, *labels, 1)
+    global_scores = utility.scores(found, labels, loss, classes)
     predictions, total, each = list(found), 0.0, []
     for part, state in zip(parts, states, strict=True):
         if not part:
@@ -66,7 +67,7 @@ def judge(
         for index, prediction in zip(part, own, strict=True):
             predictions[index] = prediction
         total += own_loss * len(part)
-        each.append(utility.scores(own, [labels[i] for i in part], own_loss))
+        each.append(utility.scores(own, [labels[i] for i in part], own_loss, classes))
     mean = {name: sum(s[name] for s in each) / len(each) for name in global_scores}
     worst = {name: worst_mean([s[name] for s in each], high_is_bad=name == "loss") for name in global_scores}
     return Worth(predictions, total / len(test), global_scores, mean, worst, len(each))

@@ -20,6 +20,7 @@ import numpy as np
 from dpguard import stats
 from dpguard.attacks import prior
 from dpguard.attacks.language import Corpus
+from dpguard.inputs.words import words
 from dpguard.measure import metrics
 
 WANTED = 10_000
@@ -78,7 +79,7 @@ def measure(public: tuple[str, ...], tokenizer: Any) -> dict[str, Kappa]:
 def _guesses(texts: tuple[str, ...], tokenizer: Any) -> list[str]:
     """Candidates for the best guess: the prior attack's best, and what its word models say."""
     found = prior.fit(Corpus(texts, tokenizer), None, 20_000)
-    references = [prior.words(text) for text in texts[: prior.REFERENCES]]
+    references = [words(text) for text in texts[: prior.REFERENCES]]
     written = (*prior.unigram_texts(references), *prior.bigram_texts(references))
     modelled = [" ".join(words) for words in written if len(words) in LENGTHS]
     return list(dict.fromkeys([*found.guesses[:TRIED], *modelled]))

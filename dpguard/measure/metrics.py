@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from dpguard.inputs.words import words
+
 NAMES = ("rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_recall")
 
 
@@ -18,11 +19,19 @@ NAMES = ("rouge1", "rouge2", "rougeL", "exact_match", "token_recall", "entity_re
 def _scorer() -> Any:
     from rouge_score import rouge_scorer  # takes a second to import
 
-    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """What rouge-score wants of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """A text's words."""
+        return list(words(text))
 
 
 def rouge(guess: str, truth: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, F-measure (Lin, 2004; Google's rouge-score, no stemming).
+    """ROUGE-1, ROUGE-2 and ROUGE-L, F-measure (Lin, 2004; Google's rouge-score, no stemming), on `words` of any script.
 
     >>> rouge("the cat sat", "the cat sat down")["rouge1"].__round__(3)
     0.857
@@ -52,12 +61,8 @@ def entity_recall(guess: str, entities: Sequence[str] | None) -> float | None:
     """
     if not entities:
         return None
-    words = " " + " ".join(_words(guess)) + " "
-    return sum(f" {' '.join(_words(entity))} " in words for entity in entities) / len(entities)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    said = f" {' '.join(words(guess))} "
+    return sum(f" {' '.join(words(entity))} " in said for entity in entities) / len(entities)
 
 
 def score(

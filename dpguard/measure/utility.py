@@ -194,19 +194,27 @@ def predict(
     return predictions, float(np.mean(losses))
 
 
-def confusion(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """(classes, classes) counts, true class by predicted class.
+def confusion(
+    predictions: Sequence[int], labels: Sequence[int], classes: int = 2
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """(classes, classes) counts, true class by predicted class; of ``classes``, or as many more as occur.
 
     >>> confusion([1, 0, 1], [1, 1, 1]).tolist()
     [[0.0, 0.0], [1.0, 2.0]]
     """
-    classes = 1 + max(*predictions, *labels)
+    classes = max(classes, 1 + max(*predictions, *labels))
     table = np.zeros((classes, classes))
     np.add.at(table, (np.asarray(labels), np.asarray(predictions)), 1)
     return table
 
 
-def scores(predictions: Sequence[int], labels: Sequence[int], loss: float) -> dict[str, float]:
-    """Every utility metric (`stats.from_confusion` defines them), and the held-out loss."""
-    table = confusion(predictions, labels)
+def scores(predictions: Sequence[int], labels: Sequence[int], loss: float, classes: int = 2) -> dict[str, float]:
+    """Every utility metric (`stats.from_confusion` defines them), and the held-out loss.
+
+    Args:
+        predictions, labels: of the same examples; of one client there may be a class alone.
+        loss: their mean cross-entropy.
+        classes: of the task, so that F1 means the same for every client.
+    """
+    table = confusion(predictions, labels, classes)
     return {**{name: float(from_confusion(table, name)) for name in UTILITY_METRICS}, "loss": loss}

@@ -220,6 +220,17 @@ class Ledger:
                 self._ahead = None
             return True
 
+    def spend_next(self, mechanism: Mechanism, run: str, *, count: int = 1) -> int:
+        """Enter the next ``count`` messages of a run, whichever threads enter some beside; see `spend`.
+
+        Returns:
+            The number of the first of them.
+        """
+        with self._guard:
+            number = self.next_number(run)
+            self.spend(mechanism, (run, number), count=count)
+            return number
+
     def left(self, mechanism: Mechanism, run: str = "") -> float:
         """How many more messages of a mechanism fit into the budget: infinity without a budget or a cost.
 

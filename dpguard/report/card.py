@@ -16,7 +16,7 @@ from typing import Any
 
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.statement import NOT_COVERED
-from dpguard.report import federations
+from dpguard.report import federations, files
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row
 from dpguard.report.reasons import limits
 from dpguard.report.recommend import Recommendation
@@ -57,7 +57,7 @@ def file_name(policy: str) -> str:
     ('dp-sgd-noise-0.6', True)
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", policy).strip("-.")
-    if slug and len(slug) <= 60:
+    if slug and len(slug) <= 60 and policy.isascii():
         return slug
     return f"{slug[:40] or 'policy'}-{hashlib.sha256(policy.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
@@ -162,8 +162,8 @@ def _attacked(done: Sequence[Record]) -> dict[str, Any]:
 def write(card: Mapping[str, Any], folder: Path, words: str | None = None) -> None:
     """Write `card.json` and `card.md`; ``words`` instead of the plain card's Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(card, indent=1) + "\n", "utf-8")
-    (folder / TEXT).write_text(to_markdown(card) if words is None else words, "utf-8")
+    files.write(folder / JSON, json.dumps(card, indent=1) + "\n")
+    files.write(folder / TEXT, to_markdown(card) if words is None else words)
 
 
 def to_markdown(card: Mapping[str, Any], *, leaves: str = "", counted: str = "") -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpguard.errors import UserError
+from dpguard.report import files
 from dpguard.report.compare import Against, Comparison
 from dpguard.report.page import dress, template
 from dpguard.report.text import epsilon, metric_name, name, number, span, visible
@@ -43,7 +44,7 @@ def write(found: Comparison, path: Path) -> None:
         **dress(found.label, [], 0),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(template(file, escape=escape).render(context), encoding="utf-8", newline="\n")
+    files.write(path, template(file, escape=escape).render(context))
 
 
 def print_to(found: Comparison, width: int = 100) -> Iterator[str | Table]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.report.files import replacing
 from dpguard.report.text import csv_cell
 from dpguard.study import lock, store
 
@@ -55,19 +54,15 @@ def write(frame: pd.DataFrame, file: Path, kind: str) -> None:
     """
     if file.name.startswith((store.FILE, lock.LOCK)):
         raise UserError(f"--out is {str(file)!r}, which would replace the records themselves, expected another name")
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "parquet":
-            frame.to_parquet(part, index=False)
-        else:
-            part.write_text(_csv(frame) if kind == "csv" else _jsonl(frame), "utf-8")
-        part.replace(file)
+        with replacing(file) as part:
+            if kind == "parquet":
+                frame.to_parquet(part, index=False)
+            else:
+                part.write_text(_csv(frame) if kind == "csv" else _jsonl(frame), "utf-8")
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be written ({error.strerror or error}), expected room for it") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _csv(frame: pd.DataFrame) -> str:

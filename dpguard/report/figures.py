@@ -23,6 +23,7 @@ from dpguard.report.draw_map import draw_map
 from dpguard.report.draw_sandwich import draw_bars, draw_over_noise, draw_panel, height, sandwich_legend
 from dpguard.report.draw_tradeoff import draw_tradeoff
 from dpguard.report.figure_content import leakage_content, tradeoff_content
+from dpguard.report.files import write
 from dpguard.report.frontier import frontier
 from dpguard.report.map_content import LEAST, map_content
 from dpguard.report.marks import new_axes, settle
@@ -196,4 +197,4 @@ def image(ax: Axes, kind: str) -> bytes:
 def save(ax: Axes, path: str | Path) -> None:
     """Write the figure of these axes; the name's ending says how: .svg, .png or .pdf."""
     path = Path(path)
-    path.write_bytes(image(ax, path.suffix.removeprefix(".").lower()))
+    write(path, image(ax, path.suffix.removeprefix(".").lower()))

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dpguard.errors import UserError
+from dpguard.report.files import replacing
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 NAME = "report.pdf"
@@ -56,5 +57,6 @@ def to_pdf(page: Path) -> Path:
             raise UserError(f"{path} printed nothing in {PATIENCE} s; print {page} from a browser instead") from None
         if done.returncode != 0 or not made.is_file():
             raise UserError(f"{path} could not print {page} (exit {done.returncode}); print it from a browser instead")
-        shutil.move(made, target)
+        with replacing(target) as part:
+            shutil.move(made, part)
     return target

@@ -14,6 +14,7 @@ from typing import Any
 from dpguard.report import card, pdf, pictures, text
 from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
+from dpguard.report.files import write
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, frontier
 from dpguard.report.latex import tables
 from dpguard.report.missing import missing
@@ -61,19 +62,19 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
         card.write(made, folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     _write_figures(list(drawn.values()), folder / "figures")
-    _write(folder / "frontier.csv", table.to_csv())
-    _write(folder / "tables.tex", tables(context["views"], table, decision))
-    _write(folder / "report.md", template("report.md.j2", escape=False).render(context))
+    write(folder / "frontier.csv", table.to_csv())
+    write(folder / "tables.tex", tables(context["views"], table, decision))
+    write(folder / "report.md", template("report.md.j2", escape=False).render(context))
     page = folder / "report.html"
-    _write(page, template("report.html.j2", escape=True).render(context | _shown(context, table, drawn, others)))
+    write(page, template("report.html.j2", escape=True).render(context | _shown(context, table, drawn, others)))
     return page
 
 
 def _write_figures(drawn: list[pictures.Drawn], folder: Path) -> None:
     for made in drawn:
-        _write(folder / f"{made.file}.svg", made.wide)
+        write(folder / f"{made.file}.svg", made.wide)
         for kind in KINDS:
-            _write(folder / f"{made.file}.{kind}", to_bytes(made.axes, kind))
+            write(folder / f"{made.file}.{kind}", to_bytes(made.axes, kind))
 
 
 def _shown(
@@ -118,13 +119,6 @@ def _full(context: dict[str, Any]) -> list[str]:
         "differences": any(found.rows for found in context["comparisons"]),
     }
     return [name for name, there in lists.items() if there]
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Write beside and move in place, so that a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-    beside.replace(path)
 
 
 def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> dict[str, Any]:

@@ -47,12 +47,16 @@ def _places(places: Sequence[str]) -> str:
     return "; ".join(places)
 
 
+SHOWN = ("versions", "git", "device", "seed", "plan", "seconds", "cpu_seconds", "peak_mb", "started")
+"""What a page says of where records come from: a failed cell's traceback and output may quote texts, paths, hosts."""
+
+
 def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Where the numbers come from: every value that occurs, totals for durations, the largest memory."""
     found: dict[str, set[str]] = {}
     totals, peak, starts = {"seconds": 0.0, "cpu_seconds": 0.0}, 0.0, []
     for record in records:
-        for name, value in _flat(record.provenance):
+        for name, value in _flat({name: record.provenance[name] for name in SHOWN if name in record.provenance}):
             if name in totals:
                 totals[name] += float(value)
             elif name == "peak_mb":

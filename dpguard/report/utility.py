@@ -15,7 +15,7 @@ from dpguard.stats import (
     Floats,
     Interval,
     binomial,
-    from_confusion,
+    from_counts,
     quantiles,
     resamples,
     small,
@@ -115,13 +115,20 @@ def judge(
         scores = np.vstack([hits.sum(axis=0), _weighted(hits, draws, seed)]).astype(np.float64) / examples
     else:
         classes = 1 + max(1, int(truth.max()), int(guesses.max()))
-        pairs = np.zeros((examples, seeds, classes * classes), dtype=np.float32)
-        np.put_along_axis(pairs, (truth * classes + guesses).T[:, :, None], 1, axis=2)
-        flat = pairs.reshape(examples, -1)
-        tables = np.vstack([flat.sum(axis=0), _weighted(flat, draws, seed)])
-        scores = from_confusion(tables.reshape(draws + 1, seeds, classes, classes), metric)
+        each = np.arange(classes)
+        said = guesses.T[:, :, None] == each  # (examples, seeds, classes)
+        meant = np.broadcast_to((truth[:, None] == each)[:, None], said.shape)
+        hits, true, guessed = (_sums(flags, draws, seed) for flags in (said & meant, meant, said))
+        scores = from_counts(hits, true, guessed, metric)
     right = int((guesses == truth).sum()) if metric == "accuracy" and seeds == 1 else None
     return Judged(scores[0], scores[1:], examples, BOUNDS[metric], right)
+
+
+def _sums(flags: NDArray[np.bool_], draws: int, seed: int) -> NDArray[np.float64]:
+    """Sums over the examples (first axis), of all of them and in every bootstrap sample: (draws + 1, ...)."""
+    columns = flags.reshape(len(flags), -1).astype(np.float32)
+    sums = np.vstack([columns.sum(axis=0), _weighted(columns, draws, seed)]).astype(np.float64)
+    return sums.reshape(draws + 1, *flags.shape[1:])
 
 
 def _weighted(columns: NDArray[np.float32], draws: int, seed: int) -> NDArray[np.float32]:

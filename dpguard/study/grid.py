@@ -121,6 +121,8 @@ def _exposure(study: Study, named: Named, texts: int) -> dict[str, Any]:
         found = study.schedule_of(named, texts)
         if study.leakage is not None and study.leakage.threat.candidates:
             asked["candidates"] = study.leakage.threat.candidates
+        if study.leakage is not None and study.leakage.threat.local_steps > 1:
+            asked["local_steps"] = study.leakage.threat.local_steps
         return {"sampling_rate": found.sampling_rate, "steps": found.steps, **_own(named), **asked}
     seen = {"seeds": list(study.utility.seeds), "messages": max(1, len(study.federation.observe))}
     return {**_federation(study, named), **seen, **asked}

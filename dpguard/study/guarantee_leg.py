@@ -61,11 +61,13 @@ def _promised(cell: Cell, plan: Plan, corpus: Corpus) -> tuple[Guarantee, int, d
     """(guarantee, noised steps that an attacker saw of one record, what a federation adds to the record)."""
     given = cell.settings
     if "federation" not in given:
+        # every local step behind a message is noised by itself, unless the whole change is
+        seen = 1 if plan.unit == "update" else given.get("local_steps", 1)
         found = guarantee(
-            plan, sampling_rate=given["sampling_rate"], steps=given["steps"], delta=given["delta"],
+            plan, sampling_rate=given["sampling_rate"], steps=max(given["steps"], seen), delta=given["delta"],
             examples=round(given.get("examples", cell.data["train"])),
         )  # fmt: skip
-        return found, 1, {}
+        return found, seen, {}
     settings = Settings.of(given["federation"])
     refuse(plan, settings)
     promise = federated.promise(cell, plan, corpus)

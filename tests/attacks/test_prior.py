@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from dpguard.attacks import prior
 from dpguard.attacks.language import Corpus
+from dpguard.inputs.words import words
 from tests import messages, tiny
 
 ENDINGS = ("soon", "today", "tomorrow", "now", "late", "yet")
@@ -34,16 +35,16 @@ def test_rouge_l_is_the_one_of_the_reference_implementation() -> None:
     scorer = RougeScorer(["rougeL"])
     for left, right in zip(texts[:20], texts[20:], strict=True):
         wanted = scorer.score(right, left)["rougeL"].fmeasure
-        assert prior.expected_score([prior.words(left)], [prior.words(right)])[0] == pytest.approx(wanted)
+        assert prior.expected_score([words(left)], [words(right)])[0] == pytest.approx(wanted)
 
 
 def test_the_guess_beats_public_texts_on_text_that_it_never_saw() -> None:
     shuffled = list(PUBLIC)
     random.Random(1).shuffle(shuffled)
-    known, held = shuffled[:300], [prior.words(t) for t in shuffled[300:]]
+    known, held = shuffled[:300], [words(t) for t in shuffled[300:]]
     found = prior.fit(Corpus(tuple(known), tiny.tokenizer()), None, 20_000)
-    best = prior.expected_score([prior.words(found.guesses[0])], held)[0]
-    others = prior.expected_score([prior.words(t) for t in known], held)
+    best = prior.expected_score([words(found.guesses[0])], held)[0]
+    others = prior.expected_score([words(t) for t in known], held)
     assert best > others.mean() + 0.02
     assert best >= others.max() - 0.02
     assert found.expected == pytest.approx(best, abs=0.05)

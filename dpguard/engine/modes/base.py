@@ -38,6 +38,11 @@ class GradientMode:
         """Remove every hook from the model."""
         raise NotImplementedError
 
+    @property
+    def folded(self) -> int:
+        """Examples of the logical batch that are folded already."""
+        return 0 if self._folded is None else self._folded.rows
+
     def fold(self) -> None:
         """Clip and sum what went backward so far, so that a large logical batch needs the memory of a part."""
         self._folded = self.part(self._folded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dpguard.engine import wire
+from dpguard.engine import noise, wire
 from dpguard.engine.modes.base import GradientMode, trained_parameters
 from dpguard.policy.table import Plan
 
@@ -34,7 +34,10 @@ class PlainSum(GradientMode):
     def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:
         """The sum of the latest backward pass, added to ``before``; the gradients themselves become it."""
         scale = float(self.rows) if self.mean else 1.0
-        sums = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
+        sums = {
+            name: (torch.zeros_like(p) if p.grad is None else p.grad).to(noise.wide(p.dtype))
+            for name, p in self.parameters.items()
+        }
         dropped = 0 if all(_finite(g) for g in sums.values()) else self.rows
         for value in sums.values():
             if dropped:
