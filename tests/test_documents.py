@@ -62,6 +62,12 @@ def test_a_broken_file_is_one_sentence_with_its_place(tmp_path, name):
     assert len(str(caught.value)) < len(str(tmp_path)) + 250
 
 
+def test_an_emoji_as_json_writes_it_is_one_character(tmp_path):
+    assert read(tmp_path, '"\\ud83d\\udd12": "a \\ud83d\\udd12"\n').data == {"\U0001f512": "a \U0001f512"}
+    with pytest.raises(UserError, match=r"study.yaml:1:4: .*holds half a character, expected both escapes of it"):
+        read(tmp_path, 'a: "b \\ud83d"\n')
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "study.yaml").write_text("a: 1")
     with pytest.raises(UserError, match=r"stduy\.yaml: no such file; did you mean 'study\.yaml'\?"):

@@ -137,8 +137,10 @@ class PartLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler: PartSampler = self.batch_sampler  # type: ignore[assignment]
+        parts: deque[Part] | None = None
         for value in super().__iter__():
-            part = sampler.parts.popleft()
+            parts = sampler.parts if parts is None else parts  # of this pass, also when another one begins inside it
+            part = parts.popleft()
             if self.on_part is not None:
                 self.on_part(part)
             yield value

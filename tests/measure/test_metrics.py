@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
 from sklearn import metrics as oracle
 
 from dpguard.measure import metrics, utility
@@ -13,6 +16,21 @@ def test_rouge_of_known_pairs():
     swapped = metrics.rouge("sat cat the", "the cat sat")
     assert swapped == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": pytest.approx(1 / 3)}
     assert metrics.rouge("", "the cat")["rouge1"] == 0.0
+
+
+def test_words_of_every_script_count():
+    truth = "Пациент Иванов, палата 5"
+    assert metrics.rouge("Пациент Иванов палата", truth)["rougeL"] == pytest.approx(6 / 7)
+    assert metrics.rouge("5", truth)["rouge1"] == pytest.approx(2 / 5)
+    assert metrics.rouge("東京に行く", "東京に行きます")["rouge1"] == pytest.approx(2 * 4 / (5 + 7))
+    assert metrics.rouge("cafe", "Café")["rouge1"] == 1.0
+    assert metrics.entity_recall("к доктору иванову и Иванов", ["ИВАНОВ"]) == 1.0
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+def test_on_ascii_the_scores_are_those_of_rouge_score(guess, truth):
+    theirs = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"]).score(truth, guess)
+    assert metrics.rouge(guess, truth) == {name: found.fmeasure for name, found in theirs.items()}
 
 
 def test_token_recall_counts_multiplicity():
@@ -46,6 +64,11 @@ def test_utility_metrics_agree_with_an_independent_library(classes):
     assert found["mcc"] == pytest.approx(oracle.matthews_corrcoef(labels, said))
     average = "binary" if classes == 2 else "macro"
     assert found["f1"] == pytest.approx(oracle.f1_score(labels, said, average=average))
+
+
+def test_f1_of_a_client_with_one_class_means_what_it_means_for_the_others():
+    assert utility.scores([0, 0], [0, 0], 0.5)["f1"] == 0.0
+    assert utility.scores([0, 1], [0, 1], 0.5, classes=3)["f1"] == pytest.approx(2 / 3)
 
 
 def test_a_constant_prediction_has_no_correlation():

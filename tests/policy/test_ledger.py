@@ -172,6 +172,21 @@ def test_threads_enter_every_message_once(tmp_path):
     assert ledger.messages == 30
 
 
+def test_threads_that_do_not_know_of_each_other_enter_all_their_messages(tmp_path):
+    ledger, numbers = opened(tmp_path / "l.json"), []
+
+    def work():
+        numbers.extend(ledger.spend_next(WHOLE, "rounds", count=2) for _ in range(15))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.messages == 120
+    assert sorted(numbers) == list(range(1, 121, 2))
+
+
 # the budget
 
 
