@@ -81,6 +81,10 @@ def _studies() -> dict[str, str]:
 
     found = {}
     for path in sorted(Path("studies").glob("*.yaml")):
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (yaml.YAMLError, ValueError, OSError):
+            found[str(path)] = "(cannot be read: dpguard run says why)"
+            continue
         found[str(path)] = str(content.get("question", "")) if isinstance(content, dict) else ""
     return found

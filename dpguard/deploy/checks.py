@@ -29,6 +29,8 @@ ENOUGH = 64
 """Entries from which on a tensor alone is judged by `CLOSE`."""
 MOST_ZEROS = 0.01
 """Gaussian noise leaves no entry at zero; rounding of a difference leaves hardly any."""
+SPACINGS = 50
+"""A change is told from rounding when the tensor's usual change is so many float spacings of the weight."""
 
 
 class Refused(UserError):  # noqa: N818 - it is what happened, not a failure
@@ -129,18 +131,34 @@ def _full(name: str) -> Refused:
     )
 
 
-def check_noised(update: Mapping[str, Tensor], plan: Plan) -> None:
+def check_noised(update: Mapping[str, Tensor], plan: Plan, base: Mapping[str, Tensor] | None) -> None:
     """A difference that is said to carry noise does: Gaussian noise leaves no entry at zero.
+
+    An entry whose weight has a float spacing near the size of the tensor's changes may have been rounded to zero.
+
+    Args:
+        update: differences.
+        plan: the table.
+        base: the weights that the client began from.
 
     Raises:
         Refused: a noised tensor with many entries that are exactly zero.
     """
     for name in plan.shared:
-        if plan[name].noise and float((update[name] == 0).double().mean()) > MOST_ZEROS:
+        if plan[name].noise and float(_unmoved(update[name], (base or {}).get(name)).double().mean()) > MOST_ZEROS:
             raise Refused(
                 f"{name!r} is declared noised and has many entries at zero; expected the noise of every local step on "
                 "every entry"
             )
+
+
+def _unmoved(change: Tensor, weight: Tensor | None) -> Tensor:
+    """Entries at zero that no rounding explains."""
+    moved = change[change != 0].abs()
+    if weight is None or not moved.numel():
+        return change == 0
+    spacing = torch.nextafter(weight.abs(), torch.full_like(weight, torch.inf)) - weight.abs()
+    return (change == 0) & (spacing * SPACINGS < moved.median())
 
 
 def check_not_zero(update: Mapping[str, Tensor], names: Sequence[str]) -> None:

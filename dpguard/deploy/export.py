@@ -83,11 +83,17 @@ def export(
     made.write(folder)
     golden.make(made).write(folder)
     card.write(card.make(result, made, decision), folder)
-    federation = result.spec.get("federation") or {}
-    deal, clients = bool(federation), federation.get("per_round", 2)
-    told = {"DEAL": str(deal).lower(), "DEAL_PYTHON": str(deal), "CLIENTS": str(clients)}
+    told = _dealing(result, name)
     fill(to, folder, made, plugin.values(made) | told)
     return Exported(folder, made, decision, tuple(_warnings(made, decision)))
+
+
+def _dealing(result: StudyResult, policy: str) -> dict[str, str]:
+    """Whether a simulation deals the study's texts out, and to how many a round: the policy's own federation."""
+    cells = [r.cell.settings for r in result.records if r.cell.policy == policy and r.cell.leg == "guarantee"]
+    federation: Mapping[str, Any] = next((settings["federation"] for settings in cells if "federation" in settings), {})
+    deal, clients = bool(federation), federation.get("per_round", 2)
+    return {"DEAL": str(deal).lower(), "DEAL_PYTHON": str(deal), "CLIENTS": str(clients)}
 
 
 def rehearse(result: StudyResult, policy: str, metrics: Sequence[str] = ()) -> Rehearsal:
@@ -137,8 +143,6 @@ def _model(claim: Record, own: Sequence[Record]) -> tuple[LoadedModel, int]:
         loaded = models.load(name, labels=labels, seed=0)
         if loaded.fingerprint == wanted:
             return loaded, labels
-        if seen:
-            break
     raise UserError(f"model {name!r} is not the one of the study (hash {wanted}); expected the same weights")
 
 

@@ -23,8 +23,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, told: dict[str, str] | None 
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; expected a disk with space left") from None
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        draft.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {path}: {why}; expected a disk with space left") from None
 
 
 def about(path: Path) -> dict[str, str]:

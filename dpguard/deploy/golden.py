@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,13 +66,16 @@ class Vectors:
         path = Path(folder) / FILE
         if not path.is_file():
             raise UserError(f"no {path}; expected the file as exported")
-        with safe_open(path, framework="pt") as file:
-            version = (file.metadata() or {}).get("torch", "unknown")
         parts: dict[str, dict[str, Tensor]] = {"base": {}, "update": {}, "expected": {}}
-        for key, value in load_file(path).items():
-            part, _, name = key.partition(" ")
-            parts[part][name] = value
-        small = miniature(rehearsal, parts["base"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                version = (file.metadata() or {}).get("torch", "unknown")
+            for key, value in load_file(path).items():
+                part, _, name = key.partition(" ")
+                parts[part][name] = value
+            small = miniature(rehearsal, parts["base"])
+        except (SafetensorError, KeyError, OSError):
+            raise UserError(f"{path} is damaged or of another model; expected the file as exported") from None
         return Vectors(small, parts["base"], parts["update"], parts["expected"], version)
 
 

@@ -113,11 +113,12 @@ def _zero(t: Try) -> None:
 
 
 def _zero_is_noise(t: Try, reply: Reply) -> bool:
-    """Of a clipped sum, zeros are an empty Poisson batch: what leaves is noise wherever the table adds any."""
+    """Zeros before the noise are a client that drew nothing: what leaves is noise wherever the table adds any."""
     noised = [n for n in reply.tensors if t.site.plan[n].noise and t.site.plan[n].keep == 1]
     clean = [n for n in reply.tensors if not t.site.plan[n].noise and not t.site.plan[n].noise_std]
     return (
-        t.site.content == "clipped"
+        t.site.content != "noised"
+        and bool(noised or t.site.content == "clipped")
         and all(bool(reply.tensors[n].any()) for n in noised)
         and not any(bool(reply.tensors[n].any()) for n in clean)
     )
@@ -245,7 +246,7 @@ FLEET = (
     Hostile("float64", _as(torch.float64)),
     Hostile("integer buffer", _counter),
     Hostile("frozen tensor", _frozen),
-    Hostile("zero norm", _zero, _zero_is_noise, "a difference: refused; an empty Poisson batch: leaves as noise alone"),
+    Hostile("zero norm", _zero, _zero_is_noise, "before the noise: leaves as noise alone; else refused"),
     Hostile("another shape", _shape),
     Hostile("flattened", _flat),
     Hostile("a scalar to be broadcast", _scalar),

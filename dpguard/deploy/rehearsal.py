@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -127,6 +129,11 @@ class Budget:
     epsilon: float
     messages: int
 
+    @property
+    def limit(self) -> float | None:
+        """The ledger's budget: None without a guarantee; an epsilon of 0 is the smallest that a ledger takes."""
+        return None if self.epsilon == math.inf else max(self.epsilon, sys.float_info.min)
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -203,12 +210,14 @@ class Rehearsal:
         folder = Path(folder)
         plain = _json(folder / REHEARSAL)
         try:
-            found = _from_plain(plain, Document.read(folder / TABLE).data)
-        except (KeyError, TypeError, AttributeError) as error:
+            found, wanted = _from_plain(plain, Document.read(folder / TABLE).data), plain["plan"]
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{folder / REHEARSAL} is damaged ({error!r}); expected the file as exported") from None
-        if found.plan.hash != plain["plan"]:
+        if found.plan.hash != wanted:
             raise Refused(
-                f"{folder / TABLE} is not the table that was rehearsed; expected plan {plain['plan']} (a site's own, "
+                f"{folder / TABLE} is not the table that was rehearsed; expected plan {wanted} (a site's own, "
                 "stricter table goes into a file of its own)"
             )
         return found

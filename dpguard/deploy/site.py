@@ -59,6 +59,8 @@ class Site:
         client: its name, for the ledger.
         table: the site's own, stricter table: a policy file, or None.
         budget: an epsilon of the site's own, at most the rehearsed one.
+        allow_change: go on with what is left of the ledger under another table or budget than before; what was spent
+            stays counted.
         generator: source of the noise; for tests only. None = the operating system's entropy.
 
     Raises:
@@ -74,6 +76,7 @@ class Site:
         client: str,
         table: str | Path | None = None,
         budget: float | None = None,
+        allow_change: bool = False,
         generator: noise.Source | None = None,
     ) -> None:
         self.folder, self.state = Path(folder), Path(state)
@@ -95,7 +98,7 @@ class Site:
             raise UserError(f"cannot keep state in {self.state}: {error.strerror}; expected a folder") from None
         self.ledger = Ledger(
             client, self.rehearsal.model.kind, self.rehearsal.budget.delta, _budget(self.rehearsal, budget),
-            Ledger.beside(self.state),
+            Ledger.beside(self.state), allow_change=allow_change,
         )  # fmt: skip
         try:
             self.ledger.accepts(self.mechanism)
@@ -309,7 +312,7 @@ def _budget(rehearsal: Rehearsal, own: float | None) -> float | None:
         raise UserError(f"budget is {own:g}, more than the {epsilon:g} that was rehearsed; expected at most that")
     if own is not None:
         return own
-    return None if epsilon == float("inf") or epsilon == 0 else epsilon
+    return rehearsal.budget.limit
 
 
 def _apart(kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

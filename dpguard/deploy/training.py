@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpguard.deploy.checks import Refused
 from dpguard.deploy.gate import before_the_gate
-from dpguard.deploy.rehearsal import MessageForm, check_model
+from dpguard.deploy.rehearsal import MessageForm, Rehearsal, check_model
 from dpguard.deploy.site import Reply, Site
 from dpguard.engine.client import Client
 from dpguard.engine.local import LocalTraining
@@ -23,7 +23,7 @@ from dpguard.federation.settings import derive
 from dpguard.federation.turn import client_batches
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.models import LoadedModel
-from dpguard.inputs.texts import Example, examples, load
+from dpguard.inputs.texts import Example, check_lengths, examples, load
 
 
 def one_round(
@@ -80,11 +80,13 @@ def local_update(
         (update, how it was made).
 
     Raises:
-        Refused: another model than the rehearsed one, or too few texts for the rehearsed sampling rate.
+        Refused: another model than the rehearsed one, too few texts for the rehearsed sampling rate, or too many for
+            the rehearsed delta.
     """
     meant = site.rehearsal.message
     check_model(site.rehearsal.model, model.module)
     rate = sampling_rate(meant, len(texts))
+    check_delta(site.rehearsal, len(texts))
     drawn = client_batches(
         seed, client, round_number, examples=len(texts), batch_size=meant.batch_size, steps=meant.local_steps
     )
@@ -115,7 +117,7 @@ def sampling_rate(meant: MessageForm, texts: int) -> float:
     Raises:
         Refused: too few texts, so that every one would be in more batches than was rehearsed.
     """
-    rate = meant.batch_size / max(1, texts)
+    rate = min(1.0, meant.batch_size / max(1, texts))
     if rate > meant.sampling_rate * (1 + 1e-9):
         needed = math.ceil(meant.batch_size / meant.sampling_rate - 1e-6)
         raise Refused(
@@ -125,16 +127,31 @@ def sampling_rate(meant: MessageForm, texts: int) -> float:
     return rate
 
 
-def own_texts(path: str, labels: int) -> list[Example]:
+def check_delta(rehearsal: Rehearsal, texts: int) -> None:
+    """The rehearsed delta promises something to each of so many texts.
+
+    Raises:
+        Refused: a delta above one over their number.
+    """
+    budget = rehearsal.budget
+    if budget.epsilon < math.inf and rehearsal.plan.unit == "example" and budget.delta > 1 / max(1, texts):
+        raise Refused(
+            f"the site has {texts} texts, and epsilon was rehearsed at delta {budget.delta:g}; expected a delta of at "
+            f"most {1 / max(1, texts):.1e}"
+        )
+
+
+def own_texts(path: str, labels: int, model: LoadedModel | None = None) -> list[Example]:
     """All texts of a site to train on: of a file every one, nothing is held out.
 
     Args:
         path: a jsonl, csv or parquet file with the columns ``text`` and ``label``; else what `inputs.texts.load` knows
             (``demo``, a hub name), of which the training part.
         labels: number of classes of the model.
+        model: whose positions every text must fit: one that does not would fail exactly the rounds that draw it.
 
     Raises:
-        UserError: see `inputs.texts.load`; or a label that the model has no class for.
+        UserError: see `inputs.texts.load`; a label that the model has no class for; or a text that is too long for it.
     """
     place = Path(path)
     found = list(examples(place)) if place.is_file() else list(load(path).train)
@@ -144,6 +161,8 @@ def own_texts(path: str, labels: int) -> list[Example]:
                 f"label is {example.label}; expected a class index below {labels}, as the model was rehearsed with",
                 where=example.where,
             )
+    if model is not None:
+        check_lengths(found, model.tokenizer, model.max_tokens)
     return found
 
 

@@ -9,13 +9,14 @@ import os
 import socket
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dpguard.errors import UserError
@@ -32,6 +33,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+
+FRESH = ("head", "pooler")
+"""Roles that a checkpoint may lack: they are drawn from the seed."""
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -115,15 +119,36 @@ def _classifier(name: str, folder: str, labels: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        module, told = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=labels,
             attn_implementation="eager",
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from None
+    _check_loaded(name, module, told)
+    return module
+
+
+def _check_loaded(name: str, module: nn.Module, told: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that leaves more than a head as it was drawn: its reports would be about noise.
+
+    Args:
+        name: the model's.
+        module: as loaded.
+        told: what transformers says of the loading: ``missing_keys`` and ``mismatched_keys``.
+    """
+    drawn = [*told["missing_keys"], *(key if isinstance(key, str) else key[0] for key in told["mismatched_keys"])]
+    fresh = {slot.name for slot in slots(module) if slot.role in FRESH}
+    known = {slot.name for slot in slots(module)}
+    if odd := sorted(key for key in drawn if key in known - fresh):
+        raise UserError(
+            f"model {name!r} has no weights that fit {odd[0]!r} ({len(odd)} of {len(known)} tensors); expected a "
+            "checkpoint of the model that config.json describes"
+        )
 
 
 @dataclass(frozen=True)
@@ -136,12 +161,14 @@ class _Adapter:
 
 def _adapter(name: str) -> _Adapter | None:
     """What adapter_config.json says, or None for a folder without one, a hub name, or a ready-made model."""
-    folder = Path(name).expanduser()
+    folder = _expanded(name)
     file = folder / ADAPTER_FILE
     if name in READY or not file.is_file():
         return None
     try:
         config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"adapter {name!r}: {ADAPTER_FILE} cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"adapter {name!r}: {ADAPTER_FILE} is no JSON ({_line(error)})") from None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -176,7 +203,7 @@ def _adapted(name: str, module: nn.Module, folder: Path) -> nn.Module:
             # adapters that the file does not have would stay as they were drawn
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(module, str(folder), is_trainable=True)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
         raise UserError(f"adapter {name!r} does not fit its base model: {_why(error)}") from None
 
 
@@ -199,7 +226,7 @@ READY = {"demo": bundle.folder, "minilm": minilm_folder}
 def _folder(name: str) -> str:
     if name in READY:
         return str(READY[name]())
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} is no model: expected a config.json in Hugging Face format")
@@ -215,6 +242,14 @@ def _folder(name: str) -> str:
     return _hub(name)
 
 
+def _expanded(name: str) -> Path:
+    """The path that a name may be, ``~`` and ``~user`` replaced where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def _is_path(name: str) -> bool:
     """True for what cannot be a hub name."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -227,9 +262,16 @@ def _has_tokenizer(folder: Path) -> bool:
 def _hub(name: str) -> str:
     """A hub name, after making sure that it is cached or that the hub answers: never 20 s of retries."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return name
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return name
+    except HFValidationError:
+        raise UserError(
+            f"no model folder {name!r}, and no hub name looks like that; expected 'demo', 'minilm', or a folder in "
+            "Hugging Face format"
+        ) from None
     if not hub_reachable():
         raise UserError(
             f"model {name!r} is no local folder, is not cached, and no model hub can be reached; "

@@ -117,7 +117,7 @@ def load(
             synthetic=True,
         )
     main = locate(path)
-    if not main.is_file():
+    if not _is_file(main):
         return _from_hub(path, text, label, owner) if _is_hub_name(path, main) else _missing(path, main, "path")
     extra = {
         key: None if name is None else _existing(name, locate(name), key)
@@ -209,8 +209,9 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"is no JSON ({error.msg}); expected one object a line", where=f"{path}:{number}") from None
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", type(error).__name__)
+            raise UserError(f"is no JSON ({why}); expected one object a line", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
             raise UserError(f"holds {str(row)[:40]!r}; expected one JSON object a line", where=f"{path}:{number}")
         yield number, row
@@ -218,8 +219,11 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    for row in reader:
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"is no CSV ({error}); expected quotes that close", where=f"{path}:{reader.line_num}") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -228,6 +232,8 @@ def _lines(path: Path) -> Iterator[str]:
             yield from file
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 ({error.reason}); expected UTF-8 text", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror}); expected a file of texts", where=str(path)) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -235,15 +241,18 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"is no parquet file ({error})", where=str(path)) from None
-    yield from enumerate(table.to_pylist(), 1)
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"is no parquet file that can be read ({why})", where=str(path)) from None
+    yield from enumerate(rows, 1)
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{column} is {value!r}; expected a text", where=where)
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{column} holds half a character; expected both halves of it", where=where)
     return value
 
 
@@ -269,8 +278,15 @@ def _entities(value: Any, where: str) -> tuple[str, ...] | None:
     return tuple(value)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than a file system takes
+        return False
+
+
 def _existing(name: str, path: Path, key: str) -> Path:
-    if not path.is_file():
+    if not _is_file(path):
         _missing(name, path, key)
     return path
 

@@ -231,6 +231,8 @@ def check_arguments(q: float, steps: int, delta: float, sampling: str, examples:
         raise UserError(f"steps is {steps!r}; expected a whole number of at least 1")
     if not 0 < delta < 1:
         raise UserError(f"delta is {delta!r}; expected a number above 0 and below 1")
+    if examples is not None and examples < 1:
+        raise UserError(f"examples is {examples!r}; expected a whole number of at least 1")
     if examples is not None and delta > 1 / examples:
         raise UserError(f"delta is {delta:g}, larger than 1 / {examples} examples; expected at most {1 / examples:.1e}")
     if sampling not in ("poisson", "shuffle"):

@@ -30,6 +30,7 @@ from dpguard.deploy.rehearsal import MessageForm, Rehearsal
 from dpguard.deploy.server import Server
 from dpguard.deploy.site import Reply, Site, as_tensors
 from dpguard.errors import UserError
+from dpguard.policy.ledger import BudgetSpent
 
 ARRAYS, METRICS, FORM = "arrays", "metrics", "dpguard"
 ROUND, PLAN = "server-round", "dpguard-plan"
@@ -45,7 +46,8 @@ def open_site(context: Context, folder: str | Path | None = None) -> Site:
     A SuperNode is started with ``--node-config 'dpguard-folder="/srv/exported" dpguard-state="/srv/state" ...'``:
     ``dpguard-folder`` (its own copy of the exported folder, which then holds whatever the server's app says),
     ``dpguard-state`` (ledger, outbox, personal weights), ``dpguard-client`` (its name), ``dpguard-table`` (its own,
-    stricter table), ``dpguard-budget``. In a simulation the state of client k lies in ``state/client-k`` of the run
+    stricter table), ``dpguard-budget``, ``dpguard-allow-change=true`` (go on with what is left under another table).
+    In a simulation the state of client k lies in ``state/client-k`` of the run
     configuration.
 
     Args:
@@ -69,7 +71,7 @@ def open_site(context: Context, folder: str | Path | None = None) -> Site:
     budget, table = node.get("dpguard-budget"), node.get("dpguard-table")
     return Site(
         str(found), str(state), client=str(name), table=None if table is None else str(table),
-        budget=None if budget is None else float(budget),
+        budget=None if budget is None else float(budget), allow_change=bool(node.get("dpguard-allow-change", False)),
     )  # fmt: skip
 
 
@@ -93,8 +95,18 @@ class PrivacyMod:
         """One message in, one out.
 
         Raises:
-            Refused, BudgetSpent: nothing leaves.
+            Refused, BudgetSpent: nothing leaves. Flower sends the sentence to the server, so any other mistake, which
+                may quote a text or a path of the site, is told in the site's log alone.
         """
+        try:
+            return self._through(message, context, call_next)
+        except (Refused, BudgetSpent):
+            raise
+        except UserError as error:
+            log.error("nothing leaves: %s", error)
+            raise Refused("the site cannot take part, its own log says why; nothing leaves") from None
+
+    def _through(self, message: Message, context: Context, call_next: Next) -> Message:
         if not message.metadata.message_type.startswith(MessageType.TRAIN):
             return self._only_allowed_metrics(_guarded(call_next, message, context), context)
         with self._open(context) as site:
@@ -216,7 +228,7 @@ def _guarded(call_next: Next, message: Message, context: Context) -> Message:
     try:
         reply = call_next(message, context)
     except UserError:
-        raise
+        raise  # `PrivacyMod` tells the server nothing of it
     except Exception as error:
         log.exception("training failed")
         raise Refused(f"training failed at the site ({type(error).__name__}); nothing leaves") from None

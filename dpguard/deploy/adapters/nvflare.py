@@ -199,13 +199,16 @@ class PrivateExecutor(Executor):  # type: ignore[misc]
     Args:
         folder, state, table: see `Place`.
         model: name of the model; the rehearsed one's when empty.
+
+    Attributes:
+        loaded: the model, from the first round on.
     """
 
     def __init__(self, folder: str, state: str, table: str = "", model: str = "") -> None:
         super().__init__()
         self.folder, self.state, self.table, self.model = folder, state, table, model
         self.place = Place(folder, state, table)
-        self._loaded: LoadedModel | None = None
+        self.loaded: LoadedModel | None = None
 
     def texts(self, fl_ctx: FLContext) -> list[Example]:
         """This site's texts.
@@ -224,12 +227,12 @@ class PrivateExecutor(Executor):  # type: ignore[misc]
             card = site.rehearsal.model
             if begun.again:
                 return offer({}, site.rehearsal.message)
-            if self._loaded is None:
-                self._loaded = models.load(self.model or card.name, labels=card.labels, seed=0)
+            if self.loaded is None:
+                self.loaded = models.load(self.model or card.name, labels=card.labels, seed=0)
             try:
-                training.set_weights(self._loaded.module, begun.weights)
+                training.set_weights(self.loaded.module, begun.weights)
                 update, form = training.local_update(
-                    site, self._loaded, self.texts(fl_ctx), round_number=begun.number
+                    site, self.loaded, self.texts(fl_ctx), round_number=begun.number
                 )  # fmt: skip
             except UserError:
                 raise
