@@ -58,8 +58,7 @@ class Capability:
             return "the message holds no tensor"
         if told.kind not in self.kinds:
             return f"the message is a {told.kind}; expected a {' or '.join(self.kinds)}"
-        count = told.sequences if told.sequences is not None else told.batch_size * told.clients
-        if count != 1 and not self.several:
+        if told.texts != 1 and not self.several:
             return "the message holds several texts (or their number is unknown); expected one text"
         return ""
 

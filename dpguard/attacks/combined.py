@@ -20,7 +20,7 @@ from dpguard.attacks.likelihood_replay import frozen_copy
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.rows_head import predicts_tokens
-from dpguard.attacks.vocabulary import frame_of
+from dpguard.attacks.vocabulary import framed
 from dpguard.engine import wire
 from dpguard.engine.gradients import gradient
 from dpguard.inputs.batch import Batch
@@ -47,9 +47,12 @@ class Combined:
     presets = {"default": Budget(steps=0, candidates=2_000)}  # noqa: RUF012
 
     def applicable(self, seen: Observation) -> str:
-        """Empty when attacks that read the message proposed something, else the reason."""
-        proposed = [name for name, found in seen.earlier if found.sequences and name.partition(":")[0] not in FLOOR]
-        return "" if proposed else "no attack before it in the panel read a text off the message"
+        """Empty when attacks that read the message ran, whatever they found, else the reason.
+
+        A message that they find nothing in counts with the best guess: left out, the mean would be over easy ones.
+        """
+        ran = [name for name, _ in seen.earlier if name.partition(":")[0] not in FLOOR]
+        return "" if ran else "no attack before it in the panel could read the message"
 
     def reconstruct(
         self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""
@@ -57,7 +60,14 @@ class Combined:
         """The best of the earlier answers, as it stands. ``notes``: ``attack``, ``correlation``. Draws nothing."""
         limit = choose(self.name, self.presets, preset, budget)[1].candidates
         offers = [(name, found) for name, found in seen.earlier if found.sequences]
-        sure = [(name, found) for name, found in offers if found.certain and all(found.certain)]
+        count = seen.disclosed.sequences
+        sure = [
+            (name, found)
+            for name, found in offers
+            if found.certain and all(found.certain) and count in (None, len(found.certain))
+        ]
+        if not offers:
+            return Reconstruction([], [])
         if sure:
             name, found = sure[0]
             return Reconstruction(found.sequences, found.certain, notes={"attack": name})
@@ -115,7 +125,8 @@ class _Judge:
 
         Labels that are not disclosed are chosen one text after the other, twice round.
         """
-        rows = [row for row in (_framed(seen, text) for text in texts) if row]
+        most = family_of(seen.model).max_tokens(seen.model.config)
+        rows = [row for row in (framed(seen.disclosed.tokenizer, text, most) for text in texts) if row]
         if not rows:
             return -1.0, 0
         known = seen.disclosed.labels
@@ -156,14 +167,6 @@ class _Judge:
             square += self.weights[name] * float(sent.pow(2).sum())
         size = sum(self.weights[n] * float(t.pow(2).sum()) for n, t in self.targets.items())
         return dot / math.sqrt(max(square * size, 1e-30))
-
-
-def _framed(seen: Observation, text: Sequence[int]) -> list[int]:
-    """The text with its special tokens, no longer than the model reads."""
-    frame, special = frame_of(seen.disclosed.tokenizer), set(seen.disclosed.tokenizer.all_special_ids)
-    inner = [token for token in text if token not in special or token == seen.disclosed.tokenizer.unk_token_id]
-    most = family_of(seen.model).max_tokens(seen.model.config) - frame.size
-    return frame.wrap(inner[:most]) if inner else []
 
 
 PLUGIN = Combined()

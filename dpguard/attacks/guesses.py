@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from dpguard.attacks.vocabulary import Frame, frame_of
 from dpguard.inputs.batch import Batch
 
 HYPOTHESES = 16
+MULTISETS = 4096
+"""Multisets of labels that are listed; of more, some are drawn."""
 BLIND_LENGTHS = range(1, 21)
 
 
@@ -73,7 +76,10 @@ def label_guesses(told: Disclosed, texts: int, classes: int, rng: torch.Generato
     """What the labels may be: as disclosed, or every multiset of classes (at most `HYPOTHESES` of them, drawn)."""
     if told.labels is not None:
         return [tuple(told.labels)]
-    every = list(itertools.islice(itertools.combinations_with_replacement(range(classes), texts), 4096))
+    if math.comb(classes + texts - 1, texts) > MULTISETS:  # the first so many of them would lack the later classes
+        drawn = torch.randint(classes, (8 * HYPOTHESES, texts), generator=rng).sort(dim=1).values.tolist()
+        return list(dict.fromkeys(tuple(labels) for labels in drawn))[:HYPOTHESES]
+    every = list(itertools.combinations_with_replacement(range(classes), texts))
     if len(every) <= HYPOTHESES:
         return every
     return [every[index] for index in torch.randperm(len(every), generator=rng)[:HYPOTHESES].tolist()]

@@ -57,7 +57,7 @@ class Likelihood:
             return "the message holds no tensor"
         if told.kind != "gradient":
             return f"the message is a {told.kind}; the likelihood replays one gradient step of one client"
-        if (told.sequences if told.sequences is not None else told.batch_size) != 1:
+        if told.texts != 1:
             return "the message holds several texts (or their number is unknown); the likelihood scores one text"
         if not hasattr(seen.model.config, "num_labels") or "LMHead" in type(seen.model).__name__:
             return "the model predicts tokens; the likelihood scores texts under class labels"

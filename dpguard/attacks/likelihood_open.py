@@ -17,6 +17,7 @@ from dpguard.attacks.likelihood_search import Row, Search
 from dpguard.attacks.likelihood_setting import Spent
 from dpguard.attacks.likelihood_texts import is_message, labels_of, score
 from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.vocabulary import framed
 from dpguard.inputs.family import family_of
 
 SAMPLE = 1000
@@ -46,6 +47,10 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     dtype = search_dtype(table)
     quick = exact if dtype is torch.float32 else Replay(seen, dtype=dtype)
     words = Neighbours(seen.disclosed, len(table))
+    longest = family_of(seen.model).max_tokens(seen.model.config)
+    words.rows = [row for row in words.rows if len(row) <= longest] or [
+        tuple(framed(seen.disclosed.tokenizer, row, longest)) for row in words.rows
+    ]
     spent = Spent(max(1, budget.candidates))
     starts = [*words.rows, *_proposed(seen, words)]
     ways = _ways(seen, quick, starts, spent, rng)
@@ -80,8 +85,11 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
 def _proposed(seen: Observation, words: Neighbours) -> list[Row]:
     """What cheaper attacks proposed, with the special tokens that this attack's texts have."""
     found: dict[Row, None] = {}
+    unknown = seen.disclosed.tokenizer.unk_token_id
     for ids in seen.proposals:
-        body = [token for token in ids if token < len(words.allowed) and bool(words.allowed[token])]
+        body = [
+            token for token in ids if token == unknown or (token < len(words.allowed) and bool(words.allowed[token]))
+        ]
         if body:
             found[tuple(words.frame.wrap(body))] = None
     return [row for row in found if row not in set(words.rows)]

@@ -41,7 +41,7 @@ from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.reorder import propose, shuffle
 from dpguard.attacks.span_sites import left_as_found
-from dpguard.attacks.vocabulary import TokenTable
+from dpguard.attacks.vocabulary import TokenTable, framed
 from dpguard.engine.gradients import running_as
 from dpguard.inputs.family import family_of
 
@@ -124,7 +124,7 @@ class Search:
     def __post_init__(self) -> None:
         told, model = self.seen.disclosed, self.seen.model
         self.classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-        self.texts = told.sequences if told.sequences is not None else told.batch_size
+        self.texts = told.texts
         self.objective = Objective(self.seen, self.texts, aware=self.setting.aware, distance=self.setting.distance)
         self.table = TokenTable(model.get_input_embeddings().weight, told.tokenizer)  # type: ignore[operator]
         self.norm = self.table.mean_norm if self.setting.norm is None else self.setting.norm
@@ -146,7 +146,7 @@ class Search:
         labels = told.labels if told.labels is not None else range(min(self.classes, HYPOTHESES))
         draws = random.Random(int(torch.randint(2**62, (1,), generator=self.rng)))
         lengths = told.lengths or ()
-        starts = [row for row in self.seen.proposals if not lengths or len(row) == lengths[0]]
+        starts = [row for row in self.proposals() if not lengths or len(row) == lengths[0]]
         polish = Polish(self.seen, lists, list(labels), limit, draws, starts)
         label, row = polish.run()
         return Reconstruction(
@@ -238,12 +238,20 @@ class Search:
         kept = [pools[index].at(scores[index].argsort()[: self.budget.restarts]) for index in promising]
         return Guesses.join(kept + self.proposed(labels, int(lengths.max())))
 
+    def proposals(self) -> list[tuple[int, ...]]:
+        """What cheaper attacks proposed, each once and with its special tokens."""
+        tokenizer, model = self.seen.disclosed.tokenizer, self.seen.model
+        longest = family_of(model).max_tokens(model.config)
+        rows = (tuple(framed(tokenizer, row, longest)) for row in self.seen.proposals)
+        return [row for row in dict.fromkeys(rows) if row]
+
     def proposed(self, labels: list[tuple[int, ...]], width: int) -> list[Guesses]:
         """What cheaper attacks proposed for the message of one text, under the label that fits best."""
-        rows = [row for row in self.seen.proposals if len(row) <= width][: self.budget.restarts]
         told = self.seen.disclosed
+        rows = [row for row in self.proposals() if len(row) <= width]
         if told.lengths is not None:
             rows = [row for row in rows if len(row) == told.lengths[0]]
+        rows = rows[: self.budget.restarts]
         if not self.setting.soft or self.texts > 1 or not rows:
             return []
         tries = [of_texts(rows, label[0], width, table=self.table.weight, tokenizer=told.tokenizer) for label in labels]

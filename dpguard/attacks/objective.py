@@ -6,6 +6,7 @@ out, quantised tensors are compared after the same rounding (straight-through gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -213,11 +214,12 @@ def targets(seen: Observation, *, aware: bool) -> tuple[list[Target], list[str]]
         if tap is None or not usable or not float(value.float().norm()) > NEGLIGIBLE * largest:
             ignored.append(name)
             continue
-        rule, total = plan[name], value.detach().float() * told.batch_size
+        # the sum over the texts of all clients, as candidates are
+        rule, total = plan[name], value.detach().float() * told.batch_size * told.clients
         if told.kind == "delta":  # weights move against the gradient
             total = -total / ((told.learning_rate or 1.0) * told.local_steps)
         kept = (total != 0).float() if aware and rule.keep < 1 else None
         rounded = aware and (rule.bits is not None or bool(rule.release))
         alone = Plan({name: replace(rule, keep=1.0)}, plan.rows, plan.name) if rounded else None
-        out.append(Target(tap, total, rule.std(told.batch_size), kept, alone))
+        out.append(Target(tap, total, rule.std(told.batch_size) * math.sqrt(told.clients), kept, alone))
     return out, ignored

@@ -35,6 +35,7 @@ class Disclosed:
         local_steps: how many steps a delta holds, each over the same texts.
         learning_rate: of those steps (plain SGD); None for a gradient or another optimizer.
         clients: how many clients' messages were averaged; the message holds the texts of all of them.
+        momentum: of the steps of a delta.
     """
 
     tokenizer: Any
@@ -51,6 +52,18 @@ class Disclosed:
     local_steps: int = 1
     learning_rate: float | None = None
     clients: int = 1
+    momentum: float = 0.0
+
+    @property
+    def texts(self) -> int:
+        """How many texts the message holds: as disclosed, else as many as its public divisors say."""
+        return self.sequences if self.sequences is not None else self.batch_size * self.clients
+
+    @property
+    def noise_gain(self) -> float:
+        """Noise on a delta per noise on one step's mean gradient: the steps' weights in it, in quadrature."""
+        weights = [sum(self.momentum**later for later in range(self.local_steps - k)) for k in range(self.local_steps)]
+        return (self.learning_rate or 0.0) * math.sqrt(sum(weight**2 for weight in weights))
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,7 @@ class Observation:
         elif rule.unit == "update" or not rule.noise:
             std = rule.std(1) if rule.noise else rule.noise_std
         else:
-            steps = (told.learning_rate or 0.0) * math.sqrt(told.local_steps)
-            std = steps * rule.std(told.batch_size) / told.batch_size
+            std = told.noise_gain * rule.std(told.batch_size) / told.batch_size
         return std / math.sqrt(told.clients)
 
     @property

@@ -75,7 +75,7 @@ class Prior:
         """
         _, limits = choose(self.name, self.presets, preset, budget)
         told, corpus = seen.disclosed, Corpus.of(seen.disclosed)
-        count = told.sequences if told.sequences is not None else told.batch_size
+        count = told.texts
         fits = [
             fit(corpus, None if told.lengths is None else told.lengths[index], limits.candidates)
             for index in range(count)
@@ -98,7 +98,7 @@ def fit(corpus: Corpus, length: int | None, candidates: int) -> Fit:
     Public texts stand for the target: when its length is known, the eighth of them that is nearest in
     length (at least `MINIMUM`), at most `REFERENCES` of each half.
     """
-    order = _nearest(corpus, length)
+    order = nearest(corpus, length)
     texts = [(corpus.texts[index], words(corpus.texts[index])) for index in order]
     train, held = texts[0::2][:REFERENCES], (texts[1::2] or texts)[:REFERENCES]
     references, judges = [w for _, w in train], [w for _, w in held]
@@ -143,7 +143,7 @@ def bigram_texts(references: list[Words]) -> list[Words]:
     return out
 
 
-def _nearest(corpus: Corpus, length: int | None) -> list[int]:
+def nearest(corpus: Corpus, length: int | None) -> list[int]:
     """Indices of public texts: the nearest in length first, or evenly spaced when it is unknown."""
     total = len(corpus.texts)
     if length is None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from scipy.stats import chi2, norm
+from scipy.stats import chi2, gamma, norm
 from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
@@ -23,6 +24,7 @@ from dpguard.attacks.presets import choose
 from dpguard.attacks.rows_head import NextTokens, head_tables, next_tokens, predicts_tokens
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
 from dpguard.inputs.family import family_of, slots
+from dpguard.policy.table import Rule
 
 FALSE_ALARMS = 0.01
 """Expected number of rows that pure noise lets through, over a whole table."""
@@ -66,7 +68,7 @@ class Rows:
         if not found and not (labels and labels.counts):
             return Reconstruction([], [], notes={"tokens": 0})
         position = _read(seen, "position_embedding")
-        if token is None or not found or position is None or not len(position.rows) or seen.disclosed.sequences != 1:
+        if token is None or not found or position is None or not len(position.rows) or seen.disclosed.texts != 1:
             bag = [*(labels.bag if labels else []), *(t for t in found if not labels or t not in labels.counts)]
             text = _chain(bag, seen, frame)
             return Reconstruction([text], [False], notes={"tokens": len(set(bag)), "positions": 0})
@@ -109,7 +111,8 @@ def _tokens(seen: Observation, frame: Frame) -> Read | None:
     if token is None:
         return None
     allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
-    allowed[[*frame.prefix, *frame.suffix]] = True
+    unknown = seen.disclosed.tokenizer.unk_token_id
+    allowed[[*frame.prefix, *frame.suffix, *([] if unknown is None else [unknown])]] = True
     return token.only(allowed[token.rows])
 
 
@@ -153,10 +156,30 @@ def _read(seen: Observation, role: str, also: Tensor | None = None) -> Read | No
     if std == 0:
         found = (energy > 0).nonzero()[:, 0]
     else:
-        freedom = table.shape[1] * seen.disclosed.plan[name].keep
-        loud = energy / std**2 > chi2.isf(FALSE_ALARMS / len(table), max(1.0, freedom))
+        loud = energy / std**2 > _quiet(table / std, seen.disclosed.plan[name]).isf(FALSE_ALARMS / len(table))
         found = (loud if also is None else loud | also).nonzero()[:, 0]
     return Read(name, found, table[found], std)
+
+
+def _quiet(table: Tensor, rule: Rule) -> Any:
+    """The law of a row's energy where there is noise alone: chi-squared, or the gamma law of the same mean and variance
+    where entries were pruned, by chance or below a size.
+
+    Args:
+        table: (rows, d) entries in units of the noise.
+        rule: of the tensor.
+    """
+    width, kept = table.shape[1], table[table != 0].abs()
+    if rule.keep == 1 or not kept.numel():
+        return chi2(width)
+    if rule.prune == "magnitude":
+        cut = float(kept.min())
+        second = 2 * (cut * norm.pdf(cut) + norm.sf(cut))
+        fourth = 2 * ((cut**3 + 3 * cut) * norm.pdf(cut) + 3 * norm.sf(cut))
+    else:
+        second, fourth = rule.keep, 3 * rule.keep
+    mean, variance = width * second, width * (fourth - second**2)
+    return gamma(mean**2 / variance, scale=variance / mean)
 
 
 def _whole(seen: Observation, read: Read) -> bool:

@@ -72,7 +72,7 @@ class Span:
         told = seen.disclosed
         if told.kind not in KINDS:
             return f"needs a gradient or a change of weights, the message is {told.kind!r}"
-        if told.sequences != 1:
+        if told.texts != 1:
             with left_as_found(seen.model):
                 probe, sites = Probe(seen.model), sites_of(seen.model)
                 if probe.family.causal:
@@ -89,16 +89,16 @@ class Span:
         with left_as_found(seen.model):
             case = _case(seen, rng, budget)
             contextual = case.probe.family.causal and not tree_sites(seen, case.sites)[1]
-            if case.probe.family.causal and seen.disclosed.sequences != 1 and not contextual:
+            if case.probe.family.causal and seen.disclosed.texts != 1 and not contextual:
                 return PairReader(seen, case.probe, case.sites, case.tokens, case.frame).read()
             if contextual:
                 found = TreeReader(seen, case.probe, case.sites, case.tokens, case.frame, budget, rng).read()
-                if seen.disclosed.sequences != 1 or any(found.certain):
+                if seen.disclosed.texts != 1 or any(found.certain):
                     return found
             ordered = read_order(seen, case.probe, case.sites, case.tokens, case.frame, budget)
             if ordered is not None:
                 return ordered
-            if seen.disclosed.sequences != 1 or _rank_is_no_length(seen, case):
+            if seen.disclosed.texts != 1 or _rank_is_no_length(seen, case):
                 if not batch_reason(seen):
                     return BatchReader(seen, rng, budget).read()
                 alone = replace(seen, disclosed=replace(seen.disclosed, lengths=None))

@@ -148,12 +148,13 @@ class BatchReader:
         """Drafts, where the MLP's output weight has all the dimensions it can have."""
         told = self.seen.disclosed
         pool = pool_of(self.block, readers, self.tokens, self.frame, self.rng)
-        if not 0 < len(pool) <= self.budget.candidates:
+        words = bool((pool.places >= len(self.frame.prefix)).any())
+        if not words or len(pool) > self.budget.candidates:
             reason = "more tokens than the model is wide, and too many or no pairs of token and position to draft from"
             return Reconstruction([], [], notes={"reason": reason, "pool": len(pool)})
         site = next(s for s in usable(self.seen, self.sites)[0] if s.block == 0 and s.role == "mlp_out")
         reader = WideReader(self.block, pool, self.frame, site.oriented(self.seen.message[site.name]), self.rng)
-        return reader.read(told.batch_size * told.clients if told.sequences is None else told.sequences)
+        return reader.read(told.texts)
 
     def _evidence(self) -> list[Evidence]:
         """Spans of the first block, and of one weight of a later block as a second opinion."""

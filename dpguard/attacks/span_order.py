@@ -63,11 +63,7 @@ def read_order(
         budget: candidates to score.
     """
     decoder = probe.family.causal and not predicts_tokens(seen.model)
-    if (
-        seen.disclosed.sequences != 1
-        or not decoder
-        or any(slot.role == "position_embedding" for slot in slots(seen.model))
-    ):
+    if seen.disclosed.texts != 1 or not decoder or any(slot.role == "position_embedding" for slot in slots(seen.model)):
         return None
     chosen = [s for s in usable(seen, sites)[0] if s.block == 0 and s.role in {"value", "qkv"}]
     evidence = gather(seen, chosen[:1], causal=True, most=1)

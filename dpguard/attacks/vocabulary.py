@@ -42,6 +42,19 @@ def frame_of(tokenizer: Any) -> Frame:
     return Frame(tuple(ids[: content[0]]), tuple(ids[content[-1] + 1 :]))
 
 
+def framed(tokenizer: Any, text: Sequence[int], most: int) -> list[int]:
+    """A proposed text with its special tokens, cut to ``most`` tokens; empty where it holds no word.
+
+    Args:
+        tokenizer: the public tokenizer.
+        text: token ids, special tokens included or not.
+        most: tokens that the model reads.
+    """
+    frame, special = frame_of(tokenizer), {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    inner = [token for token in text if token not in special]
+    return frame.wrap(inner[: most - frame.size]) if inner else []
+
+
 def allowed_tokens(tokenizer: Any, rows: int) -> Tensor:
     """(rows,) bool: tokens that a text can contain; special, unused and unnamed rows of the table are out.
 

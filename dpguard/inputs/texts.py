@@ -339,15 +339,17 @@ def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: st
 
 
 def check_lengths(items: Iterable[Example], tokenizer: Any, most: int) -> None:
-    """Refuse a text that does not fit the model's positions.
+    """Refuse a text that does not fit the model's positions, or that its tokenizer makes nothing of.
 
     Raises:
         UserError: the first such text, with file, line and token count.
     """
-    listed = list(items)
+    listed, empty = list(items), tokenizer.num_special_tokens_to_add()
     for example, ids in zip(listed, tokenizer([e.text for e in listed])["input_ids"], strict=True):
         if len(ids) > most:
             raise UserError(
                 f"a text of {len(ids)} tokens does not fit the model's {most} positions; expected at most {most}",
                 where=example.where,
             )
+        if len(ids) <= empty:
+            raise UserError("a text that the tokenizer makes no token of; expected words", where=example.where)

@@ -51,7 +51,7 @@ class Kappa:
 
 
 @lru_cache(maxsize=4)
-def measure(public: tuple[str, ...], tokenizer: Any) -> dict[str, Kappa]:
+def measure(public: tuple[str, ...], tokenizer: Any, lengths: bool = False) -> dict[str, Kappa]:
     """Metric -> kappa, cross-fitted: a guess is chosen on one half of the public texts and judged on the other.
 
     Entity recall is left out (public texts have no marked entities). Empty without public texts.
@@ -59,6 +59,7 @@ def measure(public: tuple[str, ...], tokenizer: Any) -> dict[str, Kappa]:
     Args:
         public: public texts of the same kind.
         tokenizer: the public tokenizer, for exact match and token recall.
+        lengths: whether the guesser is told a text's number of tokens; then each length has guesses of its own.
     """
     texts = tuple(dict.fromkeys(text for text in public if text.strip()))[: 2 * WANTED]
     if len(texts) < 4:
@@ -66,20 +67,43 @@ def measure(public: tuple[str, ...], tokenizer: Any) -> dict[str, Kappa]:
     halves = texts[0::2], texts[1::2]
     scores: dict[str, list[float]] = {name: [] for name in METRICS}
     for chosen_on, judged_on in (halves, halves[::-1]):
-        guesses = _guesses(chosen_on, tokenizer)
-        trial = _table(guesses, chosen_on[:: max(1, len(chosen_on) // SAMPLE)], tokenizer)
-        best = {name: guesses[int(np.argmax(trial[name].mean(1)))] for name in METRICS}
-        for guess in dict.fromkeys(best.values()):
-            judged = _table([guess], judged_on, tokenizer)
-            for name in METRICS:
-                scores[name] += judged[name][0].tolist() if best[name] == guess else []
-    return {name: Kappa(float(np.mean(s)), upper_limit(s), len(s)) for name, s in scores.items()}
+        for length, judged_of in _by_length(judged_on, tokenizer, lengths).items():
+            guesses = _guesses(chosen_on, tokenizer, length)
+            trial = _table(guesses, _trial(chosen_on, tokenizer, length), tokenizer)
+            best = {name: guesses[int(np.argmax(trial[name].mean(1)))] for name in METRICS}
+            for guess in dict.fromkeys(best.values()):
+                judged = _table([guess], judged_of, tokenizer)
+                for name in METRICS:
+                    scores[name] += judged[name][0].tolist() if best[name] == guess else []
+    found = {name: Kappa(float(np.mean(s)), upper_limit(s), len(s)) for name, s in scores.items()}
+    if not lengths:
+        return found
+    blind = measure(public, tokenizer)  # who is told may also not listen
+    return {name: max(found[name], blind[name], key=lambda k: k.upper) for name in METRICS}
 
 
-def _guesses(texts: tuple[str, ...], tokenizer: Any) -> list[str]:
+def _by_length(texts: Sequence[str], tokenizer: Any, told: bool) -> dict[int | None, list[str]]:
+    """Tokens with special tokens -> the texts of that length; all under None where lengths are not told."""
+    if not told:
+        return {None: list(texts)}
+    found: dict[int | None, list[str]] = {}
+    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+        found.setdefault(len(ids), []).append(text)
+    return found
+
+
+def _trial(texts: tuple[str, ...], tokenizer: Any, length: int | None) -> list[str]:
+    """Texts on which the guesses compete: evenly spread, or the nearest in length."""
+    if length is None:
+        return list(texts[:: max(1, len(texts) // SAMPLE)])
+    return [texts[index] for index in prior.nearest(Corpus(texts, tokenizer), length)[:SAMPLE]]
+
+
+def _guesses(texts: tuple[str, ...], tokenizer: Any, length: int | None) -> list[str]:
     """Candidates for the best guess: the prior attack's best, and what its word models say."""
-    found = prior.fit(Corpus(texts, tokenizer), None, 20_000)
-    references = [words(text) for text in texts[: prior.REFERENCES]]
+    found = prior.fit(Corpus(texts, tokenizer), length, 20_000)
+    references = [words(text) for text in _trial(texts, tokenizer, length)] if length is not None else []
+    references = references or [words(text) for text in texts[: prior.REFERENCES]]
     written = (*prior.unigram_texts(references), *prior.bigram_texts(references))
     modelled = [" ".join(words) for words in written if len(words) in LENGTHS]
     return list(dict.fromkeys([*found.guesses[:TRIED], *modelled]))

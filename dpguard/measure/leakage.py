@@ -115,6 +115,7 @@ def observation(
         local_steps=update.local_steps,
         learning_rate=training.learning_rate if training and training.optimizer == "sgd" else None,
         clients=update.clients,
+        momentum=training.momentum if training and training.optimizer == "sgd" else 0.0,
     )
     return Observation(update.tensors, model.module, disclosed)
 
@@ -205,7 +206,8 @@ def _closeness(scores: Mapping[str, float | None]) -> float:
 
 
 def _content(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    special = set(tokenizer.all_special_ids)
+    """A guess without its special tokens; a word that the vocabulary lacks is a word of the text."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     return tuple(int(i) for i in ids if int(i) not in special)
 
 

@@ -41,28 +41,31 @@ def rouge(guess: str, truth: str) -> dict[str, float]:
 
 
 def token_recall(guess: Sequence[int], truth: Sequence[int]) -> float:
-    """Share of the true tokens (with multiplicity) that the guess holds, in any order.
+    """Share of the true tokens (with multiplicity) among as many first tokens of the guess, in any order.
+
+    A longer guess gains nothing: one that holds all common words would have read nothing.
 
     >>> token_recall([1, 2, 2], [2, 2, 3, 4])
     0.5
     """
     if not truth:
         return 1.0
-    return sum((Counter(guess) & Counter(truth)).values()) / len(truth)
+    return sum((Counter(guess[: len(truth)]) & Counter(truth)).values()) / len(truth)
 
 
 def entity_recall(guess: str, entities: Sequence[str] | None) -> float | None:
     """Share of the marked entities whose words stand in the guess, in order and side by side.
 
-    None where the data marks none: a missing value is not a zero.
+    None where the data marks none that holds a word: a missing value is not a zero.
 
     >>> entity_recall("call ms. vera holt now", ["Vera Holt", "0171 22"])
     0.5
     """
-    if not entities:
+    wanted = [found for entity in entities or () if (found := words(entity))]
+    if not wanted:
         return None
     said = f" {' '.join(words(guess))} "
-    return sum(f" {' '.join(words(entity))} " in said for entity in entities) / len(entities)
+    return sum(f" {' '.join(found)} " in said for found in wanted) / len(wanted)
 
 
 def score(

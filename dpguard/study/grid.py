@@ -117,6 +117,8 @@ def examples(study: Study, data: dict[str, Any]) -> int:
 def _exposure(study: Study, named: Named, texts: int) -> dict[str, Any]:
     """What a guarantee is asked about: the sampling and steps of one training, or the federation and its seeds."""
     asked = {"delta": study.privacy.delta, "examples": texts}
+    if study.leakage is not None and "lengths" in study.leakage.threat.know:
+        asked["lengths"] = True  # the best guess without the message knows them as well
     if study.federation is None or study.utility is None:
         found = study.schedule_of(named, texts)
         if study.leakage is not None and study.leakage.threat.candidates:

@@ -80,6 +80,22 @@ def test_it_needs_an_answer_that_was_read_off_the_message() -> None:
     assert not PLUGIN.applicable(replace(seen, earlier=(("match:demo", _offer(model, FAR[:1])),)))
 
 
+def test_a_message_that_nobody_could_read_counts_with_the_guess() -> None:
+    """Skipped there, its mean would be over the messages that were easy to read."""
+    model, seen = _seen()
+    offers = {"prior": _offer(model, FAR[:1]), "span": Reconstruction([], [])}
+    assert PLUGIN.applicable(replace(seen, earlier=tuple(offers.items()))) == ""
+    assert _chosen(model, seen, offers) == "prior"
+    nothing = replace(seen, earlier=(("span", Reconstruction([], [])),))
+    assert PLUGIN.reconstruct(nothing, rng=torch.Generator()).sequences == []
+
+
+def test_certain_of_some_texts_is_not_certain_of_all() -> None:
+    model, seen = _seen(texts=2)
+    offers = {"a": _offer(model, TRUTH[:1], sure=True), "b": _offer(model, TRUTH)}
+    assert _chosen(model, seen, offers) == "b"
+
+
 def test_answers_with_missing_or_odd_texts_are_ranked_last_not_refused() -> None:
     model, seen = _seen(texts=2)
     odd = Reconstruction([[2, 3], []], [False, False])

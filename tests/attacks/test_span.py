@@ -190,7 +190,8 @@ def test_what_it_cannot_use_it_refuses_with_the_reason() -> None:
     assert "pruned or rounded" in reason([{"layers": "all", "keep": 0.5}])
     assert "pruned or rounded" in reason([{"layers": "all", "bits": 8}])
     assert reason([], sequences=None) == ""
-    assert "first block's MLP output" in reason(_only("block[0].attention.query"), sequences=None)
+    assert "first block's MLP output" in reason(_only("block[0].attention.query"), sequences=None, batch_size=2)
+    assert reason(_only("block[0].attention.query"), sequences=None) == ""  # the public divisor says one
     assert "query, key or value" in reason(_only("block[0].mlp.out"), sequences=2)
     assert "gradient" in reason([], kind="weights")
     assert reason([], kind="delta") == ""

@@ -76,11 +76,18 @@ def test_what_is_shared_is_used(parts: tuple[str, ...]) -> None:
     _exact(_run(seen), true)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("preset", list(span.PLUGIN.presets))
 def test_the_number_of_texts_is_found_too(count: int, preset: str) -> None:
     seen, true = _seen(WITHHELD, TEXTS[:count])
     _exact(_run(seen, preset=preset), true)
+
+
+@pytest.mark.parametrize("rows", [WITHHELD, _only("attention.query")], ids=["withheld", "one matrix"])
+def test_a_public_divisor_of_one_is_one_text(rows: list[dict]) -> None:
+    seen, true = _seen(rows, TEXTS[:1])
+    found = _run(seen)
+    assert (found.sequences, found.certain) == (true, [True])
 
 
 def test_texts_that_share_words_and_places_are_told_apart() -> None:

@@ -142,7 +142,7 @@ def test_its_sources_import_neither_the_judge_nor_the_client(name: str) -> None:
 def test_an_observation_has_no_room_for_the_truth() -> None:
     assert {f.name for f in fields(Observation)} == {"message", "model", "disclosed", "earlier"}
     known = {"tokenizer", "plan", "batch_size", "sequences", "kind", "mode", "public_texts", "labels", "lengths"}
-    known |= {"candidates", "mask_seed", "local_steps", "learning_rate", "clients"}
+    known |= {"candidates", "mask_seed", "local_steps", "learning_rate", "clients", "momentum"}
     assert {f.name for f in fields(Disclosed)} == known
 
 
