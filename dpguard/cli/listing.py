@@ -14,7 +14,7 @@ METRICS = {
     "rouge2": "leakage: bigram overlap, F-measure",
     "rougeL": "leakage: longest common subsequence, F-measure (the default)",
     "exact_match": "leakage: every token recovered in order",
-    "token_recall": "leakage: share of the tokens recovered in any order",
+    "token_recall": "leakage: share of the tokens among as many of the guess, in any order",
     "entity_recall": "leakage: share of the marked entities recovered word for word",
     "accuracy": "utility: share of right predictions (the default)",
     "mcc": "utility: Matthews correlation",
