@@ -132,6 +132,9 @@ class _Judge:
         known = seen.disclosed.labels
         told = known if known is not None and len(known) == len(rows) else None
         options = [[told[i]] if told else list(self.classes) for i in range(len(rows))]
+        if len(rows) == 1:  # one label's gradient at a time: each is as large as all that was sent
+            found = max(self._score(seen, [self._clipped(seen, rows[0], label)]) for label in options[0])
+            return found, len(options[0])
         table = [
             {label: self._clipped(seen, row, label) for label in labels}
             for row, labels in zip(rows, options, strict=True)
