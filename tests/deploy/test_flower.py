@@ -122,12 +122,16 @@ def test_hostile_replies_do_not_leave(name, vectors, tmp_path):
     assert not (tmp_path / "state" / "outbox.safetensors").exists()
 
 
-def test_what_goes_wrong_in_training_is_not_told_to_the_server(vectors, tmp_path, caplog):
+@pytest.mark.parametrize("mistake", [KeyError, UserError], ids=["a bug", "a mistake in the site's own file"])
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_what_goes_wrong_at_the_site_is_not_told_to_the_server(mistake, kind, vectors, tmp_path, caplog):
+    """A sentence about a site's file may quote its first text: no column 'text'; expected one of: ..."""
+
     def train(message, context):
-        raise KeyError("the patient called about her test result")
+        raise mistake("the patient called about her test result")
 
     with pytest.raises(Refused) as told:
-        Node(tmp_path, vectors, train).ask()
+        Node(tmp_path, vectors, train).ask(kind=kind)
     assert "patient" not in str(told.value)
     assert told.value.__cause__ is None
     assert told.value.__suppress_context__
