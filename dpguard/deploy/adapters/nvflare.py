@@ -72,16 +72,19 @@ class Place:
         folder: the exported folder at the site: its own copy, whatever the job carries.
         state: parent of the clients' state; client X keeps ledger, outbox and personal weights in ``state/X``.
         table: the site's own, stricter table, or "".
+        allow_change: go on with what is left of the ledger under another table than before.
     """
 
     folder: str
     state: str
     table: str = ""
+    allow_change: bool = False
 
     def open(self, fl_ctx: FLContext) -> Site:
         """This client's site."""
         name = str(fl_ctx.get_identity_name())
-        return Site(self.folder, Path(self.state) / name, client=name, table=self.table or None)
+        state, table = Path(self.state) / name, self.table or None
+        return Site(self.folder, state, client=name, table=table, allow_change=self.allow_change)
 
 
 def round_of(fl_ctx: FLContext) -> Round:
@@ -99,10 +102,11 @@ def round_of(fl_ctx: FLContext) -> Round:
 class _Gate(DXOFilter):  # type: ignore[misc]
     """A filter that takes whole messages, at a place."""
 
-    def __init__(self, folder: str, state: str, table: str = "") -> None:
+    def __init__(self, folder: str, state: str, table: str = "", allow_change: bool = False) -> None:
         super().__init__(supported_data_kinds=None, data_kinds_to_filter=None)
         self.folder, self.state, self.table = folder, state, table  # a job writes them down by these names
-        self.place = Place(folder, state, table)
+        self.allow_change = allow_change
+        self.place = Place(folder, state, table, allow_change)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
         """Unused: `process` takes the whole message."""
@@ -113,7 +117,7 @@ class TaskGate(_Gate):
     """Task data filter: what the server sent is the rehearsed model, or the task is not even begun.
 
     Args:
-        folder, state, table: see `Place`.
+        folder, state, table, allow_change: see `Place`.
     """
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
@@ -141,7 +145,7 @@ class ResultGate(_Gate):
     """Task result filter: the policy table, applied to whatever is about to leave.
 
     Args:
-        folder, state, table: see `Place`.
+        folder, state, table, allow_change: see `Place`.
     """
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
@@ -197,17 +201,18 @@ class PrivateExecutor(Executor):  # type: ignore[misc]
     """Trains on the site's texts. A job's own executor subclasses it and gives its own `texts`.
 
     Args:
-        folder, state, table: see `Place`.
+        folder, state, table, allow_change: see `Place`.
         model: name of the model; the rehearsed one's when empty.
 
     Attributes:
         loaded: the model, from the first round on.
     """
 
-    def __init__(self, folder: str, state: str, table: str = "", model: str = "") -> None:
+    def __init__(self, folder: str, state: str, table: str = "", model: str = "", allow_change: bool = False) -> None:
         super().__init__()
         self.folder, self.state, self.table, self.model = folder, state, table, model
-        self.place = Place(folder, state, table)
+        self.allow_change = allow_change
+        self.place = Place(folder, state, table, allow_change)
         self.loaded: LoadedModel | None = None
 
     def texts(self, fl_ctx: FLContext) -> list[Example]:
