@@ -239,11 +239,10 @@ class PrivacyEngine:
                 f"the checkpoint was made at sampling rate {state['sampling_rate']:g}, this training's is "
                 f"{self.sampling_rate:g}; expected the same batch size and number of examples"
             )
-        for key, own in (("poisson_sampling", self.poisson), ("a seed", self.seeded)):
-            made = state["poisson" if key == "poisson_sampling" else "seeded"]
-            if made != own:
+        for key, words, own in (("poisson", "poisson_sampling", self.poisson), ("seeded", "a seed", self.seeded)):
+            if state[key] != own:
                 raise UserError(
-                    f"the checkpoint was made {'with' if made else 'without'} {key}, this training is "
+                    f"the checkpoint was made {'with' if state[key] else 'without'} {words}, this training is "
                     f"{'with' if own else 'without'}; expected the same for all steps that are claimed together"
                 )
         self.steps = int(state["steps"])

@@ -105,12 +105,7 @@ def clip_and_sum(per_example: Mapping[str, Tensor], plan: Plan) -> ClippedSum:
     missing = [name for name in plan.trained if name not in sizes]
     if missing or len(set(sizes.values())) > 1:
         raise ValueError(f"per-example gradients missing for {missing[:3]} or batch sizes differ: {sizes}")
-    flat = {
-        name: per_example[name].flatten(1).float()
-        if per_example[name].dtype in (torch.float16, torch.bfloat16)
-        else per_example[name].flatten(1)
-        for name in plan.trained
-    }
+    flat = {name: per_example[name].flatten(1).to(noise.wide(per_example[name].dtype)) for name in plan.trained}
     factors = example_factors({name: g.pow(2).sum(1) for name, g in flat.items()}, plan)
     sums = {}
     for name, g in flat.items():

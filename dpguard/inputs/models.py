@@ -142,11 +142,10 @@ def _check_loaded(name: str, module: nn.Module, told: Mapping[str, Any]) -> None
         told: what transformers says of the loading: ``missing_keys`` and ``mismatched_keys``.
     """
     drawn = [*told["missing_keys"], *(key if isinstance(key, str) else key[0] for key in told["mismatched_keys"])]
-    fresh = {slot.name for slot in slots(module) if slot.role in FRESH}
-    known = {slot.name for slot in slots(module)}
-    if odd := sorted(key for key in drawn if key in known - fresh):
+    roles = {slot.name: slot.role for slot in slots(module)}
+    if odd := sorted(key for key in drawn if key in roles and roles[key] not in FRESH):
         raise UserError(
-            f"model {name!r} has no weights that fit {odd[0]!r} ({len(odd)} of {len(known)} tensors); expected a "
+            f"model {name!r} has no weights that fit {odd[0]!r} ({len(odd)} of {len(roles)} tensors); expected a "
             "checkpoint of the model that config.json describes"
         )
 

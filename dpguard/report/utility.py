@@ -111,8 +111,7 @@ def judge(
         raise ValueError(f"predictions have shape {guesses.shape}, expected (seeds, {truth.shape[0]})")
     seeds, examples = guesses.shape
     if metric == "accuracy":
-        hits = (guesses == truth).T.astype(np.float32)
-        scores = np.vstack([hits.sum(axis=0), _weighted(hits, draws, seed)]).astype(np.float64) / examples
+        scores = _sums((guesses == truth).T, draws, seed) / examples
     else:
         classes = 1 + max(1, int(truth.max()), int(guesses.max()))
         each = np.arange(classes)

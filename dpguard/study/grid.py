@@ -117,14 +117,15 @@ def examples(study: Study, data: dict[str, Any]) -> int:
 def _exposure(study: Study, named: Named, texts: int) -> dict[str, Any]:
     """What a guarantee is asked about: the sampling and steps of one training, or the federation and its seeds."""
     asked = {"delta": study.privacy.delta, "examples": texts}
-    if study.leakage is not None and "lengths" in study.leakage.threat.know:
+    threat = None if study.leakage is None else study.leakage.threat
+    if threat is not None and "lengths" in threat.know:
         asked["lengths"] = True  # the best guess without the message knows them as well
     if study.federation is None or study.utility is None:
         found = study.schedule_of(named, texts)
-        if study.leakage is not None and study.leakage.threat.candidates:
-            asked["candidates"] = study.leakage.threat.candidates
-        if study.leakage is not None and study.leakage.threat.local_steps > 1:
-            asked["local_steps"] = study.leakage.threat.local_steps
+        if threat is not None and threat.candidates:
+            asked["candidates"] = threat.candidates
+        if threat is not None and threat.local_steps > 1:
+            asked["local_steps"] = threat.local_steps
         return {"sampling_rate": found.sampling_rate, "steps": found.steps, **_own(named), **asked}
     seen = {"seeds": list(study.utility.seeds), "messages": max(1, len(study.federation.observe))}
     return {**_federation(study, named), **seen, **asked}

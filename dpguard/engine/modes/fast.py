@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpguard.engine import wire
+from dpguard.engine import noise, wire
 from dpguard.engine.modes import layers
 from dpguard.engine.modes.base import NOTHING, GradientMode, trained_parameters
 from dpguard.engine.modes.contributions import Contribution, Grams, merge, squared_norm
@@ -130,7 +130,7 @@ class Fast(GradientMode):
         self, name: str, uses: list[Contribution], factors: wire.Factors, scale: float, into: Tensor | None
     ) -> Tensor:
         own = self.parameters[name]
-        weight = (factors.of(name, self.plan) * scale).to(torch.promote_types(own.dtype, torch.float32))
+        weight = (factors.of(name, self.plan) * scale).to(noise.wide(own.dtype))
         if factors.dropped:
             uses = [use.without(~factors.finite) for use in uses]
         first, *rest = uses
