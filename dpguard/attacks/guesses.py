@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpguard.attacks.labels import given_away
 from dpguard.attacks.language import Corpus, public_lengths
-from dpguard.attacks.observation import Disclosed
+from dpguard.attacks.observation import Disclosed, Observation
 from dpguard.attacks.vocabulary import Frame, frame_of
 from dpguard.inputs.batch import Batch
 
@@ -72,10 +73,13 @@ class Guesses:
         return Guesses(embeddings, ids, mask, free, labels, parts[0].texts)
 
 
-def label_guesses(told: Disclosed, texts: int, classes: int, rng: torch.Generator) -> list[tuple[int, ...]]:
+def label_guesses(seen: Observation, texts: int, rng: torch.Generator) -> list[tuple[int, ...]]:
     """What the labels may be: as disclosed, or every multiset of classes (at most `HYPOTHESES` of them, drawn)."""
-    if told.labels is not None:
-        return [tuple(told.labels)]
+    if seen.disclosed.labels is not None:
+        return [tuple(seen.disclosed.labels)]
+    classes = int(seen.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    if texts == 1 and (shown := given_away(seen, classes)) is not None:
+        return [(shown,)]
     if math.comb(classes + texts - 1, texts) > MULTISETS:  # the first so many of them would lack the later classes
         drawn = torch.randint(classes, (8 * HYPOTHESES, texts), generator=rng).sort(dim=1).values.tolist()
         return list(dict.fromkeys(tuple(labels) for labels in drawn))[:HYPOTHESES]

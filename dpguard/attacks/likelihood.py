@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
+from dpguard.attacks.labels import labels_of
 from dpguard.attacks.likelihood_channels import channels
 from dpguard.attacks.likelihood_replay import Replay, Terms
-from dpguard.attacks.likelihood_texts import is_message, labels_of, score
+from dpguard.attacks.likelihood_texts import is_message, score
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.inputs.family import family_of

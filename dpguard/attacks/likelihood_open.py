@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dpguard.attacks.base import Budget
+from dpguard.attacks.labels import labels_of
 from dpguard.attacks.likelihood_evolve import Evolution
 from dpguard.attacks.likelihood_guide import Guide
 from dpguard.attacks.likelihood_precision import search_dtype
@@ -15,9 +16,8 @@ from dpguard.attacks.likelihood_prior import Neighbours
 from dpguard.attacks.likelihood_replay import Replay
 from dpguard.attacks.likelihood_search import Row, Search
 from dpguard.attacks.likelihood_setting import Spent
-from dpguard.attacks.likelihood_texts import is_message, labels_of, score
+from dpguard.attacks.likelihood_texts import is_message, score
 from dpguard.attacks.observation import Observation, Reconstruction
-from dpguard.attacks.vocabulary import framed
 from dpguard.inputs.family import family_of
 
 SAMPLE = 1000
@@ -46,11 +46,7 @@ def open_world(seen: Observation, budget: Budget, rng: torch.Generator) -> Recon
     table = exact.model.get_input_embeddings().weight  # type: ignore[operator]
     dtype = search_dtype(table)
     quick = exact if dtype is torch.float32 else Replay(seen, dtype=dtype)
-    words = Neighbours(seen.disclosed, len(table))
-    longest = family_of(seen.model).max_tokens(seen.model.config)
-    words.rows = [row for row in words.rows if len(row) <= longest] or [
-        tuple(framed(seen.disclosed.tokenizer, row, longest)) for row in words.rows
-    ]
+    words = Neighbours(seen.disclosed, len(table), family_of(seen.model).max_tokens(seen.model.config))
     spent = Spent(max(1, budget.candidates))
     starts = [*words.rows, *_proposed(seen, words)]
     ways = _ways(seen, quick, starts, spent, rng)

@@ -1,6 +1,6 @@
 """In which precision a search scores its texts: bfloat16 where the processor multiplies it, else float32.
 
-Where it is emulated a matrix product takes fifty times as long (measured: 1.4 against 75 billion operations a second
+Where it is emulated a matrix product takes fifty times as long (measured: 1.3 against 75 billion operations a second
 on a core without AVX-512), and the same budget days instead of minutes.
 """
 

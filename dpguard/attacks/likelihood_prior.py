@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dpguard.attacks.language import Bigram, Corpus, bigram, content_ids
 from dpguard.attacks.observation import Disclosed
-from dpguard.attacks.vocabulary import allowed_tokens, frame_of
+from dpguard.attacks.vocabulary import allowed_tokens, frame_of, framed
 
 UNSEEN = 0.02
 """Pseudo-count of a token that no public text holds, when tokens are drawn."""
 NEVER = -1e9
+MEMORY = 1 << 28
+"""Bytes of rows that are kept, and as many of columns."""
 
 
 class Neighbours:
@@ -22,6 +25,7 @@ class Neighbours:
     Args:
         told: what the threat model discloses; all of its public texts are read.
         vocabulary: rows of the token-embedding table.
+        longest: tokens that the model reads; longer public texts are left out (or cut, where all are longer).
 
     Attributes:
         frame: the special tokens around a text.
@@ -32,10 +36,12 @@ class Neighbours:
         seen: ids of the tokens that occur in public text.
     """
 
-    def __init__(self, told: Disclosed, vocabulary: int) -> None:
+    def __init__(self, told: Disclosed, vocabulary: int, longest: int) -> None:
         corpus = Corpus(tuple(text for text in told.public_texts if text.strip()), told.tokenizer)
         self.frame = frame_of(told.tokenizer)
-        self.rows = [tuple(self.frame.wrap(ids)) for ids in dict.fromkeys(content_ids(corpus)) if ids]
+        rows = [tuple(self.frame.wrap(ids)) for ids in dict.fromkeys(content_ids(corpus)) if ids]
+        cut = [tuple(framed(told.tokenizer, row, longest)) for row in rows]
+        self.rows = [row for row in rows if len(row) <= longest] or cut
         self.allowed = allowed_tokens(told.tokenizer, vocabulary)
         tokens = torch.tensor([t for row in content_ids(corpus) for t in row], dtype=torch.int64)
         counts = torch.bincount(tokens, minlength=vocabulary).double() * self.allowed
@@ -47,34 +53,32 @@ class Neighbours:
         self._model: Bigram = found if found is not None else Bigram([], vocabulary)
         self._by_second = (self._model.keys % vocabulary).argsort(stable=True)
         self._seconds = (self._model.keys % vocabulary)[self._by_second]
-        self._after: dict[int, Tensor] = {}
-        self._before: dict[int, Tensor] = {}
+        kept = max(1, MEMORY // (4 * vocabulary))
+        self._after, self._before = lru_cache(kept)(self._followers), lru_cache(kept)(self._leaders)
 
     def after(self, token: int | None) -> Tensor:
         """(vocabulary,) float32 log P(. | token); the token frequencies at the start of an unframed text."""
-        if token is None:
-            return self.log_frequency
-        if token not in self._after:
-            model, size = self._model, self._model.vocabulary
-            ends = torch.searchsorted(model.keys, torch.tensor([token * size, (token + 1) * size]))
-            p = model.strength * model.unigram
-            inside = slice(int(ends[0]), int(ends[1]))
-            p = p.index_add(0, model.keys[inside] % size, model.counts[inside].double())
-            self._after[token] = (p / (model.first[token] + model.strength)).log().float()
-        return self._after[token]
+        return self.log_frequency if token is None else self._after(token)
 
     def before(self, token: int | None) -> Tensor:
         """(vocabulary,) float32 log P(token | .); zeros at the end of an unframed text."""
-        if token is None:
-            return torch.zeros(self._model.vocabulary)
-        if token not in self._before:
-            model = self._model
-            ends = torch.searchsorted(self._seconds, torch.tensor([token, token + 1]))
-            which = self._by_second[int(ends[0]) : int(ends[1])]
-            p = (model.strength * model.unigram[token]).expand(model.vocabulary)
-            p = p.index_add(0, model.keys[which] // model.vocabulary, model.counts[which].double())
-            self._before[token] = (p / (model.first + model.strength)).log().float()
-        return self._before[token]
+        return torch.zeros(self._model.vocabulary) if token is None else self._before(token)
+
+    def _followers(self, token: int) -> Tensor:
+        model, size = self._model, self._model.vocabulary
+        ends = torch.searchsorted(model.keys, torch.tensor([token * size, (token + 1) * size]))
+        inside = slice(int(ends[0]), int(ends[1]))
+        p = model.strength * model.unigram
+        p = p.index_add(0, model.keys[inside] % size, model.counts[inside].double())
+        return (p / (model.first[token] + model.strength)).log().float()
+
+    def _leaders(self, token: int) -> Tensor:
+        model = self._model
+        ends = torch.searchsorted(self._seconds, torch.tensor([token, token + 1]))
+        which = self._by_second[int(ends[0]) : int(ends[1])]
+        p = (model.strength * model.unigram[token]).expand(model.vocabulary)
+        p = p.index_add(0, model.keys[which] // model.vocabulary, model.counts[which].double())
+        return (p / (model.first + model.strength)).log().float()
 
     def between(self, left: int | None, right: int | None) -> Tensor:
         """(vocabulary,) float32 log P(. | left) + log P(right | .), `NEVER` where a text can't hold the token."""

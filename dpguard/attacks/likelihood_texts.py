@@ -19,14 +19,6 @@ ENTRIES = 1000
 """Fewest entries that can prove a text without noise."""
 
 
-def labels_of(seen: Observation) -> list[int]:
-    """The disclosed label, or every class."""
-    told = seen.disclosed
-    if told.labels is not None:
-        return [told.labels[0]]
-    return list(range(int(seen.model.config.num_labels)))  # type: ignore[union-attr, arg-type]
-
-
 def score(replay: Replay, texts: Sequence[Sequence[int]], label: int, padding: int) -> Terms:
     """Evidence about token-id rows of any lengths under one label, in the order given.
 

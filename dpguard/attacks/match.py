@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.guesses import Guesses, draw, label_guesses, length_guesses, of_texts
+from dpguard.attacks.labels import labels_of
 from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.match_polish import Polish
 from dpguard.attacks.match_proof import is_message, without_noise
@@ -46,7 +47,6 @@ from dpguard.engine.gradients import running_as
 from dpguard.inputs.family import family_of
 
 CHUNK = 64
-HYPOTHESES = 64
 SOLVED = 1e-5
 
 
@@ -123,7 +123,6 @@ class Search:
 
     def __post_init__(self) -> None:
         told, model = self.seen.disclosed, self.seen.model
-        self.classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
         self.texts = told.texts
         self.objective = Objective(self.seen, self.texts, aware=self.setting.aware, distance=self.setting.distance)
         self.table = TokenTable(model.get_input_embeddings().weight, told.tokenizer)  # type: ignore[operator]
@@ -143,11 +142,10 @@ class Search:
     def discrete(self, lists: Lists) -> Reconstruction:
         """Tokens from soft spans, then a search on the exact distance."""
         told, limit = self.seen.disclosed, self.budget.candidates
-        labels = told.labels if told.labels is not None else range(min(self.classes, HYPOTHESES))
         draws = random.Random(int(torch.randint(2**62, (1,), generator=self.rng)))
         lengths = told.lengths or ()
         starts = [row for row in self.proposals() if not lengths or len(row) == lengths[0]]
-        polish = Polish(self.seen, lists, list(labels), limit, draws, starts)
+        polish = Polish(self.seen, lists, labels_of(self.seen), limit, draws, starts)
         label, row = polish.run()
         return Reconstruction(
             sequences=[list(row)],
@@ -225,7 +223,7 @@ class Search:
         """The best random starts: ``restarts`` of them for each of the most promising label guesses."""
         told, model = self.seen.disclosed, self.seen.model
         longest = family_of(model).max_tokens(model.config)
-        labels = label_guesses(told, self.texts, self.classes, self.rng)
+        labels = label_guesses(self.seen, self.texts, self.rng)
         count = max(self.budget.restarts, min(self.setting.starts, self._quarter(len(labels))))
         lengths = length_guesses(told, self.texts, count, longest, self.rng)
         pools = [

@@ -122,7 +122,7 @@ class Objective:
     def parts(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Parts:
         """Inner products and norms of N / texts candidate messages; see `Parts`."""
         rows = record(self.model, self.taps, batch, embeddings, create_graph=create_graph)
-        clipped = clip_rows(rows, self.taps, self.plan) if self.clipped else {"": rows}
+        clipped = self._clip(rows) if self.clipped else {"": rows}
         pairs = [self._compare(target, clipped) for target in self.targets]
         dots, squares = (torch.stack(side) for side in zip(*pairs, strict=True))
         gaps = torch.stack([self._gap(target, clipped) for target in self.targets]) if self.distance == "l1" else None
@@ -149,6 +149,9 @@ class Objective:
             squares = self.parts(batch, embeddings).squares
             stds = squares.new_tensor([target.std for target in self.targets])
             self.scale = float((squares / stds[:, None].pow(2)).sum(0).mean().clamp(min=1e-30))
+
+    def _clip(self, rows: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
+        return clip_rows(rows, self.taps, self.plan, texts=self.texts, batch_size=self.batch_size)
 
     def _compare(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> tuple[Tensor, Tensor]:
         tap = target.tap

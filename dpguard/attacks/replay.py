@@ -223,8 +223,10 @@ def products(tap: Tap, rows: Rows, target: Tensor) -> Tensor:
     return ((rows.signals @ weight) * rows.inputs).sum((1, 2))
 
 
-def clip_rows(rows: Mapping[str, Rows], taps: Mapping[str, Tap], plan: Plan) -> dict[str, dict[str, Rows]]:
-    """The client's per-example clipping: clip group -> module name -> rows of clipped gradients.
+def clip_rows(
+    rows: Mapping[str, Rows], taps: Mapping[str, Tap], plan: Plan, *, texts: int = 1, batch_size: int = 1
+) -> dict[str, dict[str, Rows]]:
+    """The client's clipping, of each example or of the whole message: clip group -> module name -> clipped rows.
 
     The group "" holds the rows of what is not clipped. Norms run over every trained tensor of a group,
     also over those that stay with the client.
@@ -233,15 +235,17 @@ def clip_rows(rows: Mapping[str, Rows], taps: Mapping[str, Tap], plan: Plan) -> 
         rows: module name -> rows of N texts, before grouping into messages.
         taps: parameter name -> tap, for all tensors of the groups.
         plan: the policy.
+        texts: consecutive texts that form one message.
+        batch_size: public divisor of a message; ``unit: update`` clips what is left after the division.
     """
     out = {"": dict(rows)}
     for key, group in plan.groups.items():
         members = [taps[name] for name in group.names if name in taps]
         if members:
-            if group.unit == "update":  # one factor for the whole message, which a cosine does not see
-                out[key] = {tap.module: rows[tap.module] for tap in members}
-                continue
-            squared = torch.stack([squared_norms(tap, rows[tap.module]) for tap in members]).sum(0)
-            factors = clip_factors(squared.clamp(min=1e-30).sqrt(), group.clip, group.mode)
+            together, divisor = (texts, batch_size) if group.unit == "update" else (1, 1)
+            whole = {tap.module: rows[tap.module].grouped(together) for tap in members}
+            squared = torch.stack([squared_norms(tap, whole[tap.module]) for tap in members]).sum(0)
+            norms = squared.clamp(min=1e-30).sqrt() / divisor
+            factors = clip_factors(norms, group.clip, group.mode).repeat_interleave(together)
             out[key] = {tap.module: rows[tap.module].scaled(factors) for tap in members}
     return out

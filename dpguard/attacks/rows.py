@@ -72,7 +72,7 @@ class Rows:
             bag = [*(labels.bag if labels else []), *(t for t in found if not labels or t not in labels.counts)]
             text = _chain(bag, seen, frame)
             return Reconstruction([text], [False], notes={"tokens": len(set(bag)), "positions": 0})
-        places = _places(position, seen)
+        places = _places(_as_clipped(position, token, seen), seen)
         text, residual, tried = _assign(token, places, frame, limit)
         clean = not token.std and not position.std and bool(_whole(seen, token) and _whole(seen, position))
         certain = clean and residual < EXACT and len(places.rows) > frame.size
@@ -185,6 +185,19 @@ def _quiet(table: Tensor, rule: Rule) -> Any:
 def _whole(seen: Observation, read: Read) -> bool:
     rule = seen.disclosed.plan[read.name]
     return rule.keep == 1 and rule.bits is None and not rule.release
+
+
+def _as_clipped(position: Read, token: Read, seen: Observation) -> Read:
+    """The position rows as the token table's clip would have left them.
+
+    Clips of their own multiply the two tables by different factors; both hold the sum of all positions' vectors.
+    """
+    groups = {seen.disclosed.plan[read.name].group for read in (position, token)}
+    if len(groups) == 1:
+        return position
+    mine, other = position.vectors.sum(0), token.vectors.sum(0)
+    factor = float((mine @ other) / (mine @ mine).clamp(min=1e-300))
+    return Read(position.name, position.rows, position.vectors * factor, position.std * abs(factor))
 
 
 def _places(position: Read, seen: Observation) -> Read:

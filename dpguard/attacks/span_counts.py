@@ -27,6 +27,8 @@ WAYS = 5000
 """Ways to label the copies that are tried."""
 UNEXPLAINED = 1e-3
 """Share of the message's norm that an exact fit may leave, besides what rounding did."""
+LARGEST = 1 << 27
+"""Entries (of 8 bytes) of the gradients that are held side by side; beyond, copies are not counted."""
 WHOLE = 3e-4
 """Distance from what whole numbers would give (measured: 2e-7 to 3e-6, in bfloat16 3e-5)."""
 
@@ -44,6 +46,9 @@ def counts_of(seen: Observation, name: str, texts: Sequence[list[int]]) -> list[
     if not texts or name not in told.plan or told.plan[name].clip is not None or told.kind != "gradient":
         return None
     if predicts_tokens(seen.model) or seen.model.config.num_labels < 2:  # type: ignore[union-attr,operator]
+        return None
+    classes = int(seen.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    if message.numel() * len(texts) * (classes - 1) > LARGEST:
         return None
     columns, chances = zip(*(_columns(seen, name, ids) for ids in texts), strict=True)
     matrix = torch.cat(columns, dim=1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpguard.attacks.base import Budget
+from dpguard.attacks.labels import labels_of
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.span_cache import Extender
 from dpguard.attacks.span_evidence import Evidence, gather, usable
@@ -29,7 +30,6 @@ EQUAL = 1e-9
 """Squared sine between the message's grades and a text's that rounding explains (measured: at most 1e-14)."""
 APART = 1e3
 """How much farther off every neighbour of a text must be for the text to be certain."""
-MOST_LABELS = 8
 COPIES = 6
 """How many more places than words a text may have: a wrong label is mended by ever more copies."""
 
@@ -73,13 +73,19 @@ def read_order(
     bag = _bag(seen, probe, evidence[0], torch.unique(torch.cat([tokens, special])))
     if bag is None:
         return None
-    told = seen.disclosed.labels
-    labels = [told[0]] if told else list(range(min(MOST_LABELS, int(probe.config.num_labels))))
-    search = _Search(probe, evidence[0].site.layer, bag, frame, probe.scored + budget.candidates)
-    found = min((search.run(label) for label in labels), key=lambda pair: pair[1])
-    certain = len(bag.words) > 1 and search.alone(*found)
-    notes = {"weight": evidence[0].site.name, "rank": evidence[0].span.rank, "residual": found[1]}
-    return Reconstruction([list(found[0])], [certain], 0, probe.scored, notes)
+    labels = labels_of(seen)
+    search = _Search(probe, evidence[0].site.layer, bag, frame, probe.scored)
+    found: dict[int, tuple[Text, float]] = {}
+    for label in labels:
+        search.limit += max(1, budget.candidates // len(labels))
+        found[label] = search.run(label)
+        if found[label][1] <= EQUAL:
+            break
+    label = min(found, key=lambda each: found[each][1])
+    text, residual = found[label]
+    certain = len(bag.words) > 1 and search.alone(text, residual, label)
+    notes = {"weight": evidence[0].site.name, "rank": evidence[0].span.rank, "residual": residual}
+    return Reconstruction([list(text)], [certain], 0, probe.scored, notes)
 
 
 def _bag(seen: Observation, probe: Probe, evidence: Evidence, tokens: Tensor) -> _Bag | None:
@@ -119,8 +125,9 @@ class _Search:
             text, cost = best, least
         return text, cost
 
-    def alone(self, text: Text, cost: float) -> bool:
+    def alone(self, text: Text, cost: float, label: int) -> bool:
         """Whether a text agrees with the message to rounding and no neighbour of it comes near that."""
+        self.label = label
         return cost <= EQUAL and self._best([*self._orders(text), *self._copies(text)])[1] > max(EQUAL, APART * cost)
 
     def _best(self, texts: Iterable[Text]) -> tuple[Text, float]:

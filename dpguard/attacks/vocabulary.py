@@ -50,9 +50,14 @@ def framed(tokenizer: Any, text: Sequence[int], most: int) -> list[int]:
         text: token ids, special tokens included or not.
         most: tokens that the model reads.
     """
-    frame, special = frame_of(tokenizer), {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    inner = [token for token in text if token not in special]
+    frame, inner = frame_of(tokenizer), content(tokenizer, text)
     return frame.wrap(inner[: most - frame.size]) if inner else []
+
+
+def content(tokenizer: Any, text: Sequence[int]) -> list[int]:
+    """A text without its special tokens; a word that the vocabulary lacks is a word of the text."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return [int(token) for token in text if int(token) not in special]
 
 
 def allowed_tokens(tokenizer: Any, rows: int) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpguard.attacks.observation import Disclosed, Observation, Reconstruction
 from dpguard.attacks.panel import Outcome, run_panel
+from dpguard.attacks.vocabulary import content
 from dpguard.engine.update import Update
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.models import LoadedModel
@@ -169,7 +170,7 @@ def judge(outcome: Outcome, truth: Truth, indices: Sequence[int], tokenizer: Any
     if outcome.reconstruction is None:
         return []
     found = outcome.reconstruction
-    guesses = [_content(ids, tokenizer) for ids in found.sequences]
+    guesses = [tuple(content(tokenizer, ids)) for ids in found.sequences]
     texts = [str(tokenizer.decode(ids, clean_up_tokenization_spaces=True)) for ids in guesses]
     true_texts = truth.texts(tokenizer)
     table = [
@@ -203,12 +204,6 @@ def judge(outcome: Outcome, truth: Truth, indices: Sequence[int], tokenizer: Any
 def _closeness(scores: Mapping[str, float | None]) -> float:
     """What the assignment maximises: ROUGE-L, exact matches first."""
     return float(scores["rougeL"] or 0.0) + float(scores["exact_match"] or 0.0)
-
-
-def _content(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    """A guess without its special tokens; a word that the vocabulary lacks is a word of the text."""
-    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    return tuple(int(i) for i in ids if int(i) not in special)
 
 
 __all__ = ["Leak", "Reconstruction", "Score", "attack_message", "encode", "judge", "observation", "pick_targets"]

@@ -76,12 +76,13 @@ def test_the_noise_of_a_change_after_steps_with_momentum_is_known(momentum) -> N
 
 
 def test_labels_of_many_classes_are_drawn_and_not_cut_off() -> None:
-    told = replace(messages.observe(tiny.loaded("bert"), [], ["yes"], [1], tell=())[0].disclosed)
-    found = guesses.label_guesses(told, 8, 10, torch.Generator().manual_seed(0))
+    seen = messages.observe(tiny.loaded("bert", labels=10), [], ["yes"], [1], tell=())[0]
+    found = guesses.label_guesses(seen, 8, torch.Generator().manual_seed(0))
     assert len(found) == len(set(found)) == guesses.HYPOTHESES
     assert {label for labels in found for label in labels} == set(range(10))
     assert any(0 not in labels for labels in found)
-    assert len(guesses.label_guesses(told, 2, 3, torch.Generator())) == 6
+    few = messages.observe(tiny.loaded("bert", labels=3), [], ["yes"], [1], tell=())[0]
+    assert len(guesses.label_guesses(few, 2, torch.Generator())) == 6
 
 
 @pytest.mark.parametrize("know", [(), ("count",)])

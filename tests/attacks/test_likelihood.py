@@ -141,7 +141,7 @@ def test_open_world_finds_what_is_at_least_as_likely_as_the_truth_under_noise() 
 
     seen, true = _seen("bert", [{"layers": "all", "clip": 0.1, "noise": 0.1}], 1, public=(*CANDIDATES, "the ward"))
     found = _run(seen, budget=Budget(0, 5000))
-    words = Neighbours(seen.disclosed, seen.model.config.vocab_size)
+    words = Neighbours(seen.disclosed, seen.model.config.vocab_size, 512)
     posterior = float(score(Replay(seen), [true], 1, 0).loglik[0]) + words.log_prior([true])[0]
     assert found.notes["log_posterior"] >= posterior - 1e-3 * abs(posterior)
 

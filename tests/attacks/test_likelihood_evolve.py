@@ -48,7 +48,7 @@ def test_a_child_has_its_parents_length_and_words_that_somebody_offered(name: st
 
 def _evolution(budget: int = 4000, seed: int = 0) -> tuple[Evolution, tuple[int, ...], int]:
     seen, batch = messages.observe(tiny.loaded("bert"), QUIET, [tiny.SENTENCES[0]], (1,), public=PUBLIC)
-    words = Neighbours(seen.disclosed, seen.model.config.vocab_size)
+    words = Neighbours(seen.disclosed, seen.model.config.vocab_size, 512)
     true = tuple(batch.input_ids[0].tolist())
     guide = Guide(Replay(seen), 1, 0, words.rows)
     search = Search(guide, words, len(true), torch.Generator().manual_seed(seed), random.Random(seed), Spent(budget))

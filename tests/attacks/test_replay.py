@@ -85,6 +85,25 @@ def test_clipping_is_the_clients_clipping(family: str) -> None:
         torch.testing.assert_close(formed, true.sums[name], rtol=0.02, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_clip_of_the_whole_message_is_the_clients(family: str) -> None:
+    """``unit: update`` clips the mean over the batch, and what is withheld counts for its norm."""
+    table = [
+        {"layers": "all", "clip": 0.02, "unit": "update"},
+        {"layers": "head", "share": False},
+        {"layers": "embeddings.token", "train": False},  # words that several texts have: see `squared_norms`
+    ]
+    model, plan, batch, taps, embeddings = _setup(family, table)
+    seen, _ = messages.observe(model, table, tiny.SENTENCES, LABELS)
+    rows = replay.record(model.module, taps, batch, embeddings, create_graph=False)
+    clipped = replay.clip_rows(rows, taps, plan, texts=3, batch_size=3)
+    for name, sent in seen.message.items():
+        tap = taps[name]
+        formed = replay.form(tap, clipped[plan[name].group][tap.module].grouped(3))[0] / 3
+        torch.testing.assert_close(formed, sent, rtol=1e-3, atol=1e-6)
+    assert set(seen.message) == set(plan.shared)
+
+
 def test_the_rows_can_be_differentiated_again() -> None:
     model, _, batch, taps, embeddings = _setup("bert")
     name = next(n for n, tap in taps.items() if tap.slot.role == "query" and tap.matrix)

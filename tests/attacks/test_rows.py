@@ -46,6 +46,15 @@ def test_clipping_and_one_bit_do_not_hide_the_words():
     assert signs.certain == [False]
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_clips_of_their_own_on_the_two_tables_do_not_hide_the_order(family):
+    model = tiny.loaded(family)
+    rows = [{"layers": "all", "clip": 0.5}, {"layers": "embeddings.position", "clip": 1e-3}]
+    _seen, found = read(model, TEXTS[0], rows)
+    assert found.sequences == [ids(model, TEXTS[0])]
+    assert found.certain == [True]
+
+
 def test_without_position_rows_it_is_a_bag():
     model = tiny.loaded("bert")
     _seen, found = read(model, TEXTS[0], [{"layers": "embeddings.position", "share": False}])
