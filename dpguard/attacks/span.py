@@ -20,6 +20,7 @@ weights (full rank), and noise above the signal's singular values (it says so an
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,6 +48,8 @@ from dpguard.inputs.family import slots
 KINDS = ("gradient", "delta")
 WITNESSES = 3
 """Weights whose spectrum is computed: one to search with, the others to try next and to confirm."""
+COMMON = 16
+"""Words frequent in public texts that are tried in any place."""
 PUBLIC = 400
 """Public texts that a picture may be fitted on."""
 
@@ -130,8 +133,14 @@ def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> Case:
     album = Album(probe, tokens, frame, public, _positions(probe))
     return Case(
         probe, sites_of(seen.model), album, tokens, TokenTable(probe.embedding, tokenizer), frame, rng, budget,
-        budget.candidates,
+        budget.candidates, _common(public, allowed),
     )  # fmt: skip
+
+
+def _common(public: list[list[int]], allowed: Tensor) -> list[int]:
+    """The words that are most frequent in public texts."""
+    counts = Counter(token for ids in public for token in ids if bool(allowed[token]))
+    return [token for token, _ in counts.most_common(COMMON)]
 
 
 def _positions(probe: Probe) -> Tensor:

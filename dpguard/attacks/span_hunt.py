@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,17 @@ from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver
 from dpguard.attacks.span_search import Search, Trail
+from dpguard.attacks.span_shift import realign
 from dpguard.attacks.span_sites import Probe, Sites
+from dpguard.attacks.span_slope import steepest
 from dpguard.attacks.vocabulary import Frame, TokenTable
 
 SUBSTITUTES = 80
 ROUNDS = 8
+NEAR = 0.1
+"""Mean residual below which a text is near enough to look for shifts and by the derivative."""
+STEEP = 48
+"""Substitutes a place by the energy's derivative."""
 PATIENCE = 3
 """Rounds before the continuous search is asked for new starts."""
 SHORT = 8
@@ -49,6 +56,7 @@ class Case:
     rng: torch.Generator
     budget: Budget
     limit: int
+    common: Sequence[int] = ()
     steps: int = 0
 
     def fixed(self, length: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +73,7 @@ class Case:
 def solve(case: Case, evidence: Evidence, length: int) -> Trail:
     """One weight, one length: exact tests where they exist, else guess, search, refine, relax."""
     held = case.fixed(length)[0]
-    search = Search(case.probe, evidence, held, case.limit)
+    search = Search(case.probe, evidence, held, case.limit, case.common)
     if is_context_free(evidence, case.frame):
         return _embeddings(case, evidence, search, length)
     states = _states(case, evidence, length)
@@ -137,13 +145,31 @@ def _hunt(
                 if turn:  # a search that is stuck needs another way in, even one that begins worse
                     other = search.run(other, likely, bag, levels=1)
                 _take(trail, other)
-        trail = search.run(trail, likely, bag, levels=1 + turn)
+        trail = _edited(case, search, trail, likely, bag, turn)
         if trail.done or case.probe.scored >= case.limit:
             break
         if turn >= PATIENCE and case.steps < case.budget.steps:
             likely, bag = _relaxed(case, evidence, search, trail, likely, held)
             trail = search.run(trail, likely, bag, levels=2)
     return trail
+
+
+def _edited(case: Case, search: Search, trail: Trail, likely: Tensor, bag: Tensor, turn: int) -> Trail:
+    """Words and their order; near the text also shifts, what the derivative asks for, and pieces; then farther."""
+    trail = search.run(trail, likely, bag, levels=1)
+    while turn and not trail.done and case.probe.scored < case.limit:
+        near, before = float(trail.rows.mean()) < NEAR, trail.energy
+        if not near and turn < PATIENCE:
+            return trail  # another picture leads nearer than a long search here
+        if near and not realign(search, trail, case.tokens):
+            steep = steepest(case.probe, search.evidence, trail.ids, case.tokens, STEEP)
+            trail = search.polish(trail, steep, few=STEEP, rounds=1)
+            if trail.energy == before:
+                search.relocate(trail)
+        trail = search.run(trail, likely, bag, levels=1 if trail.energy < before else 2)
+        if trail.energy == before:
+            break
+    return search.run(trail, likely, bag, levels=1 + turn) if turn > 1 else trail
 
 
 def _is_mixture(case: Case, evidence: Evidence) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ WIDTHS = (16, 32, 80)
 """Substitutes tried a position, wider when nothing improves."""
 DOUBTFUL, INSERTS = (2, 5, 20), (2, 5, 12)
 """Tokens that are taken out while another one is put in elsewhere: how many, and how many put in a place."""
+COMMON, CLOSING = (0, 0, 2), 4
+"""Frequent words that are put in as well: how many anywhere, how many at the end."""
 FEW = 8
 """Substitutes a position between two pictures."""
+ROUNDS = 64
 LEAST = 1e-5
 """Smallest gain in energy that counts as one."""
 HINT = 1e-4
@@ -62,10 +66,11 @@ class Search:
         evidence: what has to be explained.
         fixed: (L,) bool, positions held by special tokens.
         limit: value of ``probe.scored`` at which to stop.
+        common: tokens that are frequent in texts of the kind, the most frequent first.
     """
 
-    def __init__(self, probe: Probe, evidence: Evidence, fixed: Tensor, limit: int) -> None:
-        self.probe, self.evidence, self.limit = probe, evidence, limit
+    def __init__(self, probe: Probe, evidence: Evidence, fixed: Tensor, limit: int, common: Sequence[int] = ()) -> None:
+        self.probe, self.evidence, self.limit, self.common = probe, evidence, limit, list(common)
         self.free = (~fixed).nonzero().flatten().tolist()
 
     def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,26 +105,38 @@ class Search:
                 level += 1
         return trail
 
-    def polish(self, trail: Trail, substitutes: Tensor) -> Trail:
+    def polish(self, trail: Trail, substitutes: Tensor, few: int = FEW, rounds: int = ROUNDS) -> Trail:
         """Substitute alone, everywhere at once, as long as that helps: cheap steps between two pictures.
 
         Args:
             trail: where to start.
             substitutes: (L, k) tokens for each position, likeliest first.
+            few: how many of them.
+            rounds: at most so many times.
         """
-        few = substitutes[:, :FEW].tolist()
-        while not trail.done and self.probe.scored < self.limit:
-            edits = self._new(trail, [((p, token),) for p in self.free for token in few[p]])
+        words = substitutes[:, :few].tolist()
+        for _ in range(rounds):
+            if trail.done or self.probe.scored >= self.limit:
+                break
+            edits = self._new(trail, [((p, token),) for p in self.free for token in words[p]])
             if not edits or not self._improve(trail, edits):
                 break
             self._check(trail)
         return trail
 
+    def relocate(self, trail: Trail) -> bool:
+        """Move several neighbouring words elsewhere; whether that helped."""
+        edits = self._new(trail, list(_segments(trail.ids.tolist(), self.free)))
+        if not edits or not self._improve(trail, edits):
+            return False
+        self._check(trail)
+        return True
+
     def _edits(self, trail: Trail, substitutes: Tensor, bag: Tensor, level: int) -> Iterator[Edit]:
         order = sorted(self.free, key=lambda p: -float(trail.rows[p]))
         worst = order[: max(4, len(order) // 3)] if level == 0 else order
         words = trail.ids.tolist()
-        anywhere = bag.tolist() if level else []
+        anywhere = [*bag.tolist(), *self.common] if level else []
         for p in worst:
             for token in dict.fromkeys(substitutes[p, : WIDTHS[level]].tolist() + anywhere):
                 yield ((p, token),)
@@ -133,8 +150,11 @@ class Search:
                 yield from (_move(words, p, q), _move(words, q, p)) if abs(p - q) > 1 else ()
         for p in order[: DOUBTFUL[level]]:
             for q in self.free:
-                for token in substitutes[q, : INSERTS[level]].tolist():
+                for token in [*substitutes[q, : INSERTS[level]].tolist(), *self.common[: COMMON[level]]]:
                     yield _move([*words[:p], token, *words[p + 1 :]], p, q)
+        for p in order if level else []:  # a word too many inside costs the last one, mostly a full stop
+            for token in self.common[:CLOSING]:
+                yield _move([*words[:p], token, *words[p + 1 :]], p, self.free[-1])
 
     def _new(self, trail: Trail, edits: list[Edit]) -> list[tuple[Edit, Tensor]]:
         out = []
@@ -173,10 +193,23 @@ class Search:
                 trail.ids, trail.energy, trail.rows = texts[k], float(energy[k]), rows[k]
         return True
 
+    def take(self, trail: Trail, ids: Tensor, energy: float, rows: Tensor) -> None:
+        """Stand at another text, and ask for the certificate where it is near."""
+        trail.ids, trail.energy, trail.rows = ids, energy, rows
+        self._check(trail)
+
     def _check(self, trail: Trail) -> None:
         if float(trail.rows.mean()) < HINT or self.evidence.span.blurred:
             trail.certain, trail.worst = self.evidence.certifies(self.probe, trail.ids)
             trail.done = trail.certain or not self.evidence.contradicts(self.probe, trail.ids, len(trail.ids))
+
+
+def _segments(words: list[int], free: list[int]) -> Iterator[Edit]:
+    """Two neighbouring pieces of a text exchanged, one of them at least two words long."""
+    for low, middle, high in combinations([*free, free[-1] + 1], 3):
+        if high - low > 2:
+            moved = [*words[middle:high], *words[low:middle]]
+            yield tuple((low + k, word) for k, word in enumerate(moved))
 
 
 def _move(words: list[int], source: int, target: int) -> Edit:
