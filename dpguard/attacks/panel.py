@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dpguard.attacks.observation import Observation, Reconstruction
 
 PACKAGE = "dpguard.attacks"
-FLOOR = "prior"
+FLOOR, JUDGE = "prior", "combined"
+"""The attack that never reads the message, and the one that weighs the answers of all others."""
 
 PANELS: dict[str, tuple[str, ...]] = {
     "panel-1": ("prior", "rows", "span", "match", "likelihood", "combined"),
@@ -124,6 +125,25 @@ def attack(name: str) -> BoundAttack:
     if colon and preset not in plugin.presets:
         raise UserError(f"attack {word!r} has no preset {preset!r}{did_you_mean(preset, plugin.presets)}")
     return BoundAttack(name, preset or next(iter(plugin.presets)), plugin)
+
+
+def in_order(panel: str, asked: Sequence[str] | None) -> list[str]:
+    """The attacks that a study asks for, as the panel orders them; None = the whole panel.
+
+    A name without a preset takes the panel's preset, one with a preset stands in its attack's place. Attacks that the
+    panel lacks come before those that read the others' answers.
+
+    >>> in_order("panel-1", ["combined", "likelihood:quick", "span"])
+    ['span', 'likelihood:quick', 'combined']
+    """
+    whole = PANELS[panel]
+    if asked is None:
+        return list(whole)
+    places = {name.partition(":")[0]: place for place, name in enumerate(whole)}
+    bound = {name.partition(":")[0]: name for name in whole}
+    last = places.get(JUDGE, len(whole)) - 0.5
+    ordered = sorted(dict.fromkeys(asked), key=lambda name: places.get(name.partition(":")[0], last))
+    return list(dict.fromkeys(name if ":" in name else bound.get(name, name) for name in ordered))
 
 
 def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcome]:

@@ -333,6 +333,7 @@ def _engine(study: Study) -> str:
 
 
 def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
+    from dpguard.attacks.panel import in_order
     from dpguard.errors import did_you_mean
 
     if study.leakage is None:
@@ -340,12 +341,7 @@ def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
     with study.locating("leakage", "panel"):
         if study.leakage.panel not in panels:
             raise UserError(f"unknown panel {study.leakage.panel!r}{did_you_mean(study.leakage.panel, panels)}")
-    whole = list(panels[study.leakage.panel])
-    asked = study.leakage.attacks
-    if asked is None:
-        return whole
-    kept = [name for name in whole if name in asked or name.partition(":")[0] in asked]
-    return kept + [name for name in asked if not any(k == name or k.partition(":")[0] == name for k in kept)]
+    return in_order(study.leakage.panel, study.leakage.attacks)
 
 
 def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:
