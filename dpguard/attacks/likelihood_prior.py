@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -40,8 +40,9 @@ class Neighbours:
         corpus = Corpus(tuple(text for text in told.public_texts if text.strip()), told.tokenizer)
         self.frame = frame_of(told.tokenizer)
         rows = [tuple(self.frame.wrap(ids)) for ids in dict.fromkeys(content_ids(corpus)) if ids]
-        cut = [tuple(framed(told.tokenizer, row, longest)) for row in rows]
-        self.rows = [row for row in rows if len(row) <= longest] or cut
+        self.rows = [row for row in rows if len(row) <= longest] or [
+            tuple(framed(told.tokenizer, row, longest)) for row in rows
+        ]
         self.allowed = allowed_tokens(told.tokenizer, vocabulary)
         tokens = torch.tensor([t for row in content_ids(corpus) for t in row], dtype=torch.int64)
         counts = torch.bincount(tokens, minlength=vocabulary).double() * self.allowed
@@ -51,10 +52,11 @@ class Neighbours:
         self.seen = (counts > 0).nonzero()[:, 0]
         found = bigram(corpus, vocabulary)
         self._model: Bigram = found if found is not None else Bigram([], vocabulary)
-        self._by_second = (self._model.keys % vocabulary).argsort(stable=True)
-        self._seconds = (self._model.keys % vocabulary)[self._by_second]
-        kept = max(1, MEMORY // (4 * vocabulary))
-        self._after, self._before = lru_cache(kept)(self._followers), lru_cache(kept)(self._leaders)
+        order = (self._model.keys % vocabulary).argsort(stable=True)
+        seconds = (self._model.keys % vocabulary)[order]
+        kept = lru_cache(max(1, MEMORY // (4 * vocabulary)))
+        self._after = kept(partial(_followers, self._model))  # no method: the rows go when this object goes
+        self._before = kept(partial(_leaders, self._model, order, seconds))
 
     def after(self, token: int | None) -> Tensor:
         """(vocabulary,) float32 log P(. | token); the token frequencies at the start of an unframed text."""
@@ -63,22 +65,6 @@ class Neighbours:
     def before(self, token: int | None) -> Tensor:
         """(vocabulary,) float32 log P(token | .); zeros at the end of an unframed text."""
         return torch.zeros(self._model.vocabulary) if token is None else self._before(token)
-
-    def _followers(self, token: int) -> Tensor:
-        model, size = self._model, self._model.vocabulary
-        ends = torch.searchsorted(model.keys, torch.tensor([token * size, (token + 1) * size]))
-        inside = slice(int(ends[0]), int(ends[1]))
-        p = model.strength * model.unigram
-        p = p.index_add(0, model.keys[inside] % size, model.counts[inside].double())
-        return (p / (model.first[token] + model.strength)).log().float()
-
-    def _leaders(self, token: int) -> Tensor:
-        model = self._model
-        ends = torch.searchsorted(self._seconds, torch.tensor([token, token + 1]))
-        which = self._by_second[int(ends[0]) : int(ends[1])]
-        p = (model.strength * model.unigram[token]).expand(model.vocabulary)
-        p = p.index_add(0, model.keys[which] // model.vocabulary, model.counts[which].double())
-        return (p / (model.first + model.strength)).log().float()
 
     def between(self, left: int | None, right: int | None) -> Tensor:
         """(vocabulary,) float32 log P(. | left) + log P(right | .), `NEVER` where a text can't hold the token."""
@@ -89,3 +75,22 @@ class Neighbours:
         ids = torch.tensor(rows)
         nats = self._model.loss(ids, torch.ones_like(ids)) * (ids.shape[1] - 1)
         return [-n for n in nats.tolist()]
+
+
+def _followers(model: Bigram, token: int) -> Tensor:
+    """(vocabulary,) log P(. | token)."""
+    size = model.vocabulary
+    ends = torch.searchsorted(model.keys, torch.tensor([token * size, (token + 1) * size]))
+    inside = slice(int(ends[0]), int(ends[1]))
+    p = model.strength * model.unigram
+    p = p.index_add(0, model.keys[inside] % size, model.counts[inside].double())
+    return (p / (model.first[token] + model.strength)).log().float()
+
+
+def _leaders(model: Bigram, by_second: Tensor, seconds: Tensor, token: int) -> Tensor:
+    """(vocabulary,) log P(token | .), from the pairs in the order of their second tokens."""
+    ends = torch.searchsorted(seconds, torch.tensor([token, token + 1]))
+    which = by_second[int(ends[0]) : int(ends[1])]
+    p = (model.strength * model.unigram[token]).expand(model.vocabulary)
+    p = p.index_add(0, model.keys[which] // model.vocabulary, model.counts[which].double())
+    return (p / (model.first + model.strength)).log().float()

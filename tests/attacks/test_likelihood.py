@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from dpguard.attacks import panel
 from dpguard.attacks.base import Budget
+from dpguard.attacks.likelihood_prior import Neighbours
 from tests import messages, tiny
 
 DP = [{"layers": "all", "clip": 0.5, "noise": 0.01}]
@@ -135,7 +138,6 @@ def test_open_world_reads_a_sentence_that_no_public_text_holds(policy, tell) -> 
 
 def test_open_world_finds_what_is_at_least_as_likely_as_the_truth_under_noise() -> None:
     """Where the noise hides words, the search must not be what fails: likelihood times prior, against the truth's."""
-    from dpguard.attacks.likelihood_prior import Neighbours
     from dpguard.attacks.likelihood_replay import Replay
     from dpguard.attacks.likelihood_texts import score
 
@@ -206,3 +208,17 @@ def test_it_declines_language_models_and_unknown_release_operations() -> None:
     assert "release" in panel.attack("likelihood").applicable(replace(seen, disclosed=told))
     causal = tiny.loaded("gpt2-lm")
     assert "predicts tokens" in panel.attack("likelihood").applicable(replace(seen, model=causal.module))
+
+
+def test_a_search_s_table_of_neighbours_goes_with_it() -> None:
+    """Rows of a large vocabulary are large; a cycle would keep those of one target after another."""
+    seen, _ = messages.observe(tiny.loaded("bert"), [], ["the nurse called"], [1], public=["the nurse wrote", "yes"])
+    words = Neighbours(seen.disclosed, seen.model.config.vocab_size, 512)
+    words.between(1, 2)
+    gone = weakref.ref(words)
+    gc.disable()
+    try:
+        del words
+        assert gone() is None
+    finally:
+        gc.enable()
