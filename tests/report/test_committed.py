@@ -71,3 +71,14 @@ def test_the_counts_of_the_map_study_are_its_records():
         text = " ".join((ROOT / page).read_text("utf-8").split())
         assert counts["pretrained"] in text
         assert counts["fine-tuned"] in text
+
+
+def test_the_eleven_messages_without_noise_are_read_whole_in_the_records():
+    scores = pd.read_parquet(ROOT / "reports/clip-prune-withhold-cola/scores.parquet")
+    exact = scores[(scores.metric == "exact_match") & scores.epsilon.isin([float("inf")])]
+    best = exact.groupby(["policy", "attack"]).value.agg(["sum", "count"]).groupby("policy").max()
+    whole = set(best.index[(best["sum"] == 5) & (best["count"] == 5)]) - {"none"}
+    assert len(whole) == 11
+    assert set(best.index) - whole == {"none", "head-only", "prune keep=0.001", "round bits=2"}
+    for page in ("README.md", "docs/reference-studies.md", "reports/clip-prune-withhold-cola/five-sentences.md"):
+        assert "eleven" in (ROOT / page).read_text("utf-8")
