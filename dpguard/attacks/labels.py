@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpguard.attacks.observation import Observation
 from dpguard.inputs.family import slots
-from dpguard.policy.table import Rule
 
 
 def labels_of(seen: Observation) -> list[int]:
@@ -31,17 +30,13 @@ def given_away(seen: Observation, classes: int) -> int | None:
     for slot in slots(seen.model):
         if slot.role != "head" or slot.shape[0] != classes or slot.name not in seen.message:
             continue
-        if seen.noise_std(slot.name) or not _as_computed(seen.disclosed.plan[slot.name]):
+        if seen.noise_std(slot.name) or not seen.disclosed.plan[slot.name].whole:
             continue
         value = way * seen.message[slot.name].detach().double()
         found = _by_sign(value) if value.dim() == 1 else _by_direction(value)
         if found is not None:
             return found
     return None
-
-
-def _as_computed(rule: Rule) -> bool:
-    return rule.keep == 1 and rule.bits is None and not rule.release
 
 
 def _by_sign(bias: Tensor) -> int | None:

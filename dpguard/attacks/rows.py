@@ -74,7 +74,7 @@ class Rows:
             return Reconstruction([text], [False], notes={"tokens": len(set(bag)), "positions": 0})
         places = _places(_as_clipped(position, token, seen), seen)
         text, residual, tried = _assign(token, places, frame, limit)
-        clean = not token.std and not position.std and bool(_whole(seen, token) and _whole(seen, position))
+        clean = all(not read.std and seen.disclosed.plan[read.name].whole for read in (token, position))
         certain = clean and residual < EXACT and len(places.rows) > frame.size
         if predicts_tokens(seen):  # the last token is read by nobody: it is only a label
             last = _last(text, labels)
@@ -180,11 +180,6 @@ def _quiet(table: Tensor, rule: Rule) -> Any:
         second, fourth = rule.keep, 3 * rule.keep
     mean, variance = width * second, width * (fourth - second**2)
     return gamma(mean**2 / variance, scale=variance / mean)
-
-
-def _whole(seen: Observation, read: Read) -> bool:
-    rule = seen.disclosed.plan[read.name]
-    return rule.keep == 1 and rule.bits is None and not rule.release
 
 
 def _as_clipped(position: Read, token: Read, seen: Observation) -> Read:

@@ -83,7 +83,7 @@ def _inputs(seen: Observation) -> list[Tensor]:
 def _exact(seen: Observation, name: str) -> bool:
     rule = seen.disclosed.plan[name]
     one_step = seen.disclosed.kind == "gradient" or seen.disclosed.local_steps == 1
-    return one_step and not seen.noise_std(name) and rule.keep == 1 and rule.bits is None and not rule.release
+    return one_step and not seen.noise_std(name) and rule.whole
 
 
 def _counts(strength: Tensor, tokens: Tensor) -> dict[int, int]:

@@ -119,8 +119,7 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     if not inner:
         return [], FINAL_BLOCK
     rules = {s.name: plan[s.name] for s in inner if s.name in plan}
-    whole = [s for s in inner if s.name in rules and rules[s.name].keep >= 1 and rules[s.name].bits is None]
-    whole = [s for s in whole if not rules[s.name].release]
+    whole = [s for s in inner if s.name in rules and rules[s.name].whole]
     if not whole:
         return [], "every shared weight is pruned or rounded, which leaves no low-rank gradient to read"
     return sorted(whole, key=lambda s: (s.block, LINEAR.index(s.role))), ""

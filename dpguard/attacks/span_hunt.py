@@ -18,15 +18,13 @@ from dpguard.attacks.span_rows import RowSolver
 from dpguard.attacks.span_search import Search, Trail
 from dpguard.attacks.span_shift import realign
 from dpguard.attacks.span_sites import Probe, Sites
-from dpguard.attacks.span_slope import steepest
+from dpguard.attacks.span_slope import STEEP, steepest
 from dpguard.attacks.vocabulary import Frame, TokenTable
 
 SUBSTITUTES = 80
 ROUNDS = 8
 NEAR = 0.1
 """Mean residual below which a text is near enough to look for shifts and by the derivative."""
-STEEP = 48
-"""Substitutes a place by the energy's derivative."""
 PATIENCE = 3
 """Rounds before the continuous search is asked for new starts."""
 SHORT = 8

@@ -98,11 +98,7 @@ class Search:
         level = 0
         while not trail.done and level < min(levels, len(WIDTHS)) and self.probe.scored < self.limit:
             edits = self._new(trail, list(self._edits(trail, substitutes, bag, level)))
-            if edits and self._improve(trail, edits):
-                self._check(trail)
-                level = 0
-            else:
-                level += 1
+            level = 0 if self._improve(trail, edits) else level + 1
         return trail
 
     def polish(self, trail: Trail, substitutes: Tensor, few: int = FEW, rounds: int = ROUNDS) -> Trail:
@@ -119,18 +115,13 @@ class Search:
             if trail.done or self.probe.scored >= self.limit:
                 break
             edits = self._new(trail, [((p, token),) for p in self.free for token in words[p]])
-            if not edits or not self._improve(trail, edits):
+            if not self._improve(trail, edits):
                 break
-            self._check(trail)
         return trail
 
     def relocate(self, trail: Trail) -> bool:
         """Move several neighbouring words elsewhere; whether that helped."""
-        edits = self._new(trail, list(_segments(trail.ids.tolist(), self.free)))
-        if not edits or not self._improve(trail, edits):
-            return False
-        self._check(trail)
-        return True
+        return self._improve(trail, self._new(trail, list(_segments(trail.ids.tolist(), self.free))))
 
     def _edits(self, trail: Trail, substitutes: Tensor, bag: Tensor, level: int) -> Iterator[Edit]:
         order = sorted(self.free, key=lambda p: -float(trail.rows[p]))
@@ -169,7 +160,9 @@ class Search:
         return out[: self.limit - self.probe.scored]
 
     def _improve(self, trail: Trail, edits: list[tuple[Edit, Tensor]]) -> bool:
-        """Take the best edit, together with as many other good ones as help."""
+        """Take the best edit, together with as many other good ones as help, and check where that leads."""
+        if not edits:
+            return False
         energy, rows = self.score(torch.stack([ids for _, ids in edits]))
         order = energy.argsort().tolist()
         good = [k for k in order if float(energy[k]) < trail.energy - LEAST]
@@ -191,6 +184,7 @@ class Search:
             k = int(energy.argmin())
             if float(energy[k]) < trail.energy:
                 trail.ids, trail.energy, trail.rows = texts[k], float(energy[k]), rows[k]
+        self._check(trail)
         return True
 
     def take(self, trail: Trail, ids: Tensor, energy: float, rows: Tensor) -> None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpguard.attacks.span_search import LEAST, Search, Trail
-from dpguard.attacks.span_slope import steepest
+from dpguard.attacks.span_slope import STEEP, steepest
 
 PAIRS = 8
 """Pairs of places that are looked at more closely."""
-STEEP = 48
-"""Words by the derivative."""
 
 
 def realign(search: Search, trail: Trail, tokens: Tensor) -> bool:

@@ -8,6 +8,9 @@ from torch import Tensor
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_sites import Probe
 
+STEEP = 48
+"""Words that are tried in a place."""
+
 
 def steepest(probe: Probe, evidence: Evidence, ids: Tensor, tokens: Tensor, count: int) -> Tensor:
     """(L, count) token ids, those first whose embedding lies most along the descent from the word in the place.

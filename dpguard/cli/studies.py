@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -256,15 +256,17 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
     Raises:
         UserError: as `plan_study`.
     """
-    from dpguard.attacks.panel import PANELS, panel_hash
+    from dpguard.attacks.panel import in_order, panel_hash
     from dpguard.study import guarantee_leg
 
     study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
     plans = study.plans(ground.slots)
     panel: dict[str, Any] | None = None
     if study.leakage:
-        names = _panel(study, PANELS)
-        panel = {"name": study.leakage.panel, "hash": panel_hash(study.leakage.panel), "attacks": names}
+        name = study.leakage.panel
+        with study.locating("leakage", "panel"):
+            digest = panel_hash(name)
+        panel = {"name": name, "hash": digest, "attacks": in_order(name, study.leakage.attacks)}
     cells = study.cells(ground.model_id, ground.data_id, panel)
     with study.locating("federation"):
         guarantee_leg.check_split(cells, ground.corpus)
@@ -330,18 +332,6 @@ def _engine(study: Study) -> str:
         with study.locating("federation", "engine"):
             raise UserError("Flower is not installed; expected pip install 'dpguard[flower]', or engine: embedded")
     return engine
-
-
-def _panel(study: Study, panels: Mapping[str, Any]) -> list[str]:
-    from dpguard.attacks.panel import in_order
-    from dpguard.errors import did_you_mean
-
-    if study.leakage is None:
-        return []
-    with study.locating("leakage", "panel"):
-        if study.leakage.panel not in panels:
-            raise UserError(f"unknown panel {study.leakage.panel!r}{did_you_mean(study.leakage.panel, panels)}")
-    return in_order(study.leakage.panel, study.leakage.attacks)
 
 
 def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:

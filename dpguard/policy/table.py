@@ -65,6 +65,11 @@ class Rule:
         """True when the tensor is on the wire: trained here and shared."""
         return self.train and self.share
 
+    @property
+    def whole(self) -> bool:
+        """True when every entry arrives as it was computed and noised: not pruned, rounded or released otherwise."""
+        return self.keep == 1 and self.bits is None and not self.release
+
     def std(self, batch_size: float) -> float:
         """Standard deviation of the noise on one entry of the SUM over the batch (before the division)."""
         if self.clip is None or not self.noise:

@@ -46,13 +46,9 @@ def _names(plan: Plan, messages: list[wire.Message]) -> Row:
     return judged("W", what, counted(len(plan.shared), "tensor"), counted(len(plan.shared), "tensor"), True)
 
 
-def _plain(rule: Rule) -> bool:
-    return rule.keep == 1 and rule.bits is None and not rule.release
-
-
 def _division(plan: Plan, messages: list[wire.Message], batch_size: int) -> Row:
     what = f"wire = noised / {batch_size}, the public batch size"
-    names = [n for n in plan.shared if _plain(plan[n])]
+    names = [n for n in plan.shared if plan[n].whole]
     if not names:
         return not_applicable("W", what, "every shared tensor is pruned, quantised or nothing is shared")
     worst, where = 0.0, ""
@@ -75,7 +71,7 @@ def _difference(first: Tensor, second: Tensor) -> float:
 
 def _operations(plan: Plan, messages: list[wire.Message], batch_size: int) -> list[Row]:
     """What pruning and quantising must look like; only registered operations are judged by running them again."""
-    names = [n for n in plan.shared if not _plain(plan[n])]
+    names = [n for n in plan.shared if not plan[n].whole]
     if not names:
         return []
     wrong = ""
