@@ -20,7 +20,7 @@ from dpguard.errors import UserError
 from dpguard.study import runner
 from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.devices import chosen as chosen_devices
-from dpguard.study.grid import NEEDS
+from dpguard.study.grid import NEEDS, plan_table
 from dpguard.study.lock import in_use
 from dpguard.study.ray_cells import RayCells, exposed, reach
 from dpguard.study.record import Cell
@@ -121,8 +121,8 @@ def run_study(
     if dry_run:
         settled = searching.settle(study, folder, plan)
         left = _print_plan(settled, folder, _own(part, settled.planned))
-        if left:
-            cells = [cell for cell in settled.planned.cells if cell.id in left]
+        cells = [cell for cell in settled.planned.cells if cell.id in left]
+        if cells:
             print_estimate(cells, EXECUTE, settled.planned.context, workers, threads, PRELOAD, gpus)
         return 0
 
@@ -336,20 +336,9 @@ def _engine(study: Study) -> str:
 
 def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:
     """Print the grid; the ids of the cells that are left."""
-    planned, study = settled.planned, settled.planned.study
-    finished: set[str] = set()
-    if (folder / "records.sqlite").exists():
-        with Store.open(folder) as store:
-            finished = store.done_ids()
-    rows = []
-    for named in study.policies:
-        cells = [cell for cell in planned.cells if cell.policy == named.label and cell.id in own]
-        legs = [sum(cell.leg == leg for cell in cells) for leg in ("guarantee", "utility", "leakage")]
-        epsilon = planned.epsilons[named.label]
-        shown = "inf" if math.isinf(epsilon) else f"{epsilon:.3g}"
-        rows.append([named.label, shown, *legs, sum(cell.id in finished for cell in cells)])
-    columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
-    console().print(table(columns, rows, right=columns[1:]))
+    planned = settled.planned
+    finished = _finished(folder)
+    _print_grid(planned, own, finished)
     left = frozenset(own - finished)
     console().print("The columns after epsilon count cells.", style="dim")
     total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
@@ -363,3 +352,21 @@ def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -
     for sentence in settled.sentences:
         console().print(sentence, markup=False)
     return left
+
+
+def _finished(folder: Path) -> frozenset[str]:
+    """Ids of the cells that a folder's store holds; none where there is no store."""
+    if not (folder / "records.sqlite").exists():
+        return frozenset()
+    with Store.open(folder) as store:
+        return frozenset(store.done_ids())
+
+
+def _print_grid(planned: Planned, own: frozenset[str], finished: frozenset[str]) -> None:
+    cells = [cell for cell in planned.cells if cell.id in own]
+    rows = []
+    for row in plan_table(planned.study, cells, epsilons=planned.epsilons, finished=finished):
+        legs = [row.cells[leg] for leg in ("guarantee", "utility", "leakage")]
+        rows.append([row.policy, "inf" if math.isinf(row.epsilon) else f"{row.epsilon:.3g}", *legs, row.finished])
+    columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]
+    console().print(table(columns, rows, right=columns[1:]))

@@ -112,23 +112,8 @@ class PrivacyEngine:
                 parameters, a loader without a length, a layer that no gradient mode can handle, a ledger of
                 another model or policy, or a mistake in the policy.
         """
-        if self.steps:
-            raise UserError(
-                f"this engine has made {self.steps} steps under its policy already; expected an engine of its own for "
-                "every training (and one ledger for all of them)"
-            )
-        if not module.training:
-            raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
-        if loss_reduction not in ("mean", "sum"):
-            raise UserError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
-        if any(isinstance(getattr(hook, "__self__", None), ForwardHooks) for hook in module._forward_hooks.values()):
-            raise UserError("the model is private already; expected close() on the engine that made it so")
-        clipping.check_layers(module)
-        policy = Policy.load(policy) if isinstance(policy, str) else policy
-        plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
-        clipping.check_model(module, plan)
-        if not plan.trained:
-            raise UserError("the policy trains nothing of this model; expected at least one trained tensor")
+        self._check_fresh(module, loss_reduction)
+        plan = _resolved(policy, module)
         _check_optimizer(module, optimizer)
         drawn_from = noise.source(seed)
         coins = noise.source(None if seed is None else seed + 1_000_003)
@@ -151,6 +136,19 @@ class PrivacyEngine:
         self._loader, self._coins, self._epochs = loader, coins, set()
         self._optimizer, self._attached = private, (mode, ForwardHooks(module, private))
         return module, private, loader
+
+    def _check_fresh(self, module: nn.Module, loss_reduction: str) -> None:
+        if self.steps:
+            raise UserError(
+                f"this engine has made {self.steps} steps under its policy already; expected an engine of its own for "
+                "every training (and one ledger for all of them)"
+            )
+        if not module.training:
+            raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
+        if loss_reduction not in ("mean", "sum"):
+            raise UserError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
+        if any(isinstance(getattr(hook, "__self__", None), ForwardHooks) for hook in module._forward_hooks.values()):
+            raise UserError("the model is private already; expected close() on the engine that made it so")
 
     @staticmethod
     def open_ledger(
@@ -286,6 +284,17 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far at ``delta``; infinity when the policy supports no claim."""
         return 0.0 if self.steps == 0 else self.get_guarantee(delta).epsilon
+
+
+def _resolved(policy: Policy | Plan | str, module: nn.Module) -> Plan:
+    """The plan of a policy for a module that can be trained under it."""
+    clipping.check_layers(module)
+    policy = Policy.load(policy) if isinstance(policy, str) else policy
+    plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
+    clipping.check_model(module, plan)
+    if not plan.trained:
+        raise UserError("the policy trains nothing of this model; expected at least one trained tensor")
+    return plan
 
 
 def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

@@ -91,20 +91,14 @@ def run(
     views.check(plan, settings)
     started = time.perf_counter()
     own = views.message_plan(plan, settings)
-    spent = views.messages_a_round(plan, settings)
-    mechanisms = [views.mechanism(plan, settings, len(part)) for part in parts]
-    ledgers = tuple(Ledger(f"client {k}", plan.hash, delta) for k in range(settings.clients))
+    books = _Books(plan, settings, parts, delta)
     states = tuple(LocalState() for _ in range(settings.clients))
     texts = [[train[i] for i in part] for part in parts]
-    taken, sent, memory = [0] * settings.clients, [], ServerState()
+    sent, memory = [], ServerState()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def enter(client: int) -> None:
-        ledgers[client].spend(mechanisms[client], ("rounds", taken[client] * spent + 1), count=spent)
-        taken[client] += 1
-
     def here(round_: int, client: int) -> Update:
-        enter(client)
+        books.enter([client])
         return one_client_round(
             model, own, texts[client], settings,
             tokenizer=tokenizer, seed=seed, client=client, round_=round_, state=states[client],
@@ -116,8 +110,7 @@ def run(
         if perform is None:
             updates = [here(round_, client) for client in chosen]
         else:
-            for client in chosen:
-                enter(client)
+            books.enter(chosen)
             updates = perform(round_, chosen, weights)
         sent.append(sum(wire_bytes.message_bytes(update.tensors, own) for update in updates))
         sizes = [len(parts[client]) for client in chosen] if settings.weights == "size" else None
@@ -125,7 +118,24 @@ def run(
         set_weights(model, weights)
         on_round(round_, settings.rounds)
     model.eval()
-    return Run(weights, states, ledgers, tuple(taken), tuple(sent), time.perf_counter() - started)
+    return Run(weights, states, books.ledgers, tuple(books.taken), tuple(sent), time.perf_counter() - started)
+
+
+class _Books:
+    """Every client's ledger, entered before its messages are made."""
+
+    def __init__(self, plan: Plan, settings: Settings, parts: Parts, delta: float) -> None:
+        self._mechanisms = [views.mechanism(plan, settings, len(part)) for part in parts]
+        self._messages = views.messages_a_round(plan, settings)
+        self.ledgers = tuple(Ledger(f"client {k}", plan.hash, delta) for k in range(settings.clients))
+        self.taken = [0] * settings.clients
+
+    def enter(self, clients: Sequence[int]) -> None:
+        """These clients take part in one more round."""
+        for k in clients:
+            first = self.taken[k] * self._messages + 1
+            self.ledgers[k].spend(self._mechanisms[k], ("rounds", first), count=self._messages)
+            self.taken[k] += 1
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from dpguard.study.schedule import training
 from dpguard.study.sections import CEILING
 
 if TYPE_CHECKING:
-    from dpguard.policy.table import Policy
     from dpguard.study.policies import Named
     from dpguard.study.spec import Study
 
@@ -180,13 +179,13 @@ class PlanRow:
 
     Attributes:
         policy: its label.
-        epsilon: of its guarantee (``inf`` is an answer), None when it was not asked for.
+        epsilon: of its guarantee (``inf`` is an answer).
         cells: leg -> number of cells.
         finished: how many of all of them are in the store already.
     """
 
     policy: str
-    epsilon: float | None
+    epsilon: float
     cells: dict[Leg, int]
     finished: int
 
@@ -195,15 +194,15 @@ def plan_table(
     study: Study,
     cells: Sequence[Cell],
     *,
-    epsilon: Callable[[Policy], float] | None = None,
+    epsilons: Mapping[str, float],
     finished: Collection[str] = (),
 ) -> list[PlanRow]:
     """The grid of a study, one row a policy, for ``--dry-run``: nothing is run.
 
     Args:
         study: the study.
-        cells: its cells.
-        epsilon: gives the epsilon of a policy.
+        cells: its cells, or those of one shard.
+        epsilons: policy label -> its epsilon.
         finished: ids that the store holds already.
     """
     rows = []
@@ -213,5 +212,5 @@ def plan_table(
         for cell in own:
             legs[cell.leg] += 1
         done = sum(cell.id in finished for cell in own)
-        rows.append(PlanRow(named.label, epsilon(named.policy) if epsilon else None, legs, done))
+        rows.append(PlanRow(named.label, epsilons[named.label], legs, done))
     return rows

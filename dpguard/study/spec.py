@@ -227,24 +227,31 @@ class Study:
 
     def _check_federation(self) -> None:
         """What a federation takes the place of is not set beside it, and what needs one has one."""
-        rounds = self.leakage is not None and "rounds" in self.leakage.at
         if self.federation is None:
-            own = next((named for named in self.policies if named.federation), None)
-            if own is not None:
-                raise UserError(
-                    f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study",
-                    loc=(*own.loc, "federation"),
-                )
-            if rounds:
-                raise UserError(
-                    "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
-                    loc=("leakage", "at"),
-                )
+            self._check_alone()
             return
         try:
             Settings.of(self.federation.model_dump())
         except UserError as error:
             raise UserError(f"federation.{error.sentence}", loc=("federation", *error.loc)) from None
+        self._check_twins()
+        self._check_rounds(self.federation)
+        self._check_replaced()
+
+    def _check_alone(self) -> None:
+        own = next((named for named in self.policies if named.federation), None)
+        if own is not None:
+            raise UserError(
+                f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study",
+                loc=(*own.loc, "federation"),
+            )
+        if self.leakage is not None and "rounds" in self.leakage.at:
+            raise UserError(
+                "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
+                loc=("leakage", "at"),
+            )
+
+    def _check_twins(self) -> None:
         same: dict[str, Named] = {}
         for named in self.policies:
             found = self.federation_of(named)
@@ -255,12 +262,18 @@ class Study:
                     "each one once",
                     loc=named.loc,
                 )
-        if rounds != bool(self.federation.observe):
+
+    def _check_rounds(self, federation: Federation) -> None:
+        rounds = self.leakage is not None and "rounds" in self.leakage.at
+        if rounds != bool(federation.observe):
             missing, where = ("observe: [1, 2]", "leakage") if rounds else ("leakage.at: rounds", "federation")
             key = "at" if rounds else "observe"
             raise UserError(
                 f"{where}.{key}: the same record at several rounds needs both, expected {missing}", loc=(where, key)
             )
+
+    def _check_replaced(self) -> None:
+        """Settings of one place's training, and of a message of its own, which a federation has itself."""
         if self.utility is not None:
             for name in ("epochs", "batch_size", "learning_rate", "optimizer"):
                 if name in self.utility.model_fields_set:

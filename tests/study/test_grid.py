@@ -161,12 +161,15 @@ def test_a_default_delta_that_is_too_large_is_placed_in_the_file(kit):
 def test_the_dry_run_counts_the_cells_of_every_policy(kit):
     study, cells = kit.study(), kit.cells()
     finished = {cell.id for cell in cells if cell.policy == "none" and cell.leg == "utility"}
-    rows = plan_table(study, cells, epsilon=lambda policy: len(policy.rows) * 2.0, finished=finished)
+    epsilons = {named.label: len(named.policy.rows) * 2.0 for named in study.policies}
+    rows = plan_table(study, cells, epsilons=epsilons, finished=finished)
     assert [row.policy for row in rows] == ["none", "dp-sgd noise=0.3", "dp-sgd noise=0.6", "last-block"]
     assert [row.epsilon for row in rows] == [0.0, 2.0, 2.0, 2.0]
     assert all(row.cells == {"guarantee": 1, "utility": 3, "leakage": 4} for row in rows)
     assert [row.finished for row in rows] == [3, 0, 0, 0]
-    assert plan_table(study, cells)[0].epsilon is None
+    shard = plan_table(study, cells[:4], epsilons=epsilons)  # four guarantees, none of them finished
+    assert [row.cells["guarantee"] for row in shard] == [1, 1, 1, 1]
+    assert {row.cells["leakage"] + row.finished for row in shard} == {0}
 
 
 def test_a_federation_is_trained_before_its_rounds_are_attacked_and_every_policy_before_the_second_seed(kit):
