@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from torch import nn
 from dpguard.engine import clipping, local, noise, wire
 from dpguard.engine.gradients import per_example_losses, running_as
 from dpguard.engine.local import LocalTraining
+from dpguard.engine.resolved import resolved
 from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
-from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import slots
+from dpguard.inputs.batch import Batch, check_batch
+from dpguard.inputs.family import family_of
 from dpguard.policy.ledger import Ledger, Mechanism
-from dpguard.policy.table import Plan, Policy
+from dpguard.policy.table import Plan
 
 
 @dataclass
@@ -32,9 +34,11 @@ class Client:
             (the default) draws from a cryptographic source, see `noise.SecureSource`.
         batch_size: the PUBLIC batch size; the number of rows of the observed batch when None, which is refused where
             that number is drawn (``sampling_rate`` below 1).
-        mode: ``eval`` = dropout off, ``train`` = dropout on (its masks come from ``dropout_seed``).
+        mode: ``eval`` = dropout off, ``train`` = dropout on.
         mask_seed: public seed of random pruning masks.
-        dropout_seed: seed of the dropout masks in ``train`` mode; the k-th local step adds k.
+        dropout_seed: seed of the dropout masks in ``train`` mode, for studies and tests only: removing one example
+            gives all later ones another mask, and whoever knows the masks sees all of them change. The k-th local
+            step adds k. None: 0 beside a ``seed``, else fresh secret masks for every message and step.
         grad_mode: ``fast``, ``opacus`` or ``loop``, see `clipping.MODES`; they agree, at very different speeds.
         training: what the client does with several batches.
         ledger: entered before every message (and every noised local step) leaves; `BudgetSpent` when it is full.
@@ -48,7 +52,7 @@ class Client:
     batch_size: int | None = None
     mode: str = "eval"
     mask_seed: int = 0
-    dropout_seed: int = 0
+    dropout_seed: int | None = None
     grad_mode: str = "fast"
     training: LocalTraining = field(default_factory=LocalTraining)
     ledger: Ledger | None = None
@@ -61,8 +65,7 @@ class Client:
         clipping.check_mode(self.grad_mode)
         if self.mode not in ("eval", "train"):
             raise UserError(f"mode is {self.mode!r}; expected 'eval' or 'train'")
-        if isinstance(self.plan, Policy):
-            self.plan = self.plan.plan(slots(self.model))
+        self.plan = resolved(self.plan, self.model)
         if self.batch_size is not None and (isinstance(self.batch_size, bool) or self.batch_size < 1):
             raise UserError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1")
         if self.batch_size is None and self.sampling_rate < 1:
@@ -85,8 +88,8 @@ class Client:
             BudgetSpent: the ledger's budget does not reach; nothing leaves, and nothing was noised.
         """
         if isinstance(batch, (list, tuple)):
-            return self._after_steps([Batch.of(one) for one in batch])
-        batch = Batch.of(batch)
+            return self._after_steps([self._read(one) for one in batch])
+        batch = self._read(batch)
         self.spend(1)
         message = self.message(batch, self._source)
         return Update(message.wire, self.divisor(batch), mode=self.mode, mask_seed=self.mask_seed)
@@ -107,12 +110,22 @@ class Client:
             hooks = clipping.per_example(self.model, self.plan, "sum", self.grad_mode)
             try:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self.dropout_seed + step)
+                    torch.manual_seed(self._masks(step))
                     torch.autograd.backward(per_example_losses(self.model, batch).sum())
                 return hooks.collect()
             finally:
                 hooks.discard()
                 hooks.detach()
+
+    def _masks(self, step: int) -> int:
+        if self.dropout_seed is None and self.seed is None:
+            return int.from_bytes(os.urandom(7), "big")
+        return (self.dropout_seed or 0) + step
+
+    def _read(self, value: object) -> Batch:
+        batch = Batch.of(value, getattr(self.model.config, "pad_token_id", None))
+        check_batch(batch, self.model.config, family_of(self.model).max_tokens(self.model.config))
+        return batch
 
     def spend(self, messages: int) -> None:
         """Enter messages in the ledger, if there is one, before they leave."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,19 +13,32 @@ from torch import Tensor, nn
 from dpguard.engine.gradients import losses_of_logits
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError
+from dpguard.inputs.batch import mask_of
 from dpguard.inputs.family import family_of
 
 
 class ForwardHooks:
-    """Hooks on the module's own call: explicit positions, empty batches, per-example loss."""
+    """Hooks on the module's own call: explicit positions, empty batches, per-example loss, secret dropout masks.
 
-    def __init__(self, module: nn.Module, optimizer: PrivateOptimizer) -> None:
+    Args:
+        module: the private model.
+        optimizer: its optimizer.
+        loss_reduction: ``mean`` or ``sum``: how the model's own loss is reduced over the batch.
+        secret: draw dropout masks from the operating system's entropy. Removing one example gives all later ones
+            another mask; whoever knows the masks (``torch.manual_seed`` in a script) sees all of them change.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: PrivateOptimizer, loss_reduction: str, *, secret: bool) -> None:
         self.module = module
         self.optimizer = optimizer
+        self.mean = loss_reduction == "mean"
+        self.secret = secret
         self.family = family_of(module)
+        self._forked = ExitStack()
         self.handles = [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True),
+            module.register_forward_hook(self.restore, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -32,29 +48,50 @@ class ForwardHooks:
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Inject position ids (Opacus #841); give an empty Poisson batch one row that will not count."""
-        named = dict(named)
-        if arguments:
-            named["input_ids"], arguments = arguments[0], arguments[1:]
+        named = {**dict(zip(signature(module.forward).parameters, arguments, strict=False)), **named}
+        if named.get("return_dict") is False:
+            raise UserError("return_dict is False; expected a private model to be called without it")
         self.optimizer.empty = module.training and _tokens(named).shape[0] == 0
         if self.optimizer.empty:
             named = {k: _one_row(v) for k, v in named.items() if k != "labels"}
         tokens = _tokens(named)
         mask = named.get("attention_mask")
-        if mask is None:
+        if mask is None and (self.optimizer.empty or not module.training):
             mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        elif mask is None:
+            mask = mask_of(named.get("input_ids"), getattr(module.config, "pad_token_id", None))
         if named.get("position_ids") is None:
             named["position_ids"] = self.family.positions(mask, module.config)
         named["attention_mask"] = mask
-        return arguments, named
+        if module.training and self.secret:
+            self._fork(tokens.device)
+        return (), named
+
+    def _fork(self, device: torch.device) -> None:
+        self._forked.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
+
+    def restore(self, _module: nn.Module, _arguments: Any, _output: Any) -> None:
+        """The caller's own random numbers go on where they were, also after an error."""
+        self._forked.close()
 
     def after(self, module: nn.Module, _arguments: Any, named: dict[str, Any], output: Any) -> Any:
-        """A mean over examples of each example's own loss, whatever the model's head would have used."""
+        """The mean or sum over examples of each example's own loss, whatever the model's head would have used.
+
+        Raises:
+            UserError: a mean in 16 bits, which rounds every example's gradient by the private number of examples.
+        """
         if self.optimizer.empty:
             output.logits = output.logits[:0]
             output.loss = output.logits.sum() * 0.0
         elif named.get("labels") is not None:
+            if self.mean and module.training and output.logits.dtype in (torch.float16, torch.bfloat16):
+                raise UserError(
+                    f"the logits are {output.logits.dtype} and the loss is a mean; expected loss_reduction='sum' in 16 "
+                    "bits, because dividing by the private number of examples rounds all their gradients anew"
+                )
             losses = losses_of_logits(output.logits, named["labels"], named["attention_mask"])
-            output.loss = losses.mean()
+            output.loss = losses.mean() if self.mean else losses.sum()
         return output
 
 

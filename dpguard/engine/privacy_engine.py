@@ -19,8 +19,9 @@ from dpguard.engine.diagnostics import Diagnostics
 from dpguard.engine.forward import ForwardHooks
 from dpguard.engine.modes.base import GradientMode
 from dpguard.engine.private_optimizer import PrivateOptimizer
+from dpguard.engine.resolved import resolved
 from dpguard.errors import UserError
-from dpguard.inputs.family import identity, slots
+from dpguard.inputs.family import identity
 from dpguard.policy.guarantee import Guarantee, Sampling
 from dpguard.policy.ledger import Ledger, Mechanism
 from dpguard.policy.table import Plan, Policy
@@ -69,7 +70,7 @@ class PrivacyEngine:
         module: nn.Module,
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
-        policy: Policy | Plan | str,
+        policy: Policy | Plan | str | Path,
         seed: int | None = None,
         poisson_sampling: bool = True,
         loss_reduction: str = "mean",
@@ -113,7 +114,7 @@ class PrivacyEngine:
                 another model or policy, or a mistake in the policy.
         """
         self._check_fresh(module, loss_reduction)
-        plan = _resolved(policy, module)
+        plan = _trainable(policy, module)
         _check_optimizer(module, optimizer)
         drawn_from = noise.source(seed)
         coins = noise.source(None if seed is None else seed + 1_000_003)
@@ -134,7 +135,8 @@ class PrivacyEngine:
         )  # fmt: skip
         loader.on_part = private.begin_part
         self._loader, self._coins, self._epochs = loader, coins, set()
-        self._optimizer, self._attached = private, (mode, ForwardHooks(module, private))
+        hooks = ForwardHooks(module, private, loss_reduction, secret=seed is None)
+        self._optimizer, self._attached = private, (mode, hooks)
         return module, private, loader
 
     def _check_fresh(self, module: nn.Module, loss_reduction: str) -> None:
@@ -223,10 +225,16 @@ class PrivacyEngine:
         """Go on where a checkpoint was made; call it after `make_private`.
 
         Raises:
-            UserError: before `make_private`, or a checkpoint of another policy, sampling or source of noise.
+            UserError: before `make_private`, after a step, or a checkpoint of another policy, sampling or source of
+                noise.
         """
         if self.plan is None or self._optimizer is None:
             raise UserError("nothing is private yet; expected make_private to be called before load_state_dict")
+        if self.steps:
+            raise UserError(
+                f"this engine has made {self.steps} steps since make_private, which a checkpoint would forget; "
+                "expected load_state_dict before the first step"
+            )
         if state.get("plan") != self.plan.hash:
             raise UserError(
                 f"the checkpoint is of plan {state.get('plan')!r}, this training's is {self.plan.hash!r}; expected the "
@@ -286,11 +294,10 @@ class PrivacyEngine:
         return 0.0 if self.steps == 0 else self.get_guarantee(delta).epsilon
 
 
-def _resolved(policy: Policy | Plan | str, module: nn.Module) -> Plan:
+def _trainable(policy: Policy | Plan | str | Path, module: nn.Module) -> Plan:
     """The plan of a policy for a module that can be trained under it."""
     clipping.check_layers(module)
-    policy = Policy.load(policy) if isinstance(policy, str) else policy
-    plan = policy.plan(slots(module)) if isinstance(policy, Policy) else policy
+    plan = resolved(policy, module)
     clipping.check_model(module, plan)
     if not plan.trained:
         raise UserError("the policy trains nothing of this model; expected at least one trained tensor")

@@ -59,7 +59,7 @@ class PrivateOptimizer(Optimizer):
         self._open = False
         self._last_part = True
         self._fetched = False
-        self._handed: int | None = None  # examples of the batch at hand; None before the loader is used
+        self._handed = 0  # examples of the batch at hand
         self.empty = False
         self.last_message: dict[str, Tensor] = {}
 
@@ -125,7 +125,8 @@ class PrivateOptimizer(Optimizer):
     def fold(self) -> None:
         """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
         self.mode.fold()
-        self._check_rows(self.mode.folded)
+        if self.mode.folded > self._handed or not self._last_part:
+            self._check_rows(self.mode.folded)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on the message of everything that went backward since the last one.
@@ -146,7 +147,8 @@ class PrivateOptimizer(Optimizer):
         clipped = wire.empty_sum(self.parameters_by_name, self.plan) if self.empty else self.mode.collect()
         self.mode.discard()
         self._check_rows(clipped.rows)
-        self._handed = None if self._handed is None else 0
+        self._handed = 0
+        self._check_frozen()
         self._before_release()
         self.diagnostics.record(clipped.norms, clipped.sums, clipped.dropped, self.plan, self.batch_size)
         self._emit(clipped)
@@ -157,12 +159,34 @@ class PrivateOptimizer(Optimizer):
 
     def _check_rows(self, rows: int) -> None:
         handed = self._handed
-        if handed is not None and rows != handed:
+        if rows == handed:
+            return
+        self.mode.discard()  # or a caller who goes on would have it in the sum
+        self._open, self._handed = False, 0
+        if handed == 0:
             raise UserError(
-                f"{rows} examples went backward for a batch of {handed}: one that counts twice, or two clipped as one, "
-                "move the sum by more than the clip; expected one forward and one backward pass of each batch that the "
-                "loader hands out"
+                f"{rows} examples went backward and the loader had handed out none: only its batches are Poisson "
+                "draws; expected the batches of the loader that make_private returned"
             )
+        raise UserError(
+            f"{rows} examples went backward for a batch of {handed}: one that counts twice, or two clipped as one, "
+            "move the sum by more than the clip; expected one forward and one backward pass of each batch that the "
+            "loader hands out"
+        )
+
+    def _check_frozen(self) -> None:
+        """The inner optimizer would step on a raw gradient that a tensor without clip and noise holds."""
+        trained = {id(self.parameters_by_name[name]) for name in self.plan.trained}
+        for name, parameter in self.parameters_by_name.items():
+            if parameter.grad is not None and id(parameter) not in trained and id(parameter) in self._stepped:
+                raise UserError(
+                    f"{name!r} is frozen by the policy and has a gradient; expected train: true for it in the table, "
+                    "or requires_grad left False and zero_grad() after a backward pass of your own"
+                )
+
+    @property
+    def _stepped(self) -> set[int]:
+        return {id(p) for group in self.inner.param_groups for p in group["params"]}
 
     @property
     def stepped(self) -> bool:

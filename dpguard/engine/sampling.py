@@ -168,7 +168,7 @@ def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
         raise UserError("the data loader has no batch size; expected DataLoader(..., batch_size=...)")
     if size > examples:
         raise UserError(f"batch size {size} is larger than the {examples} examples; expected at most {examples}")
-    sampler = loader.sampler
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)  # the loader's own is a default beside another
     # more samples than examples are several passes, and one batch may span two
     once = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples <= examples
     if not (once or isinstance(sampler, SequentialSampler)) or type(loader.batch_sampler) is not BatchSampler:
@@ -200,10 +200,11 @@ def poisson_loader(
         UserError: see `public_sizes`; or ``physical`` below 1; or not one length an example.
     """
     examples, size = public_sizes(loader)
-    if physical is not None and (isinstance(physical, bool) or physical != int(physical) or physical < 1):
+    if physical is not None and (isinstance(physical, bool) or not isinstance(physical, int) or physical < 1):
         raise UserError(f"max_physical_batch_size is {physical!r}; expected a whole number of at least 1")
-    if lengths is not None and len(lengths) != examples:
-        raise UserError(f"lengths has {len(lengths)} entries; expected one for each of the {examples} examples")
+    if lengths is not None and (not isinstance(lengths, Sequence) or len(lengths) != examples):
+        given = f"{len(lengths)} entries" if isinstance(lengths, Sequence) else f"no entries ({lengths!r})"
+        raise UserError(f"lengths has {given}; expected one for each of the {examples} examples")
     own: Any = loader.batch_sampler
     batches = PoissonSampler(examples, size, drawn_from) if poisson else own
     return PartLoader(

@@ -27,18 +27,22 @@ class Batch:
     labels: Tensor
 
     @staticmethod
-    def of(value: object) -> Batch:
+    def of(value: object, padding: int | None = None) -> Batch:
         """A batch as it is, or from a mapping with input_ids, labels and maybe attention_mask, as loaders give it.
 
+        Args:
+            value: the batch.
+            padding: the model's padding token.
+
         Raises:
-            UserError: anything else.
+            UserError: anything else, or no mask where one is needed (`mask_of`).
         """
         if isinstance(value, Batch):
             return value
         if isinstance(value, Mapping) and {"input_ids", "labels"} <= set(value):
             ids: Tensor = value["input_ids"]
             mask = value.get("attention_mask")
-            return Batch(ids, torch.ones_like(ids) if mask is None else mask, value["labels"])
+            return Batch(ids, mask_of(ids, padding) if mask is None else mask, value["labels"])
         raise UserError(
             f"a batch is a {type(value).__name__}; expected a Batch (dpguard.inputs.batch.collate makes one) or "
             "a mapping with input_ids, attention_mask and labels"
@@ -59,6 +63,50 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def mask_of(ids: Tensor | None, padding: int | None) -> Tensor:
+    """The mask of a batch that came without one: all ones, where there is no padding.
+
+    Texts attend to padding that no mask hides, so the longest one would change every other's gradient.
+
+    Args:
+        ids: (B, L) token ids, or None where embeddings were given.
+        padding: the model's padding token.
+
+    Raises:
+        UserError: padded, or it cannot be told.
+    """
+    if ids is None or (len(ids) > 1 if padding is None else bool(ids.eq(padding).any())):
+        raise UserError(
+            "a batch without attention_mask has padding, or may have; expected the tokenizer's attention_mask, because "
+            "texts that attend to padding change with the longest text of the batch"
+        )
+    return torch.ones_like(ids)
+
+
+def check_batch(batch: Batch, config: Any, most: int) -> None:
+    """Refuse what the model has no row for.
+
+    Args:
+        batch: B examples.
+        config: the model's configuration.
+        most: tokens that a text may have.
+
+    Raises:
+        UserError: a text that is too long, or a label that is no class.
+    """
+    if len(batch) == 0:
+        return
+    longest = int(batch.attention_mask.sum(1).max())
+    if longest > most:
+        raise UserError(
+            f"a text of {longest} tokens does not fit the model's {most} positions; expected at most {most}"
+        )
+    classes = getattr(config, "num_labels", None)
+    if batch.labels.dim() == 1 and classes and not bool(((batch.labels >= 0) & (batch.labels < classes)).all()):
+        strange = int(batch.labels[(batch.labels < 0) | (batch.labels >= classes)][0])
+        raise UserError(f"label {strange} is no class of the model; expected 0 to {classes - 1}")
 
 
 def collate(texts: Sequence[str], labels: Sequence[int], tokenizer: Any) -> Batch:

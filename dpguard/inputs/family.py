@@ -76,19 +76,30 @@ class Family:
         """Explicit position ids, one row an example, contiguous (Opacus issue #841: a broadcast row of
         ids makes the position embedding's per-example gradient wrong without an error).
 
+        Counted over the example's own tokens: padding on the left, as long as the batch's longest text asks for,
+        would otherwise move it, and with it its gradient.
+
         Args:
             mask: (B, L) attention mask, 1 for tokens.
             config: the model's configuration.
 
         Returns:
             (B, L) int64.
+
+        Raises:
+            UserError: an encoder's text padded on the left: what stands first is read as the whole text.
         """
+        if not self.causal and not bool(mask[:, 0].all()):
+            raise UserError(
+                f"a text is padded on the left; expected padding on the right, because {self.name} reads the first "
+                "position as the whole text"
+            )
         if self.position_offset == -1:
             kept = mask.long()
             padding = int(config.pad_token_id)
             return (torch.cumsum(kept, dim=1) * kept + padding).contiguous()
-        length = torch.arange(mask.shape[1], device=mask.device)
-        return (length + self.position_offset).repeat(mask.shape[0], 1)
+        counted = torch.cumsum(mask.long(), dim=1) - 1
+        return (counted.clamp_(min=0) + self.position_offset).contiguous()
 
     def max_tokens(self, config: Any) -> int:
         """How many tokens (special ones included) a text may have."""

@@ -14,6 +14,7 @@ from dpguard.engine import clipping, gradients, wire
 from dpguard.engine.client import Client
 from dpguard.engine.gradients import running_as
 from dpguard.engine.privacy_engine import PrivacyEngine
+from dpguard.engine.sampling import Part
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import families, family_of, slots
@@ -293,6 +294,7 @@ def _step(case: Case, module, optimizer, texts) -> tuple[set[str], dict[str, tor
     """One step; the names in the state dictionary that moved, and the message."""
     before = {name: value.clone() for name, value in module.state_dict().items()}
     optimizer.zero_grad()
+    optimizer.begin_part(Part(first=True, last=True, rows=len(texts), epoch=1))  # as the loader says of its batches
     module(**_collate(case)(texts)).loss.backward()
     optimizer.step()
     moved = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}

@@ -198,9 +198,9 @@ def test_o10_watching_the_message_does_not_stop_the_accounting():
 ])  # fmt: skip
 def test_o11_the_message_that_trains_is_the_message_that_is_observed(rows):
     """Same weights, batch and source of noise: make_private steps on exactly what a Client would send."""
-    engine, module, optimizer, _loader = private(rows, batch_size=3)
+    engine, module, optimizer, loader = private(rows, batch_size=3, poisson_sampling=False)
     no_dropout(module)
-    batch = collator(EXAMPLES[:3])
+    batch = next(iter(loader))
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
     noise = optimizer.source.get_state()
     sent = train_step(module, optimizer, batch)
