@@ -150,7 +150,8 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
     """Every attack of a panel on one message, the floor first.
 
     The floor runs whether it is named or not; each attack is told what the ones before it proposed. When an attack
-    is certain of every text of the message, the later ones inherit its answer.
+    is certain of every text of the message, the later ones that could run inherit its answer: one that could not has no
+    score on any message, instead of a mean over those that were easy for another.
 
     Args:
         seen: what the adversary holds.
@@ -164,12 +165,12 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
     outcomes: list[Outcome] = []
     answer: Reconstruction | None = None
     for each in attacks:
-        if answer is not None:
-            outcomes.append(Outcome(each.name, answer, inherited=True))
-            continue
         reason = each.applicable(seen)
         if reason:
             outcomes.append(Outcome(each.name, None, skipped=reason))
+            continue
+        if answer is not None:
+            outcomes.append(Outcome(each.name, answer, inherited=True))
             continue
         started = time.perf_counter()
         found = each.reconstruct(seen, seed=seed)

@@ -243,7 +243,7 @@ def read_ground(study: Study) -> Ground:
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
     _check_candidates(study, len(set(corpus.public)))
-    model_id = {"name": study.model, "hash": loaded.fingerprint}
+    model_id = {"name": study.model, "hash": loaded.fingerprint, "reading": loaded.reading}
     data_id = {
         "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
@@ -256,7 +256,7 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
     Raises:
         UserError: as `plan_study`.
     """
-    from dpguard.attacks.panel import in_order, panel_hash
+    from dpguard.attacks.panel import attack, in_order, panel_hash
     from dpguard.study import guarantee_leg
 
     study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
@@ -266,6 +266,9 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
         name = study.leakage.panel
         with study.locating("leakage", "panel"):
             digest = panel_hash(name)
+        with study.locating("leakage", "attacks"):
+            for asked in study.leakage.attacks or ():
+                attack(asked)  # an unknown preset shows now, not in every cell
         panel = {"name": name, "hash": digest, "attacks": in_order(name, study.leakage.attacks)}
     cells = study.cells(ground.model_id, ground.data_id, panel)
     with study.locating("federation"):

@@ -41,6 +41,18 @@ ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+_PLACES = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "_attn_implementation_autoset",
+)
+"""Settings of a configuration that say where and when, not how."""
+_PROBE = "The Café's 12 guests don't agree!"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to be shared, attacked and trained.
@@ -68,6 +80,16 @@ class LoadedModel:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+    @property
+    def reading(self) -> str:
+        """SHA-256 (16 hex digits) of configuration and tokenizer, without paths and versions."""
+        config: dict[str, Any] = self.module.config.to_diff_dict()  # type: ignore[operator,union-attr]
+        config = {key: value for key, value in config.items() if key not in _PLACES}
+        tokens = self.tokenizer
+        probe = tokens(_PROBE)["input_ids"]
+        told = [config, sorted(tokens.get_vocab().items()), tokens.special_tokens_map, tokens.padding_side, probe]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:

@@ -155,10 +155,19 @@ def _assemble(name: str, train: list[Example], test: list[Example] | None, publi
         public, train = [e.text for e in train[:count]], train[count:]
         held_out.append("public")
     if not train:
-        raise UserError(f"data {name!r} has too few texts; expected at least 4")
-    private = {e.text for e in train}
-    public = [t for t in public if t not in private]
+        raise UserError(f"data {name!r} has too few texts; expected at least 3")
+    private = {_alike(e.text) for e in train}
+    public = [t for t in public if _alike(t) not in private]
     return Corpus(name, tuple(train), tuple(test), tuple(public), held_out=tuple(held_out))
+
+
+def _alike(text: str) -> str:
+    """What two texts share that differ in case and spaces only: many tokenizers make the same tokens of both.
+
+    >>> _alike("A  film ") == _alike("a film")
+    True
+    """
+    return " ".join(text.casefold().split())
 
 
 def examples(

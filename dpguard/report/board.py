@@ -173,8 +173,8 @@ class Frontier:
         leakage_metric: what ``leakage`` measures.
         utility_metric: what ``utility`` measures.
         floor: the leakage metric of the prior attack, which sees no message; None when it did not run.
-        majority: accuracy of always answering the commonest class, in a federation each client's own; None unless
-            utility is accuracy.
+        majority: accuracy or F1 of always answering one class, the commonest (in a federation each client's own) or
+            the one that F1 is about; None where utility is neither.
         by_client: that class is each client's own.
         parts: the parts of the model, in its order.
     """
@@ -190,6 +190,8 @@ class Frontier:
     @property
     def commonest(self) -> str:
         """What `majority` always answers."""
+        if self.utility_metric == "f1":
+            return "one class"
         return "each client's own commonest class" if self.by_client else "the commonest class"
 
     @property

@@ -86,7 +86,7 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
         frontier.floor.value if frontier.floor else None,
         control.leakage.value if control and control.leakage else None,
         control.utility.value if control and control.utility else None,
-        frontier.majority,
+        frontier.majority if frontier.utility_metric == "accuracy" else None,
         frontier.by_client,
         tuple(absent),
         f"Leakage: {metric_name(frontier.leakage_metric)} of the strongest attack (less is better)",

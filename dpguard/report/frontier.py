@@ -31,7 +31,7 @@ from dpguard.report.board import (
 from dpguard.report.result import StudyResult
 from dpguard.report.scores import Scores, position
 from dpguard.report.utility import Judged, judge
-from dpguard.stats import UTILITY_METRICS
+from dpguard.stats import UTILITY_METRICS, from_confusion
 from dpguard.study.record import Cell, Record
 
 __all__ = ["COLUMNS", "CONTROL", "FLOOR", "Frontier", "Gap", "Measure", "Row", "frontier", "judged", "mark_front"]
@@ -83,7 +83,7 @@ def frontier(result: StudyResult, *, metric: str | None = None, utility_metric: 
         metric,
         utility_metric,
         floors[0] if floors else None,
-        *(_majority(result.records) if utility_metric == "accuracy" else (None, False)),
+        *_majority(result.records, utility_metric),
         _parts(result.records),
     )
 
@@ -235,15 +235,26 @@ def _where(leg: str, at: str, seed: int) -> str:
     return f"{at}, seed {seed}" if at else f"seed {seed}"
 
 
-def _majority(records: Sequence[Record]) -> tuple[float | None, bool]:
-    """The accuracy that is had without a model, and whether by each client's own answer instead of one for all."""
+def _majority(records: Sequence[Record], metric: str) -> tuple[float | None, bool]:
+    """The accuracy or F1 of one answer to everything, and whether it is each client's own."""
+    if metric not in ("accuracy", "f1"):
+        return None, False
     done = [r.result for r in records if r.cell.leg == "utility" and r.status == "done" and r.result["labels"]]
     if not done:
         return None, False
     labels = done[0]["labels"]
+    if metric == "f1":
+        return _constant_f1(labels), False
     one = Counter(labels).most_common(1)[0][1] / len(labels)
     own = max((float(result.get("federation", {}).get("commonest", 0.0)) for result in done), default=0.0)
     return max(one, own), own > one
+
+
+def _constant_f1(labels: Sequence[int]) -> float:
+    """The best F1 of one answer to everything."""
+    count, classes = Counter(labels), range(max(2, 1 + max(labels)))
+    tables = [[[count[true] * (guess == answer) for guess in classes] for true in classes] for answer in classes]
+    return max(float(from_confusion(table, "f1")) for table in tables)
 
 
 def _parts(records: Sequence[Record]) -> tuple[str, ...]:

@@ -37,17 +37,20 @@ def called(policy: str) -> str:
 
 
 def caution(frontier: Frontier, case: Case) -> str:
-    """That the policy is not shown to beat an answer without a model, where it is not; else empty.
+    """That no attack could read the policy's messages, or that it is not shown to beat an answer without a model."""
+    told = ["No attack could read its messages: its leakage is that of a guess."] if case.row.guessed else []
+    return " ".join(told + _idle(frontier, case))
 
-    Without one, accuracy is that of the commonest class (`Frontier.majority`) and Matthews correlation is 0.
-    """
-    idle = {"accuracy": frontier.majority, "mcc": 0.0}.get(frontier.utility_metric)
+
+def _idle(frontier: Frontier, case: Case) -> list[str]:
+    """Without a model, accuracy and F1 are those of one answer (`Frontier.majority`), Matthews correlation is 0."""
+    idle = 0.0 if frontier.utility_metric == "mcc" else frontier.majority
     if idle is None or case.utility > idle:
-        return ""
-    return (
+        return []
+    return [
         f"But it is not shown to have learnt anything: always answering {frontier.commonest} reaches "
         f"{metric_name(frontier.utility_metric)} {number(idle, 3)}."
-    )
+    ]
 
 
 def points(value: float) -> str:

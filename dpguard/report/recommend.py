@@ -15,6 +15,7 @@ __all__ = ["Caps", "Recommendation", "recommend"]
 
 Verdict = Literal["recommended", "none qualifies", "no caps", "no power", "no control", "bound broken"]
 
+EXACT = metric_name("exact_match")
 POWER = 0.5
 """The undefended control must leak at least this much of the metric, or the attack proves nothing."""
 LEAD = 0.2
@@ -134,17 +135,23 @@ def no_power(frontier: Frontier) -> tuple[Verdict, str] | None:
         return "no control", f"The undefended control was not measured{tail}; nothing can be concluded."
     if floor is None:
         return "no control", "The prior attack, which is the floor, did not run; nothing can be concluded."
-    reached = control.leakage
-    if reached.value >= POWER and reached.value - floor.value >= LEAD and reached.low > floor.value:
+    reached, guess, name = control.leakage, floor.value, metric_name(frontier.leakage_metric)
+    if control.candidates:  # chance is known of naming the text whole, and of nothing else
+        exact = control.measures["exact_match"]
+        reached, guess, name = (
+            exact.measured,
+            max(exact.chance or 0.0, exact.floor.value if exact.floor else 0.0),
+            EXACT,
+        )
+    if reached.value >= POWER and reached.value - guess >= LEAD and reached.low > guess:
         return None
-    name = metric_name(frontier.leakage_metric)
-    if reached.value >= POWER and reached.value - floor.value >= LEAD:
+    if reached.value >= POWER and reached.value - guess >= LEAD:
         return "no power", (
             f"Too few texts to conclude anything: without any protection the attack reached {number(reached.value)} "
             f"{name} on {reached.n} of them, and from so few it may be as low as {number(reached.low)}, where a guess "
-            f"that sees no message reaches {number(floor.value)}; raise leakage.targets."
+            f"that sees no message reaches {number(guess)}; raise leakage.targets."
         )
     return "no power", (
         f"This attack has no power here; nothing can be concluded. Without any protection it reached "
-        f"{number(reached.value)} {name}, where a guess that sees no message reaches {number(floor.value)}."
+        f"{number(reached.value)} {name}, where a guess that sees no message reaches {number(guess)}."
     )

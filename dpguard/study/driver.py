@@ -19,6 +19,7 @@ from dpguard.study.progress import Event
 from dpguard.study.record import Cell, Record, TextRow
 from dpguard.study.remaining import Pace, kind
 from dpguard.study.store import Store
+from dpguard.study.todo import WAITED
 
 _LOOK = 5.0  # seconds between looks at the study's files
 _SHARE = 0.02  # of the time may go into computing the best point
@@ -112,7 +113,7 @@ class Driver:
             self._left[kind(cell)] -= 1
             reason = self._obstacle(needed)
             if reason:
-                self._finish(executor, Record(cell, "skipped", reason), [])
+                self._finish(executor, Record(cell, "skipped", reason, provenance={WAITED: needed}), [])
             else:
                 executor.start(cell)
                 self.running[cell.id] = Running(cell.id, describe(cell), round(time.time(), 2))

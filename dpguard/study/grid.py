@@ -34,6 +34,7 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
             than one step of training; with its place.
     """
     texts = examples(study, data)
+    _check_targets(study, int(data["train"]))
 
     def cell(leg: Leg, index: int, settings: dict[str, Any], seed: int = 0) -> Cell:
         named = study.policies[index]
@@ -66,6 +67,21 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
     # what other policies' cells need comes before them
     rounds.sort(key=lambda entry: (entry[0], not (tuned and entry[1:3] == (control, 0)), *entry[1:3]))
     return _distinct(study, out + [entry[3] for entry in rounds])
+
+
+def _check_targets(study: Study, texts: int) -> None:
+    """Messages hold different texts: intervals take them for independent."""
+    if study.leakage is None or study.federation is not None:
+        return
+    each, seeds = study.leakage.batch_size * study.leakage.threat.clients, len(study.leakage.seeds)
+    if study.leakage.targets * each * seeds > texts:
+        more = f" at each of {seeds} seeds" if seeds > 1 else ""
+        one = "1 text" if each == 1 else f"{each} texts"
+        raise UserError(
+            f"leakage.targets: {study.leakage.targets} messages of {one}{more} are more than the {texts} training "
+            f"texts, expected at most {texts // (each * seeds)}",
+            loc=("leakage", "targets"),
+        )
 
 
 def _distinct(study: Study, planned: list[Cell]) -> list[Cell]:

@@ -105,7 +105,7 @@ def merge(out: str | Path, folders: Sequence[str | Path]) -> Merged:
         known = {cell_id for source in held for cell_id, answer in source.answers.items() if chosen[cell_id] is answer}
         info, planned = sources[0].info, sources[0].planned
         show_text = all(source.info.show_text for source in (*held, *sources))
-        if not held:
+        if not held or held[0].info.show_text != show_text:
             store.set_study(info.name, info.yaml, info.spec, planned, show_text=show_text)
         store.put_all([chosen[c.id] for c in planned if c.id in chosen and c.id not in known])
     statuses = [chosen[cell.id][0].status for cell in planned if cell.id in chosen]

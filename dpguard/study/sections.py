@@ -272,8 +272,8 @@ class Caps(Section):
     max_leakage: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)] | None = Field(
         default=None, description="a number from 0 to 1"
     )
-    min_utility: Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)] | None = Field(
-        default=None, description="a number"
+    min_utility: Annotated[float, BeforeValidator(_number), Field(ge=-1, le=1)] | None = Field(
+        default=None, description="a number from -1 to 1"
     )
     max_epsilon: Positive | None = Field(default=None, description=_ABOVE_0)
 

@@ -10,6 +10,8 @@ from dpguard.study.record import Cell, Record
 from dpguard.study.store import FINISHED, Store
 
 AGAIN = "killed"
+WAITED = "waited_for"
+"""In the provenance of a cell that was skipped because of another: that one's id."""
 """The kind of failure that says nothing about a cell: its process was ended from outside. It runs again."""
 
 
@@ -32,11 +34,17 @@ class Todo:
         left = {r.cell.id: r for r in store.failed() if not retry_failed and not again(r)}
         todo: dict[str, Cell] = {}
         for cell in cells:
-            status = statuses.get(cell.id)
-            waits = status == "skipped" and cell.settings.get(NEEDS) in todo
+            status, needed = statuses.get(cell.id), cell.settings.get(NEEDS)
+            waits = status == "skipped" and (needed in todo or _free(store, cell.id, statuses.get(needed or "")))
             if waits or (status not in FINISHED and cell.id not in left):
                 todo[cell.id] = cell
         return Todo(tuple(todo.values()), tuple(left[cell.id] for cell in cells if cell.id in left))
+
+
+def _free(store: Store, cell_id: str, needed: str | None) -> bool:
+    """Whether a cell was skipped for want of another one that has been done since."""
+    record = store.record(cell_id) if needed == "done" else None
+    return record is not None and WAITED in record.provenance
 
 
 def again(record: Record) -> bool:

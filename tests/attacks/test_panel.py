@@ -89,6 +89,15 @@ def test_an_attack_that_cannot_run_is_skipped_with_its_reason(fakes) -> None:
     assert fakes["a"].calls == 0
 
 
+def test_an_attack_that_cannot_run_inherits_nothing(fakes) -> None:
+    """It would have a score on the messages that were easy for another, and none on the rest."""
+    fakes |= {"a": Fake("a", [True]), "b": Fake("b", reason="reads one text at a time"), "c": Fake("c")}
+    outcomes = panel.run_panel(_seen(), ["a", "b", "c"], seed=0)
+    assert [(o.attack, o.inherited, o.skipped) for o in outcomes[1:]] == [
+        ("a", False, ""), ("b", False, "reads one text at a time"), ("c", True, ""),
+    ]  # fmt: skip
+
+
 def test_one_attacks_draws_do_not_move_anothers(fakes) -> None:
     fakes |= {"a": Fake("a"), "b": Fake("b")}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -204,3 +205,23 @@ def test_a_kind_of_adapter_that_no_rule_knows_is_named():
 def test_minilm_is_the_pretrained_one(minilm):
     assert sum(p.numel() for p in minilm.module.parameters()) == 22_713_986
     assert (minilm.family.name, minilm.max_tokens) == ("bert", 512)
+
+
+def test_what_reads_the_weights_has_a_hash_of_its_own(tmp_path):
+    """The same weights under another activation, fewer heads or two words exchanged are another model."""
+    plain = models.load(str(save(tmp_path / "plain")))
+    assert models.load(str(shutil.copytree(tmp_path / "plain", tmp_path / "elsewhere"))).reading == plain.reading
+    for k, change in enumerate(({"hidden_act": "relu"}, {"num_attention_heads": 1})):
+        folder = shutil.copytree(tmp_path / "plain", tmp_path / str(k))
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | change), "utf-8")
+        changed = models.load(str(folder))
+        assert changed.fingerprint == plain.fingerprint
+        assert changed.reading != plain.reading
+    folder = shutil.copytree(tmp_path / "plain", tmp_path / "words")
+    found = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = found["model"]["vocab"]
+    one, two = list(words)[10:12]
+    words[one], words[two] = words[two], words[one]
+    (folder / "tokenizer.json").write_text(json.dumps(found), "utf-8")
+    assert models.load(str(folder)).reading != plain.reading

@@ -109,3 +109,13 @@ def test_cut_takes_the_first_of_a_fixed_order(tmp_path):
     assert found.cut(5).train == found.train[:5]
     assert found.cut(None) is found
     assert found.cut(5).fingerprint != found.fingerprint
+
+
+def test_a_public_text_that_differs_from_a_private_one_in_case_or_spaces_alone_is_dropped(tmp_path):
+    train, public = tmp_path / "train.jsonl", tmp_path / "public.jsonl"
+    rows = [f"text number {k}" for k in range(8)]
+    train.write_text("".join(json.dumps({"text": t, "label": k % 2}) + "\n" for k, t in enumerate(rows)), "utf-8")
+    shouted = [f" {t.upper()}  " for t in rows]
+    public.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*shouted, "another text"]), "utf-8")
+    corpus = texts.load(str(train), test=str(train), public=str(public))
+    assert corpus.public == ("another text",)

@@ -131,7 +131,8 @@ def test_the_sentence_names_the_bad_ends():
     ("accuracy", True, 0.51, ""),
     ("mcc", False, 0.0, "always answering the commonest class reaches Matthews correlation 0.000."),
     ("mcc", False, 0.01, ""),
-    ("f1", False, 0.0, ""),
+    ("f1", False, 0.5, "always answering one class reaches F1 0.500."),
+    ("f1", False, 0.51, ""),
 ])  # fmt: skip
 def test_a_policy_that_may_have_learnt_nothing_is_named_with_a_caution(metric, by_client, worth, said):
     table = replace(board(policy("idle", 0.2, worth)), utility_metric=metric, majority=0.5, by_client=by_client)
@@ -297,3 +298,24 @@ def test_a_cap_that_was_set_for_another_metric_says_so():
     assert told.startswith("The cap on leakage, 0.3, was set in the study for ROUGE-L; here it is applied to exact")
     assert not moved_cap(spec, "rougeL", Caps(max_leakage=0.3))
     assert not moved_cap(spec, "exact_match", Caps(min_utility=0.7))
+
+
+def test_a_policy_that_no_attack_could_read_is_named_with_a_caution():
+    got = recommend(board(replace(policy("blind", 0.2, 0.7), attack="prior", attacks=("prior",))), max_leakage=0.3)
+    assert got.policy == "blind"
+    assert got.caution.startswith("No attack could read its messages: its leakage is that of a guess.")
+
+
+def test_a_coin_has_no_power_in_a_closed_world():
+    """Of two candidates a coin names half, and half of a wrong one's words are right: far above a guess without any."""
+
+    def control(named):
+        exact = Measure(
+            "exact_match", Interval(named, named - 0.1, 1.0, 200), floor=Interval(0.0, 0.0, 0.0, 200), chance=0.5
+        )
+        return replace(CONTROL, candidates=2, measures={"exact_match": exact})
+
+    table = [policy("p", 0.2, 0.7)]
+    assert recommend(board(*table, control=control(0.5)), max_leakage=0.3).verdict == "no power"
+    assert "exact match" in recommend(board(*table, control=control(0.5)), max_leakage=0.3).sentence.lower()
+    assert recommend(board(*table, control=control(1.0)), max_leakage=0.3).policy == "p"

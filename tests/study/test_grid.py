@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -188,3 +189,12 @@ def test_a_federation_is_trained_before_its_rounds_are_attacked_and_every_policy
     seeds = [cell.seed for cell in cells[4:]]
     assert seeds == sorted(seeds)
     assert len({cell.policy for cell in cells[4:] if cell.seed == 0}) == 4
+
+
+def test_more_targets_than_texts_is_refused_before_anything_runs(kit):
+    leakage = kit.study().leakage
+    each = leakage.batch_size * len(leakage.seeds)
+    most = kit.data["train"] // each
+    kit.cells(re.sub(r"targets: \d+", f"targets: {most}", kit.text))
+    with pytest.raises(UserError, match=rf"leakage.targets: {most + 1} messages of .* expected at most {most}$"):
+        kit.cells(re.sub(r"targets: \d+", f"targets: {most + 1}", kit.text))

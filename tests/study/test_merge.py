@@ -157,6 +157,13 @@ def test_texts_may_be_shown_only_where_all_folders_allow_it(tmp_path):
         assert not store.study().show_text
 
 
+def test_texts_of_a_folder_that_does_not_show_them_are_not_shown_by_one_that_does(tmp_path):
+    one, two = filled(tmp_path / "a", show_text=True), filled(tmp_path / "b")
+    merge(one, [two])
+    with Store.open(one) as store:
+        assert not store.study().show_text
+
+
 def test_a_running_driver_in_a_source_is_named(tmp_path):
     one = filled(tmp_path / "a", [done(0)])
     with (

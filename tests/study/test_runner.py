@@ -20,6 +20,7 @@ from dpguard.study.record import Record
 from dpguard.study.runner import run
 from dpguard.study.store import Store
 from dpguard.study.summary import Summary
+from dpguard.study.todo import Todo
 
 DRIVER = """
 import json, sys
@@ -182,6 +183,16 @@ def test_what_needs_a_failed_cell_is_skipped_and_comes_back_with_it(kit, tmp_pat
     assert (summary.done, summary.resumed, summary.exit_status) == (2, len(kit.cells()) - 2, 0)
     with Store.open(tmp_path) as store:
         assert {r.status for r in store.records()} == {"done"}
+
+
+def test_what_waited_for_a_failed_cell_runs_although_the_retry_was_stopped_in_between(kit, tmp_path):
+    go(kit, tmp_path, {"utility, none, seed 0": "raise"})
+    with Store.open(tmp_path, create=True) as store:
+        [failed] = store.failed()
+        store.put(Record(failed.cell, "done", result={"loss": 1.0}), [])  # the retry got as far as this
+        todo = Todo.of(kit.cells(), store)
+        assert [describe(cell) for cell in todo.cells] == ["leakage at end, none, seed 0"]
+    assert (go(kit, tmp_path).done, go(kit, tmp_path).done) == (1, 0)
 
 
 def test_what_needs_a_skipped_cell_is_skipped_for_good(kit, tmp_path):
