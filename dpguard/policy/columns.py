@@ -164,9 +164,9 @@ COLUMNS: dict[str, Column] = {
             "trained",
             "bound on the L2 norm of one example's gradient over the clip group, or {quantile: .5}",
         ),
-        Column("per", _word(PER), "trained", "how the row's parameters form clip groups"),
+        Column("per", _word(PER), "trained", "how the row's parameters form clip groups: row, block, role or tensor"),
         Column("mode", _word(MODES), "trained", "clip = scale down to C, normalise = scale to C"),
-        Column("unit", _word(UNITS), "trained", "clip every example, or the client's whole update once"),
+        Column("unit", _word(UNITS), "trained", "what is clipped: each example, or the client's whole update once"),
         Column("noise", number, "trained", "noise multiplier: std of the sum's noise / clip"),
         Column("noise_std", number, "sent", "absolute std per entry on the wire; never a guarantee"),
         Column(
@@ -175,7 +175,7 @@ COLUMNS: dict[str, Column] = {
             "sent",
             "fraction of entries sent, chosen after noise",
         ),
-        Column("prune", _word(PRUNE), "sent", "which entries are kept: the largest, or a public random mask"),
+        Column("prune", _word(PRUNE), "sent", "which entries stay: magnitude = the largest, random = a public mask"),
         Column("bits", _bits, "sent", "bits per entry sent, after noise; 1 = sign"),
         Column("release", _release, "sent", "further registered post-noise operations"),
     )

@@ -56,7 +56,8 @@ def test_the_table_of_the_identification_study_is_its_frontier():
 
 def test_the_counts_of_the_map_study_are_its_records():
     scores = pd.read_parquet(ROOT / "reports/which-part-leaks-cola/scores.parquet")
-    exact = scores[(scores.metric == "exact_match") & (scores.attack != "prior")]
+    # an answer that a later attack took over is the same reconstruction
+    exact = scores[(scores.metric == "exact_match") & (scores.attack != "prior") & ~scores.inherited.astype(bool)]
     one = exact[exact.sweep_part.notna()].groupby("at").value.agg(["sum", "count"])
     sure = exact[exact.certain.astype(bool)]
     counts = {
