@@ -57,8 +57,8 @@ def check_names(update: Mapping[Any, Any], required: Sequence[str], optional: Co
         raise Refused(f"tensor {missing[0]!r}{more} is missing; expected every tensor that was rehearsed")
 
 
-def check_tensor(name: str, value: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A plain, finite tensor of the rehearsed shape and type.
+def check_tensor(name: str, value: Any, shape: Sequence[int], dtype: torch.dtype, *, finite: bool = True) -> None:
+    """A plain tensor of the rehearsed shape and type, finite unless ``finite`` is False.
 
     Raises:
         Refused: anything else.
@@ -74,7 +74,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], dtype: torch.dtype
         )
     if tuple(value.shape) != tuple(shape):
         raise Refused(f"{name!r} has shape {tuple(value.shape)}; expected {tuple(shape)}")
-    if not bool(torch.isfinite(value).all()):
+    if finite and not bool(torch.isfinite(value).all()):
         raise Refused(f"{name!r} has entries that are not finite; expected finite numbers")
 
 

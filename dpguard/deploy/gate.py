@@ -75,20 +75,30 @@ def outgoing(
     checks.check_content(plan, content)
     needed = plan.trained if content == "clipped" else plan.shared
     checks.check_names(update, needed, () if content == "clipped" else plan.withheld)
+    hidden = content == "raw" and all(plan[name].noise for name in plan.shared)
     for name, value in update.items():
-        checks.check_tensor(name, value, plan[name].slot.shape, dtype)
+        checks.check_tensor(name, value, plan[name].slot.shape, dtype, finite=not hidden)
+    if hidden:
+        update = _usable(update)
     if base is not None:
         for name in needed:
             checks.check_tensor(name, base.get(name), plan[name].slot.shape, dtype)
     if content == "clipped":
         return _step(update, plan, batch_size, generator, base, examples, mask_seed)
     checks.check_difference(update, base, plan.shared)
-    if not (content == "raw" and all(plan[name].noise for name in plan.shared)):
+    if not hidden:
         # an update of zeros under noise leaves as noise: telling that nothing was trained would tell who took part
         checks.check_not_zero(update, plan.shared)
     if content == "noised":
         checks.check_noised(update, plan, base)
     return Outgoing(_difference(update, plan, content, generator, mask_seed))
+
+
+def _usable(update: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The update, or zeros where its training diverged: a refusal would tell so, and no noise would cover it."""
+    if all(bool(torch.isfinite(value).all()) for value in update.values()):
+        return update
+    return {name: torch.zeros_like(value) for name, value in update.items()}
 
 
 def _step(

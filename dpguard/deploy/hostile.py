@@ -112,6 +112,12 @@ def _zero(t: Try) -> None:
     t.update = {name: torch.zeros_like(value) for name, value in t.update.items()}
 
 
+def _diverged_is_noise(t: Try, reply: Reply) -> bool:
+    """A training that diverged under a table that noises the whole update: what leaves is finite, and noise."""
+    finite = all(bool(torch.isfinite(value).all()) for value in reply.tensors.values())
+    return finite and t.site.content == "raw" and all(t.site.plan[n].noise for n in t.site.plan.shared)
+
+
 def _zero_is_noise(t: Try, reply: Reply) -> bool:
     """Zeros before the noise are a client that drew nothing: what leaves is noise wherever the table adds any."""
     noised = [n for n in reply.tensors if t.site.plan[n].noise and t.site.plan[n].keep == 1]
@@ -232,13 +238,14 @@ def _clean(t: Try) -> bool:
     return True
 
 
+_AS_NOISE = "before the noise: leaves as noise alone; else refused"
 FLEET = (
     Hostile("renamed tensor", _rename),
     Hostile("extra tensor", _extra),
     Hostile("missing tensor", _missing),
     Hostile("empty message", _empty),
-    Hostile("NaN", _at_one(torch.nan)),
-    Hostile("infinity", _at_one(torch.inf)),
+    Hostile("NaN", _at_one(torch.nan), _diverged_is_noise, _AS_NOISE),
+    Hostile("infinity", _at_one(torch.inf), _diverged_is_noise, _AS_NOISE),
     Hostile("int64", _as(torch.int64)),
     Hostile("truth values", _as(torch.bool)),
     Hostile("float16", _as(torch.float16)),
@@ -246,7 +253,7 @@ FLEET = (
     Hostile("float64", _as(torch.float64)),
     Hostile("integer buffer", _counter),
     Hostile("frozen tensor", _frozen),
-    Hostile("zero norm", _zero, _zero_is_noise, "before the noise: leaves as noise alone; else refused"),
+    Hostile("zero norm", _zero, _zero_is_noise, _AS_NOISE),
     Hostile("another shape", _shape),
     Hostile("flattened", _flat),
     Hostile("a scalar to be broadcast", _scalar),

@@ -44,7 +44,7 @@ def test_a_gate_that_lets_a_message_pass_is_caught(vectors, tmp_path, monkeypatc
 
 def test_refusals_say_nothing_private(vectors, tmp_path):
     """The sentence goes into logs that a server may read: it holds no number that the update decides."""
-    made = vectors["whole update"]
+    made = vectors["dp-sgd, differences"]
     for scale in (1.0, 3.0):
         spoilt = {n: scale * v for n, v in made.update.items()}
         spoilt[next(iter(spoilt))] = spoilt[next(iter(spoilt))].clone().fill_(torch.nan)
@@ -56,3 +56,11 @@ def test_refusals_say_nothing_private(vectors, tmp_path):
         if scale == 1.0:
             first = said
     assert said == first
+
+
+def test_a_training_that_diverged_leaves_as_noise_where_the_whole_update_is_noised(vectors, tmp_path):
+    """A refusal is seen by the server, and the noise does not cover it."""
+    for name, made in vectors.items():
+        for row in (row for row in hostile.FLEET if row.name in ("NaN", "infinity")):
+            outcome = hostile.attempt(row, made, tmp_path / f"{name} {row.name}")
+            assert (outcome == "handled") == name.endswith("whole update"), (name, row.name, outcome)
