@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -348,7 +349,9 @@ def main() -> None:
         status = 2
     except click.ClickException as error:
         # typer would print a framed usage text; one sentence says it
-        print(f"dpguard: {error.format_message()}", file=sys.stderr)
+        # typer and click each add the nearest name
+        said = re.sub(r"( Did you mean [^?]*\?)\1+$", r"\1", error.format_message())
+        print(f"dpguard: {said}", file=sys.stderr)
         status = 2
     except (click.Abort, KeyboardInterrupt):
         print("dpguard: stopped", file=sys.stderr)

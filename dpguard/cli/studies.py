@@ -105,6 +105,7 @@ def run_study(
     gpus = chosen_devices(devices, os.environ)
     study = Study.load(path)
     _check_asked(study, out, part, only, ray, devices)
+    runner.check_workers(workers)
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
     if not dry_run:
         _make_ready(folder, ray, threads)

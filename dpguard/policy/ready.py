@@ -85,6 +85,8 @@ def _from_file(path: Path) -> Policy:
 
     document = Document.read(path)
     with document.locating():
+        if "policies" in document.data:
+            raise UserError("this is a study, with several policies; expected a file of one policy, or the name of one")
         policies = expand(str(document.data.get("name", path.stem)), document.data)
         if len(policies) > 1:
             raise UserError("sweep makes several policies; expected one (sweeps belong in a study)", loc=("sweep",))

@@ -82,9 +82,8 @@ def run(
     """
     if threads < 1:
         raise UserError(f"threads is {threads}, expected a whole number above 0")
+    check_workers(workers)
     places = max(1, usable_cores() // threads) if workers is None else workers
-    if places < 1:
-        raise UserError(f"workers is {workers}, expected a whole number above 0")
     _check_needs(cells)
 
     def embedded() -> Executor:
@@ -115,6 +114,16 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of processes that can do nothing.
+
+    Raises:
+        UserError: below 1.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}, expected a whole number above 0")
 
 
 def _check_needs(cells: Sequence[Cell]) -> None:

@@ -43,6 +43,9 @@ def one_sentence(result, *parts):
         ("/model\n", "/nowhere\n", 2, "no model folder"),
         ("panel-1", "panel-9", 10, "did you mean 'panel-1'?"),
         ("attacks: [rows]", "attacks: [row]", 10, "did you mean 'rows'?"),
+        ("attacks: [rows]", "attacks: ['likelihood:quik']", 10, "has no preset 'quik'; did you mean 'quick'?"),
+        ("targets: 2", "targets: 5000", 10, "are more than the 54 training texts"),
+        ("privacy:", "recommend: {min_utility: 80}\nprivacy:", 12, "expected a number from -1 to 1"),
         ("  path:", "  label: lable\n  path:", 0, "no column 'lable'; did you mean 'label'?"),
     ],
 )  # fmt: skip
@@ -51,6 +54,18 @@ def test_a_mistake_in_a_study(home, told, tmp_path, old, new, line, said):
     place = f"study.yaml:{line}:" if line else "texts.jsonl:1"
     one_sentence(told("run", path, "--out", tmp_path / "out"), place, said)
     assert not (tmp_path / "out" / "records.sqlite").exists(), "nothing was begun"
+
+
+def test_a_word_that_is_no_command_has_its_nearest_named_once(told):
+    status, _out, err = told("runn")
+    assert (status, err.count("Did you mean 'run'?")) == (2, 1)
+
+
+def test_a_study_is_no_policy_and_a_dry_run_checks_what_a_run_does(home, told, tmp_path):
+    path = study(home, tmp_path)
+    asked = ("--sampling-rate", "0.1", "--steps", "10", "--delta", "1e-5")
+    one_sentence(told("guarantee", path, *asked), "study.yaml:", "this is a study, with several policies")
+    one_sentence(told("run", path, "--dry-run", "--workers", "0"), "workers is 0, expected a whole number above 0")
 
 
 @pytest.mark.parametrize(
