@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class ForwardHooks:
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Inject position ids (Opacus #841); give an empty Poisson batch one row that will not count."""
-        named = {**dict(zip(signature(module.forward).parameters, arguments, strict=False)), **named}
+        named = {**_by_name(module, arguments), **named}
         if named.get("return_dict") is False:
             raise UserError("return_dict is False; expected a private model to be called without it")
         self.optimizer.empty = module.training and _tokens(named).shape[0] == 0
@@ -68,6 +68,7 @@ class ForwardHooks:
         return (), named
 
     def _fork(self, device: torch.device) -> None:
+        # PyTorch keeps 32 bits of it on a CPU: the best that its dropout can be given
         self._forked.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
 
@@ -93,6 +94,15 @@ class ForwardHooks:
             losses = losses_of_logits(output.logits, named["labels"], named["attention_mask"])
             output.loss = losses.mean() if self.mean else losses.sum()
         return output
+
+
+def _by_name(module: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of a model's call under their names."""
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in signature(module.forward).parameters.values() if p.kind in kinds] or ["input_ids"]
+    if len(arguments) > len(names):
+        raise UserError(f"{len(arguments)} positional arguments; expected a private model to be called by keywords")
+    return dict(zip(names, arguments, strict=False))
 
 
 def _tokens(named: dict[str, Any]) -> Tensor:

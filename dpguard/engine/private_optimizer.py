@@ -125,7 +125,7 @@ class PrivateOptimizer(Optimizer):
     def fold(self) -> None:
         """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
         self.mode.fold()
-        if self.mode.folded > self._handed or not self._last_part:
+        if self.mode.folded > self._handed:  # fewer: a batch that the caller cuts into parts
             self._check_rows(self.mode.folded)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -142,6 +142,7 @@ class PrivateOptimizer(Optimizer):
         if not self._last_part:
             self._open = True
             self.fold()
+            self._check_rows(self.mode.folded)
             return loss
         self._open = False
         clipped = wire.empty_sum(self.parameters_by_name, self.plan) if self.empty else self.mode.collect()
