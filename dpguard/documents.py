@@ -234,7 +234,7 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             hint = "(indent with spaces)" if "'\\t'" in str(error.problem) else ""
-            if mark and "${" in text.splitlines()[mark.line][: mark.column + 1]:
+            if mark and any("${" in line[: mark.column + 1] for line in text.splitlines()[mark.line : mark.line + 1]):
                 hint = "(quote ${...} inside braces)"
             story = ", ".join(part for part in (error.context, error.problem) if part)
             sentence = " ".join(f"not valid YAML: {story} {hint}".split())

@@ -46,6 +46,7 @@ BROKEN = {
     "too deep": (b"a: " + b"[" * 5000, "", "nested too deeply"),
     "a wrong number": (b"a: !!int x\n", ":1:4", "'x' is no number"),
     "an endless number": (b"a: " + b"9" * 5000, ":1:4", "is no number that can be read"),
+    "a variable inside braces": (b"a: {b: ${C}/d}\n", ":1:9", "(quote ${...} inside braces)"),
     "unset variable": (b"a: x\nb: ${DPGUARD_NOT_SET}/c\n", ":2:4", "variable DPGUARD_NOT_SET is not set"),
     "no variable": (b"a: ${A-B}\n", ":1:4", "'${A-B}' names no environment variable, expected ${NAME}"),
 }
