@@ -83,3 +83,12 @@ def test_the_eleven_messages_without_noise_are_read_whole_in_the_records():
     assert set(best.index) - whole == {"none", "head-only", "prune keep=0.001", "round bits=2"}
     for page in ("README.md", "docs/reference-studies.md", "reports/clip-prune-withhold-cola/five-sentences.md"):
         assert "eleven" in (ROOT / page).read_text("utf-8")
+
+
+def test_none_of_the_ten_texts_is_read_through_noise_in_the_records():
+    scores = pd.read_parquet(ROOT / "reports/does-dp-protect-rotten_tomatoes/scores.parquet")
+    exact = scores[scores.metric == "exact_match"].groupby(["policy", "attack"]).value.agg(["sum", "count"])
+    best = exact.groupby("policy").max()
+    assert set(best.index) == {"none", "paper noise=0.01", "paper noise=0.5", "dp epsilon=1", "dp epsilon=8"}
+    assert (best["count"] == 10).all()
+    assert best["sum"].to_dict() == {policy: 10.0 * (policy == "none") for policy in best.index}
