@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +95,7 @@ def local_update(
         seed=None if seed is None else derive(seed, "noise", client, round_number),
         batch_size=meant.batch_size,
         mode="train",
-        dropout_seed=_secret() if seed is None else derive(seed, "dropout", client, round_number),
+        dropout_seed=None if seed is None else derive(seed, "dropout", client, round_number),
         training=LocalTraining(meant.optimizer, meant.learning_rate, meant.momentum),
     )  # fmt: skip
     own = site.personal() or _now(model.module, site.plan.withheld)
@@ -186,7 +185,3 @@ def _batch(texts: Sequence[Example], model: LoadedModel) -> Batch:
 def _now(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     named = dict(module.named_parameters())
     return {name: named[name].detach().clone() for name in names}
-
-
-def _secret() -> int:
-    return int.from_bytes(os.urandom(7), "big")

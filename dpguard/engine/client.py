@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,7 +118,7 @@ class Client:
 
     def _masks(self, step: int) -> int:
         if self.dropout_seed is None and self.seed is None:
-            return int.from_bytes(os.urandom(7), "big")
+            return noise.secret_seed()
         return (self.dropout_seed or 0) + step
 
     def _read(self, value: object) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from inspect import Parameter, signature
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpguard.engine import noise
 from dpguard.engine.gradients import losses_of_logits
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError
@@ -68,9 +68,8 @@ class ForwardHooks:
         return (), named
 
     def _fork(self, device: torch.device) -> None:
-        # PyTorch keeps 32 bits of it on a CPU: the best that its dropout can be given
         self._forked.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
+        torch.manual_seed(noise.secret_seed())
 
     def restore(self, _module: nn.Module, _arguments: Any, _output: Any) -> None:
         """The caller's own random numbers go on where they were, also after an error."""

@@ -87,6 +87,14 @@ def source(seed: int | None, device: str = "cpu") -> Source:
     return SecureSource() if seed is None else torch.Generator(device).manual_seed(seed)
 
 
+def secret_seed() -> int:
+    """A seed that nobody knows, for generators of PyTorch that have to be seeded (dropout).
+
+    It keeps 32 bits of it on a CPU: the best that its dropout can be given.
+    """
+    return int.from_bytes(os.urandom(7), "big")
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which tensors of a type are summed and noised: float32, or wider where they are.
 

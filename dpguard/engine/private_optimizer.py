@@ -177,17 +177,15 @@ class PrivateOptimizer(Optimizer):
 
     def _check_frozen(self) -> None:
         """The inner optimizer would step on a raw gradient that a tensor without clip and noise holds."""
-        trained = {id(self.parameters_by_name[name]) for name in self.plan.trained}
-        for name, parameter in self.parameters_by_name.items():
-            if parameter.grad is not None and id(parameter) not in trained and id(parameter) in self._stepped:
+        names = {id(parameter): name for name, parameter in self.parameters_by_name.items()}
+        trained = set(self.plan.trained)
+        for parameter in (p for group in self.inner.param_groups for p in group["params"]):
+            name = names.get(id(parameter))
+            if name is not None and name not in trained and parameter.grad is not None:
                 raise UserError(
                     f"{name!r} is frozen by the policy and has a gradient; expected train: true for it in the table, "
                     "or requires_grad left False and zero_grad() after a backward pass of your own"
                 )
-
-    @property
-    def _stepped(self) -> set[int]:
-        return {id(p) for group in self.inner.param_groups for p in group["params"]}
 
     @property
     def stepped(self) -> bool:

@@ -5,7 +5,6 @@ The embedded engine and a federation on several machines both call `one_client_r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +98,7 @@ def one_client_round(
         batch_size=settings.batch_size,
         mode="train",
         mask_seed=round_,
-        dropout_seed=_secret() if seed is None else derive(seed, "dropout", client, round_),
+        dropout_seed=None if seed is None else derive(seed, "dropout", client, round_),
         training=local_training(settings),
     )  # fmt: skip
     made.state = state
@@ -110,7 +109,3 @@ def one_client_round(
 
 def _batch(texts: Sequence[Example], tokenizer: Any) -> Batch:
     return collate([e.text for e in texts], [e.label for e in texts], tokenizer)
-
-
-def _secret() -> int:
-    return int.from_bytes(os.urandom(7), "big")
