@@ -59,6 +59,10 @@ def run(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--only", metavar="POLICY", help="Just this policy and the control, into --out; may be repeated."),
     ] = None,
+    reuse: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--reuse", metavar="DIR", help="Take the same cells' answers from here; may be repeated."),
+    ] = None,
     ray: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster: host:port, ray://host:port or auto."),
@@ -68,7 +72,7 @@ def run(
     from dpguard.cli.studies import run_study
 
     status = run_study(
-        study, out, only=only or (),
+        study, out, only=only or (), reuse=reuse or (),
         workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text, shard=shard,
         ray=ray, devices=devices,
     )  # fmt: skip

@@ -73,9 +73,9 @@ def run(
 
 def _sum(first: Summary, later: Summary) -> Summary:
     """Two runs as one: the plan of the later, and what both did."""
-    done, failed, skipped = (getattr(first, name) + getattr(later, name) for name in ("done", "failed", "skipped"))
-    resumed = later.planned - done - failed - skipped - first.left
-    return replace(later, resumed=resumed, done=done, failed=failed, skipped=skipped, left=first.left)
+    names = ("done", "failed", "skipped", "taken")
+    both = {name: getattr(first, name) + getattr(later, name) for name in names}
+    return replace(later, **both, resumed=later.planned - sum(both.values()) - first.left, left=first.left)
 
 
 def _records(folder: Path) -> Mapping[str, Record]:

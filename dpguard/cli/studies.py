@@ -25,6 +25,7 @@ from dpguard.study.lock import in_use
 from dpguard.study.ray_cells import RayCells, exposed, reach
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs
+from dpguard.study.reuse import known
 from dpguard.study.search import chosen, searches
 from dpguard.study.selection import of_policies
 from dpguard.study.shards import Shard
@@ -97,6 +98,7 @@ def run_study(
     show_text: bool,
     shard: str | None = None,
     only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
     ray: str | None = None,
     devices: str = "none",
 ) -> int:
@@ -107,6 +109,7 @@ def run_study(
     _check_asked(study, out, part, only, ray, devices)
     runner.check_workers(workers)
     folder = out or Path("reports") / (f"{study.name}-shard-{part.index}-of-{part.count}" if part else study.name)
+    reusable = known(_others(reuse, folder))
     if not dry_run:
         _make_ready(folder, ray, threads)
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
@@ -121,7 +124,7 @@ def run_study(
 
     if dry_run:
         settled = searching.settle(study, folder, plan)
-        left = _print_plan(settled, folder, _own(part, settled.planned))
+        left = _print_plan(settled, folder, _own(part, settled.planned), _finished(folder) | reusable)
         cells = [cell for cell in settled.planned.cells if cell.id in left]
         if cells:
             print_estimate(cells, EXECUTE, settled.planned.context, workers, threads, PRELOAD, gpus)
@@ -133,6 +136,7 @@ def run_study(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=workers,
             threads=threads, preload=PRELOAD, retry_failed=retry_failed and first, show_text=show_text,
             best=best_point, only=_own(part, planned), executor=_on_ray(ray, study, planned, threads), devices=gpus,
+            reuse=reuse,
         )  # fmt: skip
 
     settled, summary = searching.run(study, folder, plan, go)
@@ -150,6 +154,14 @@ def _check_asked(
         raise UserError("--only: some policies are a report of their own, expected --out with a folder for it")
     if part and searches(study):
         raise UserError("--shard: a sweep of the study asks for each value after the last, expected a run without it")
+
+
+def _others(folders: Sequence[Path], own: Path) -> Sequence[Path]:
+    """The folders to reuse, none of them the run's own."""
+    for folder in folders:
+        if folder.resolve() == own.resolve():
+            raise UserError(f"--reuse: {str(folder)!r} is where this run writes, expected another study's folder")
+    return folders
 
 
 def _make_ready(folder: Path, ray: str | None, threads: int) -> None:
@@ -338,10 +350,11 @@ def _engine(study: Study) -> str:
     return engine
 
 
-def _print_plan(settled: searching.Settled, folder: Path, own: frozenset[str]) -> frozenset[str]:
+def _print_plan(
+    settled: searching.Settled, folder: Path, own: frozenset[str], finished: frozenset[str]
+) -> frozenset[str]:
     """Print the grid; the ids of the cells that are left."""
     planned = settled.planned
-    finished = _finished(folder)
     _print_grid(planned, own, finished)
     left = frozenset(own - finished)
     console().print("The columns after epsilon count cells.", style="dim")

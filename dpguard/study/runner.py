@@ -20,6 +20,7 @@ from dpguard.study.grid import NEEDS, describe
 from dpguard.study.interrupts import Interrupts
 from dpguard.study.progress import Display, Event
 from dpguard.study.record import Cell
+from dpguard.study.reuse import take
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
 from dpguard.study.summary import Summary, kinds_of
@@ -45,6 +46,7 @@ def run(
     best: Callable[[Store], str] | None = None,
     on_event: Callable[[Event], None] | None = None,
     only: Collection[str] | None = None,
+    reuse: Sequence[Path] = (),
 ) -> Summary:
     """Run what the folder's store does not hold yet; every record is on the disk before the next begins.
 
@@ -71,14 +73,15 @@ def run(
         best: says the best point so far in a sentence, "" while there is none; called now and then.
         on_event: called in the driver whenever a cell starts or finishes.
         only: ids of the cells to run here, one shard's; the store plans all, so that a report knows what is missing.
+        reuse: folders of other studies, whose answers to the same cells are taken over (`reuse.take`).
 
     Returns:
         The counts, with the exit status. The first Ctrl-C lets running cells finish and starts no other,
         the second ends them.
 
     Raises:
-        UserError: fewer than one worker, another study's folder, another driver in the folder, an
-            unreadable store, or no room to write.
+        UserError: fewer than one worker, another study's folder, another driver in the folder, an unreadable store
+            (also one to reuse), or no room to write.
     """
     if threads < 1:
         raise UserError(f"threads is {threads}, expected a whole number above 0")
@@ -94,6 +97,7 @@ def run(
         store.set_study(study.name, study.text, study.plain(), cells, show_text=show_text)
         Cache(folder).tidy()
         own = [cell for cell in cells if only is None or cell.id in only]
+        taken = take(store, own, reuse, show_text=show_text)
         todo = Todo.of(own, store, retry_failed=retry_failed)
         with Interrupts() as interrupts, Display(len(todo.cells), quiet=quiet) as display:
             driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)
@@ -101,7 +105,7 @@ def run(
             driver.listeners = [display.show, *([on_event] if on_event else [])]
             driver.say, driver.best = display.say, best
             driver.drive()
-        return Summary.of(own, todo, driver.finished, kinds_of(store.ignored()))
+        return Summary.of(own, todo, driver.finished, kinds_of(store.ignored()), taken=len(taken))
 
 
 def limits_of(study: Study) -> Limits:

@@ -21,6 +21,7 @@ class Summary:
     Attributes:
         planned: cells of the study.
         resumed: cells that an earlier run had finished.
+        taken: cells whose answers were taken over from other folders now.
         done, failed, skipped: cells of this run, by status.
         ignored: stored records that the study no longer plans.
         interrupted: it was stopped before the end.
@@ -41,10 +42,16 @@ class Summary:
     left: int = 0
     lost: int = 0
     ignored_kinds: tuple[tuple[str, int], ...] = ()
+    taken: int = 0
 
     @staticmethod
     def of(
-        cells: Sequence[Cell], todo: Todo, finished: Mapping[str, Record], ignored: Sequence[tuple[str, int]]
+        cells: Sequence[Cell],
+        todo: Todo,
+        finished: Mapping[str, Record],
+        ignored: Sequence[tuple[str, int]],
+        *,
+        taken: int = 0,
     ) -> Summary:
         """The summary of a run.
 
@@ -53,12 +60,13 @@ class Summary:
             todo: what it had to do.
             finished: what it did: cell id -> record.
             ignored: see `kinds_of`.
+            taken: how many answers it took over from other folders.
         """
         statuses = Counter(record.status for record in finished.values())
         failed = [record for record in finished.values() if record.status == "failed"]
         return Summary(
             planned=len(cells),
-            resumed=len(cells) - len(todo.cells) - len(todo.left),
+            resumed=len(cells) - len(todo.cells) - len(todo.left) - taken,
             done=statuses["done"],
             failed=statuses["failed"],
             skipped=statuses["skipped"],
@@ -68,6 +76,7 @@ class Summary:
             left=len(todo.left),
             lost=sum(again(record) for record in failed),
             ignored_kinds=tuple(ignored),
+            taken=taken,
         )
 
     @property
@@ -88,7 +97,7 @@ class Summary:
         '3 cells: 0 done, 2 failed, 1 from an earlier run; the same command runs the 2 that were ended from outside \
 again'
         """
-        stored = self.resumed + self.done + self.skipped
+        stored = self.resumed + self.taken + self.done + self.skipped
         if self.interrupted:
             return (
                 f"stopped: {stored} of {self.planned} cells are finished; "
@@ -98,6 +107,7 @@ again'
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         parts += [f"{self.failed} failed"] if self.failed else []
         parts += [f"{self.resumed} from an earlier run"] if self.resumed else []
+        parts += [f"{self.taken} taken from another folder"] if self.taken else []
         parts += [f"{self.left} failed there and left as {'it is' if self.left == 1 else 'they are'}"] * bool(self.left)
         text = f"{self.planned} cells: {', '.join(parts)}"
         if self.ignored:

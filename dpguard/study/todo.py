@@ -10,9 +10,9 @@ from dpguard.study.record import Cell, Record
 from dpguard.study.store import FINISHED, Store
 
 AGAIN = "killed"
+"""The kind of failure that says nothing about a cell: its process was ended from outside. It runs again."""
 WAITED = "waited_for"
 """In the provenance of a cell that was skipped because of another: that one's id."""
-"""The kind of failure that says nothing about a cell: its process was ended from outside. It runs again."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Answers of one study serve another whose cells are the same, and only those."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpguard.errors import UserError
+from dpguard.study.reuse import known, take
+from dpguard.study.store import Store
+from tests.study.test_runner import go, starts
+
+OTHER = """\
+name: another
+question: Is it the same under another name?
+model: demo
+data: demo
+policies:
+  noisy: {sweep: {noise: [0.6, 0.9]}, rows: [{layers: all, clip: 1.0, noise: $noise}]}
+leakage: {targets: 3, at: [start, end], seeds: [0, 1]}
+utility: {epochs: 2, batch_size: 50, seeds: [0, 1]}
+"""
+
+
+def ids(kit, text):
+    return {cell.id for cell in kit.cells(text)}
+
+
+def test_only_what_no_other_study_answered_runs(kit, tmp_path):
+    assert go(kit, tmp_path / "first").done == len(kit.cells())
+    shared = ids(kit, kit.text) & ids(kit, OTHER)
+    log = tmp_path / "log"
+    summary = go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"], context={"log": str(log)})
+    assert 0 < len(shared) < len(ids(kit, OTHER))
+    assert set(starts(log)) == ids(kit, OTHER) - shared
+    assert (summary.taken, summary.done, summary.resumed) == (len(shared), len(ids(kit, OTHER)) - len(shared), 0)
+    assert f"{len(shared)} taken from another folder" in summary.sentence
+    with Store.open(tmp_path / "first") as one, Store.open(tmp_path / "second") as two:
+        for cell_id in shared:
+            here, there = two.record(cell_id), one.record(cell_id)
+            assert (here.result, here.provenance) == (there.result, there.provenance)
+            assert two.texts(cell_id) == one.texts(cell_id) != []
+        assert {record.cell.policy for record in two.records()} == {"none", "noisy noise=0.6", "noisy noise=0.9"}
+
+    again = go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"])
+    assert (again.taken, again.done, again.resumed) == (0, 0, len(ids(kit, OTHER)))
+
+
+def test_skipped_and_failed_cells_are_not_taken(kit, tmp_path):
+    script = {"utility, dp-sgd noise=0.6, seed 0": "raise", "leakage at start, none, seed 0": "skip"}
+    go(kit, tmp_path / "first", script=script)
+    with Store.open(tmp_path / "first") as store:
+        done = {cell_id for cell_id, status in store.statuses().items() if status == "done"}
+    shared = ids(kit, kit.text) & ids(kit, OTHER)
+    assert shared - done
+    summary = go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"])
+    assert summary.taken == len(shared & done)
+    assert (summary.failed, summary.skipped) == (0, 0)
+
+
+def test_the_first_folder_wins_and_a_fresh_answer_stays(kit, tmp_path):
+    for name in ("a", "b"):
+        go(kit, tmp_path / name)
+    with Store.open(tmp_path / "out", create=True) as store:
+        study = kit.study()
+        cells = kit.cells()
+        store.set_study(study.name, study.text, study.plain(), cells)
+        assert known([tmp_path / "a", tmp_path / "b"]) == {cell.id for cell in cells}
+        assert take(store, cells[:3], [tmp_path / "a", tmp_path / "b"], show_text=False) == {c.id for c in cells[:3]}
+        assert take(store, cells[:3], [tmp_path / "b"], show_text=False) == frozenset()
+        with Store.open(tmp_path / "a") as first:
+            assert store.record(cells[0].id).provenance == first.record(cells[0].id).provenance
+
+
+def test_hidden_texts_are_not_shown_by_way_of_another_study(kit, tmp_path):
+    go(kit, tmp_path / "first")
+    with pytest.raises(UserError, match="keeps its texts hidden, expected a run without it"):
+        go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"], show_text=True)
+    with Store.open(tmp_path / "second") as store:
+        assert store.statuses() == {}
+    go(kit, tmp_path / "shown", show_text=True)
+    assert go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "shown"], show_text=True).taken > 0
+
+
+def test_a_folder_without_records_is_one_sentence(kit, tmp_path):
+    with pytest.raises(UserError, match="nowhere' holds no records"):
+        go(kit, tmp_path / "out", reuse=[tmp_path / "nowhere"])
