@@ -50,6 +50,8 @@ def print_names(what: str, *, as_json: bool) -> None:
         print(json.dumps(found, indent=2))
         return
     console().print(table(["name", "what it is"], [[name, meaning] for name, meaning in found.items()]))
+    if what == "studies" and not found:
+        console().print("No studies/*.yaml here: they come with the repository.", style="dim")
     if what == "policies":
         console().print("Any selector is a policy too: block[3].attention.query shares just that.", style="dim")
 

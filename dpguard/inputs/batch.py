@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpguard.errors import UserError
+from dpguard.inputs.texts import too_long
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def check_batch(batch: Batch, config: Any, most: int) -> None:
         return
     longest = int(batch.attention_mask.sum(1).max())
     if longest > most:
-        raise UserError(
-            f"a text of {longest} tokens does not fit the model's {most} positions; expected at most {most}"
-        )
+        raise UserError(too_long(longest, most))
     classes = getattr(config, "num_labels", None)
     if batch.labels.dim() == 1 and classes and not bool(((batch.labels >= 0) & (batch.labels < classes)).all()):
         strange = int(batch.labels[(batch.labels < 0) | (batch.labels >= classes)][0])

@@ -347,6 +347,11 @@ def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: st
         yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where, whose)
 
 
+def too_long(tokens: int, most: int) -> str:
+    """What is wrong with a text of more tokens than the model has positions, special tokens included."""
+    return f"a text of {tokens} tokens does not fit the model's {most} positions; expected at most {most}"
+
+
 def check_lengths(items: Iterable[Example], tokenizer: Any, most: int) -> None:
     """Refuse a text that does not fit the model's positions, or that its tokenizer makes nothing of.
 
@@ -356,9 +361,6 @@ def check_lengths(items: Iterable[Example], tokenizer: Any, most: int) -> None:
     listed, empty = list(items), tokenizer.num_special_tokens_to_add()
     for example, ids in zip(listed, tokenizer([e.text for e in listed])["input_ids"], strict=True):
         if len(ids) > most:
-            raise UserError(
-                f"a text of {len(ids)} tokens does not fit the model's {most} positions; expected at most {most}",
-                where=example.where,
-            )
+            raise UserError(too_long(len(ids), most), where=example.where)
         if len(ids) <= empty:
             raise UserError("a text that the tokenizer makes no token of; expected words", where=example.where)

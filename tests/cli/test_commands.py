@@ -37,6 +37,11 @@ def test_help_and_lists_do_not_import_torch():
         assert "dp-sgd" in done.stdout or words != ["list", "policies"]
 
 
+def test_without_studies_the_list_says_where_they_are(told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "they come with the repository" in told("list", "studies")[1]
+
+
 def test_help_has_no_escapes():
     done = subprocess.run(
         [sys.executable, "-m", "dpguard", "attack", "--help"], capture_output=True, text=True, check=True
