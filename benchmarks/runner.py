@@ -20,7 +20,8 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
-from dpguard.cli.studies import EXECUTE, PRELOAD, plan_study
+from dpguard.cli.planning import plan_study
+from dpguard.cli.studies import EXECUTE, PRELOAD
 from dpguard.documents import Document
 from dpguard.study.record import Record, TextRow
 from dpguard.study.runner import run

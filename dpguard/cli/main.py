@@ -69,14 +69,13 @@ def run(
     ] = None,
 ) -> None:
     """Run a study; running it again does only what is missing."""
-    from dpguard.cli.studies import run_study
+    from dpguard.cli.studies import Asked, run_study
 
-    status = run_study(
-        study, out, only=only or (), reuse=reuse or (),
-        workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text, shard=shard,
-        ray=ray, devices=devices,
+    asked = Asked(
+        out=out, workers=workers, threads=threads, dry_run=dry_run, retry_failed=retry_failed, show_text=show_text,
+        shard=shard, only=only or (), reuse=reuse or (), ray=ray, devices=devices,
     )  # fmt: skip
-    raise typer.Exit(status)
+    raise typer.Exit(run_study(study, asked))
 
 
 @app.command()

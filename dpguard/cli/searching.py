@@ -13,7 +13,7 @@ from dpguard.study.spec import Study
 from dpguard.study.store import FILE, Store
 
 if TYPE_CHECKING:
-    from dpguard.cli.studies import Planned
+    from dpguard.cli.planning import Planned
     from dpguard.study.summary import Summary
 
 

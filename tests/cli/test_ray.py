@@ -172,6 +172,7 @@ def test_a_real_study_gives_the_records_of_a_local_run_and_no_token(home, nodes,
 def test_a_node_whose_texts_differ_fails_its_cells_with_the_reason(home, nodes, tmp_path):
     """The file changes after the driver has read it: as if the nodes had another one."""
     import dpguard.cli.studies as studies
+    from dpguard.cli.planning import plan_study
     from dpguard.study.ray_cells import RayCells
     from dpguard.study.runner import run
     from dpguard.study.spec import Study
@@ -180,7 +181,7 @@ def test_a_node_whose_texts_differ_fails_its_cells_with_the_reason(home, nodes, 
     copy.write_text((home / "texts.jsonl").read_text())
     path = study(home, tmp_path, (str(home / "texts.jsonl"), str(copy)))
     read = Study.load(path)
-    planned = studies.plan_study(read, tmp_path / "out")
+    planned = plan_study(read, tmp_path / "out")
     copy.write_text(copy.read_text().replace(" ", "  ", 5).replace('"label": 1', '"label": 0', 1))
     before = dict(os.environ)
     os.environ.update(nodes.environ)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpguard.cli.studies import plan_study
+from dpguard.cli.planning import plan_study
 from dpguard.errors import UserError
 from dpguard.study import ground
 from dpguard.study.resume import check_inputs

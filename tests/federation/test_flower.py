@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpguard.cli.studies import plan_study
+from dpguard.cli.planning import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.federation import flower, rounds

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dpguard.cli.studies import plan_study
+from dpguard.cli.planning import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.policy.gaussian import success_bound

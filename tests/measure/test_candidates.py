@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpguard.cli.studies import plan_study
+from dpguard.cli.planning import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.measure.threat import Threat

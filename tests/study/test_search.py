@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpguard.cli import searching
-from dpguard.cli.studies import Planned
+from dpguard.cli.planning import Planned
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.report.frontier import frontier

@@ -1,0 +1,180 @@
+"""What a study will run on this machine: its model and texts, its policies resolved, its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpguard.errors import UserError
+from dpguard.study.calibration import Kept, calibrated
+from dpguard.study.grid import NEEDS
+from dpguard.study.record import Cell
+from dpguard.study.spec import Study
+
+if TYPE_CHECKING:
+    from dpguard.policy.layers import Slot
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A study made ready to run on this machine.
+
+    Attributes:
+        study: with the noise that its target epsilons take.
+        cells: everything to run, in order.
+        context: plain data for the workers.
+        epsilons: policy label -> epsilon after the whole training.
+        refused: policy label -> why the federation cannot run it; known with the epsilons.
+    """
+
+    study: Study
+    cells: list[Cell]
+    context: dict[str, Any]
+    epsilons: dict[str, float]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Model and texts of a study, read once.
+
+    Attributes:
+        corpus: the texts.
+        data: what `inputs.texts` was asked for.
+        slots: the model's parameters.
+        model_id, data_id: what identifies them in a cell.
+    """
+
+    corpus: Any
+    data: dict[str, Any]
+    slots: Sequence[Slot]
+    model_id: dict[str, Any]
+    data_id: dict[str, Any]
+
+
+def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
+    """Load model and texts, resolve every policy, and list the cells: every mistake shows here.
+
+    Raises:
+        UserError: anything in the study, the data or the model that cannot be meant, with its place.
+    """
+    return plan_on(read_ground(study), study, folder, epsilons=epsilons)
+
+
+def read_ground(study: Study) -> Ground:
+    """Load model and texts.
+
+    Raises:
+        UserError: what cannot be read, with its place in the study.
+    """
+    from dpguard.inputs import models, texts
+    from dpguard.inputs.family import slots
+    from dpguard.study.ground import corpus_of
+
+    data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
+    with study.locating("data"), _asked_by_split(study):
+        corpus = corpus_of({"data": data})
+    with study.locating("model"):
+        loaded = models.load(study.model, labels=corpus.classes, seed=0)
+    texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
+    _check_candidates(study, len(set(corpus.public)))
+    model_id = {"name": study.model, "hash": loaded.fingerprint, "reading": loaded.reading}
+    data_id = {
+        "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
+    }  # fmt: skip
+    return Ground(corpus, data, slots(loaded.module), model_id, data_id)
+
+
+def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
+    """As `plan_study`, with model and texts in hand.
+
+    Raises:
+        UserError: as `plan_study`.
+    """
+    from dpguard.study import guarantee_leg
+
+    study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
+    plans = study.plans(ground.slots)
+    cells = study.cells(ground.model_id, ground.data_id, _panel(study))
+    with study.locating("federation"):
+        guarantee_leg.check_split(cells, ground.corpus)
+    needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
+    context = {
+        "model": study.model,
+        "data": ground.data,
+        "folder": str(folder),
+        "keep_weights": sorted(needed),
+        "keep_rounds": list(study.federation.observe) if study.federation else [],
+        "engine": _engine(study),
+        "cache_gigabytes": study.cache.gigabytes,
+        "plans": {label: plan.hash for label, plan in plans.items()},
+        "trained": {c.id: asdict(c) for c in cells if c.id in needed},
+    }
+    if not epsilons:
+        return Planned(study, cells, context, {})
+    promised = {
+        c.policy: guarantee_leg.epsilon(c, plans[c.policy], ground.corpus) for c in cells if c.leg == "guarantee"
+    }
+    found = {label: epsilon for label, (epsilon, _) in promised.items()}
+    return Planned(study, cells, context, found, {label: why for label, (_, why) in promised.items() if why})
+
+
+def _panel(study: Study) -> dict[str, Any] | None:
+    """Who attacks, with the hash of its sources; an unknown preset shows now, not in every cell."""
+    from dpguard.attacks.panel import attack, in_order, panel_hash
+
+    if study.leakage is None:
+        return None
+    name, asked = study.leakage.panel, study.leakage.attacks
+    with study.locating("leakage", "panel"):
+        digest = panel_hash(name)
+    with study.locating("leakage", "attacks"):
+        for one in asked or ():
+            attack(one)
+    return {"name": name, "hash": digest, "attacks": in_order(name, asked)}
+
+
+@contextmanager
+def _asked_by_split(study: Study) -> Iterator[None]:
+    """The texts know their columns, not who asked for them: a client's column is asked for by the split."""
+    try:
+        yield
+    except UserError as error:
+        column = study.owner_column
+        if column is None or not error.sentence.startswith(f"no column {column!r}"):
+            raise
+        raise UserError(f"{error.sentence} (asked for by federation.split)", where=error.where) from None
+
+
+def _check_candidates(study: Study, public: int) -> None:
+    """A closed world takes as many public texts as it has candidates."""
+    if study.leakage and study.leakage.threat.candidates > public:
+        with study.locating("leakage", "threat", "candidates"):
+            raise UserError(
+                f"leakage.threat.candidates: {study.leakage.threat.candidates} is more than the {public} public texts, "
+                f"expected at most {public}"
+            )
+
+
+def _kept(folder: Path, *, made: bool) -> Kept:
+    """Calibrated tables kept beside the records, so that resuming takes no time; a dry run makes no folder."""
+    from dpguard.study.cache import Cache
+    from dpguard.study.provenance import versions
+
+    if not made and not folder.is_dir():
+        return lambda key, make: make()
+    return lambda key, make: Cache(folder).plain({"what": "table", **key, "versions": versions()}, make)
+
+
+def _engine(study: Study) -> str:
+    """Who runs a federation's rounds; an extra that is missing shows before anything runs."""
+    from dpguard.federation import superlink
+
+    engine = study.federation.engine if study.federation else "embedded"
+    if engine == "flower" and not superlink.installed():
+        with study.locating("federation", "engine"):
+            raise UserError("Flower is not installed; expected pip install 'dpguard[flower]', or engine: embedded")
+    return engine
