@@ -1,6 +1,6 @@
 """Intervals and comparisons: bootstrap over targets and seeds, exact for proportions. numpy and scipy only.
 
-Three habits hold everywhere. Units and seeds are resampled as wholes: a unit is a target, or a message where one
+Three habits hold everywhere. Units are resampled as wholes: a unit is a target, or a message where one
 holds several targets, since scores of one unit are not independent of each other. Every resample comes from one
 explicit seed, so equal inputs give equal intervals, and arrays that list the same units in the same order are
 resampled alike, which is what makes a difference paired. And an interval is never narrower than the number of units
@@ -23,6 +23,8 @@ from scipy.special import rel_entr
 
 CONFIDENCE = 0.95
 DRAWS = 2000
+ROUNDING = 1e-12
+"""A variance of scores that is no more than the rounding of equal ones."""
 UTILITY_METRICS = ("accuracy", "f1", "mcc")
 
 Floats = NDArray[np.float64]
@@ -108,7 +110,7 @@ def resamples(n: int, draws: int, seed: int) -> Floats:
 
 
 def bootstrap_means(values: ArrayLike, counts: ArrayLike | None = None, *, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Means over units and seeds in every bootstrap sample of units and of seeds.
+    """Means over units and seeds in every bootstrap sample of units; for the part of the seeds see `Drawn`.
 
     Args:
         values: shape (options, units, seeds); NaN where an option has no score. With ``counts`` they are sums.
@@ -124,21 +126,11 @@ def bootstrap_means(values: ArrayLike, counts: ArrayLike | None = None, *, draws
         known = np.isfinite(sums)
         sums, counts = np.where(known, sums, 0.0), known
     many = np.asarray(counts, dtype=np.float64)
-    options, units, seeds = sums.shape
-    of_units = resamples(units, draws, seed)
-
-    def drawn(array: Floats) -> Floats:
-        flat = of_units @ array.transpose(1, 0, 2).reshape(units, options * seeds)
-        if seeds == 1:
-            return flat
-        of_seeds = resamples(seeds, draws, seed + 1)[:, None, :]
-        summed: Floats = (flat.reshape(draws, options, seeds) * of_seeds).sum(axis=2)
-        return summed
-
-    total = drawn(sums)
+    of_units = resamples(sums.shape[1], draws, seed)
+    total: Floats = of_units @ sums.sum(axis=2).T
     if (many == many.flat[0]).all():  # nothing is missing: every sample holds as many scores
         return total / max(float(many[0].sum()), 1.0)
-    count = drawn(many)
+    count = of_units @ many.sum(axis=2).T
     means: Floats = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return means
 
@@ -159,6 +151,38 @@ def quantiles(values: Floats, levels: Sequence[float]) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
+class OfSeeds:
+    """The same estimate under each of several seeds.
+
+    Attributes:
+        values: shape (seeds,).
+        samples: in every bootstrap sample of the units, shape (draws, seeds); NaN where one holds none of a seed's.
+    """
+
+    values: Floats
+    samples: Floats
+
+    def variance(self, units: int) -> float:
+        """What the seeds add to the variance of the mean over them, beyond what the ``units`` of each explain.
+
+        0 where they differ no more than other units would make them differ: seeds with targets of their own do.
+        """
+        noise = self.samples - self.values
+        noise = noise - np.nanmean(noise, axis=1, keepdims=True)
+        seeds = len(self.values)
+        explained = float(np.nansum(noise**2, axis=1).mean()) / (seeds - 1) * units / max(units - 1, 1)
+        beyond = float(self.values.var(ddof=1)) - explained
+        return beyond / seeds if beyond > ROUNDING else 0.0
+
+    def shifts(self, variance: float, seed: int) -> Floats:
+        """What resampled seeds move the mean by, shape (draws,): of exactly this variance in the long run."""
+        seeds, apart = len(self.values), self.values - self.values.mean()
+        moved = resamples(seeds, len(self.samples), seed) @ apart / seeds
+        scaled: Floats = moved * math.sqrt(variance * seeds / float(apart.var()))
+        return scaled
+
+
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """An estimate with its bootstrap samples.
 
@@ -166,33 +190,48 @@ class Drawn:
 
     Attributes:
         value: the point estimate.
-        samples: of the bootstrap, shape (draws,).
+        samples: of the bootstrap over units, shape (draws,).
         units: what was resampled: targets, or messages of several targets.
         seeds: how many seeds.
+        of_seeds: the estimate under each seed, where there are several.
     """
 
     value: float
     samples: Floats
     units: tuple[Hashable, ...]
     seeds: int = 1
+    of_seeds: OfSeeds | None = None
 
     def interval(self, bounds: tuple[float, float] | None = (0.0, 1.0), *, confidence: float = CONFIDENCE) -> Interval:
-        """The percentile interval, as wide as Student's t asks of so few units (`small`).
+        """The percentile interval, as wide as Student's t asks of so few units and seeds.
 
-        ``bounds``: least and greatest possible value, to widen by `reach`.
+        A few seeds resampled among themselves vary too little: what they add beyond the units is scaled to its
+        unbiased variance, and the whole to Student's t at the degrees of freedom of the sum (Satterthwaite, Biometrics
+        Bulletin 2, 1946). ``bounds``: least and greatest possible value, to widen by `reach`.
         """
         tail, n = (1 - confidence) / 2, len(self.units)
-        known = self.samples if np.isfinite(self.samples).all() else self.samples[np.isfinite(self.samples)]
-        ends = quantiles(known, (tail, 1 - tail))
-        ends = self.value + small(n, confidence=confidence) * (ends - self.value)
+        known = np.isfinite(self.samples)
+        samples, added = self.samples, 0.0 if self.of_seeds is None else self.of_seeds.variance(n)
+        freedom: float | None = None
+        if self.of_seeds is not None and added > 0:
+            spread = float(samples[known].var()) * n / max(n - 1, 1)
+            parts = added**2 / (self.seeds - 1) + spread**2 / max(n - 1, 1)
+            freedom = max((spread + added) ** 2 / parts, 1.0)
+            samples = samples + self.of_seeds.shifts(added, 1)
+        ends = quantiles(samples if known.all() else samples[known], (tail, 1 - tail))
+        ends = self.value + small(n, freedom=freedom, confidence=confidence) * (ends - self.value)
         low, high = widened(ends, self.value, n, bounds, confidence)
         return Interval(self.value, low, high, n, self.seeds)
 
     def minus(self, other: Drawn) -> Interval | None:
-        """This less another with its paired interval; None when they do not rest on the same units."""
-        if self.units != other.units:
+        """This less another with its paired interval; None when they do not rest on the same units and seeds."""
+        if self.units != other.units or self.seeds != other.seeds:
             return None
-        less = Drawn(self.value - other.value, self.samples - other.samples, self.units, min(self.seeds, other.seeds))
+        apart = None
+        if self.of_seeds is not None and other.of_seeds is not None:
+            one, two = self.of_seeds, other.of_seeds
+            apart = OfSeeds(one.values - two.values, one.samples - two.samples)
+        less = Drawn(self.value - other.value, self.samples - other.samples, self.units, self.seeds, apart)
         return less.interval((-1.0, 1.0))
 
 
@@ -241,8 +280,19 @@ def largest(
     best = int(np.argmax(means))
     drawn = bootstrap_means(sums, many, draws=draws, seed=seed)
     samples = np.fmax.reduce(drawn, axis=1) if len(drawn.T) > 1 else drawn[:, 0]
-    seeds = int((many[best].sum(axis=0) > 0).sum())
-    return Drawn(float(means[best]), samples, names, seeds), best
+    of_seeds = _of_seeds(sums[best], many[best], draws, seed)
+    return Drawn(float(means[best]), samples, names, len(of_seeds.values) if of_seeds else 1, of_seeds), best
+
+
+def _of_seeds(sums: Floats, many: Floats, draws: int, seed: int) -> OfSeeds | None:
+    """One option's means under each seed that has scores, from arrays of shape (units, seeds); None of one seed."""
+    held = many.sum(axis=0) > 0
+    if held.sum() < 2:
+        return None
+    sums, many, of_units = sums[:, held], many[:, held], resamples(len(sums), draws, seed)
+    count = of_units @ many
+    samples = np.divide(of_units @ sums, count, out=np.full_like(count, np.nan), where=count > 0)
+    return OfSeeds(sums.sum(axis=0) / many.sum(axis=0), samples)
 
 
 def mean_interval(
@@ -298,7 +348,7 @@ def lower_limit(mean: float, n: int, level: float) -> float:
 def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
     """Accuracy, F1 or Matthews correlation from confusion counts.
 
-    F1 is that of class 1 when there are two classes (as GLUE has it), else the mean over classes. Matthews
+    F1 is that of class 1 when there are two classes (as GLUE has it), else the mean over the classes that occur. Matthews
     correlation for many classes is Gorodkin's R_K (Comput. Biol. Chem. 28, 2004). Undefined ratios are 0.
 
     Args:
@@ -339,8 +389,10 @@ def from_counts(hits: ArrayLike, true: ArrayLike, guessed: ArrayLike, metric: st
         return _ratio(hits.sum(axis=-1), total)
     if metric == "f1":
         each = _ratio(2 * hits, true + guessed)
-        scores: Floats = each[..., 1] if hits.shape[-1] == 2 else each.mean(axis=-1)
-        return scores
+        if hits.shape[-1] == 2:
+            one: Floats = each[..., 1]
+            return one
+        return _ratio(each.sum(axis=-1), (true + guessed > 0).sum(axis=-1))  # a class that nobody names has none
     if metric == "mcc":
         covariance = hits.sum(axis=-1) * total - (true * guessed).sum(axis=-1)
         spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (guessed**2).sum(axis=-1))

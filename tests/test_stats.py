@@ -44,7 +44,7 @@ def test_interval_covers_the_true_mean():
 def test_same_seed_same_interval_and_another_seed_another():
     values = np.random.default_rng(3).random((20, 3))
     assert stats.mean_interval(values, seed=5) == stats.mean_interval(values, seed=5)
-    assert stats.mean_interval(values, seed=5) != stats.mean_interval(values, seed=6)
+    assert stats.mean_interval(values, bounds=None, seed=5) != stats.mean_interval(values, bounds=None, seed=6)
 
 
 def test_scores_of_one_target_under_many_seeds_are_not_many_targets():
@@ -53,6 +53,33 @@ def test_scores_of_one_target_under_many_seeds_are_not_many_targets():
     width = alone.high - alone.low
     assert repeated.high - repeated.low == pytest.approx(width, rel=0.15)
     assert (repeated.n, repeated.seeds) == (12, 30)
+
+
+@pytest.mark.parametrize(("seeds", "apart", "least"), [(2, 0.1, 0.80), (3, 0.1, 0.86), (3, 0.0, 0.92), (5, 0.05, 0.88)])
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_few_seeds_that_differ_make_the_interval_as_wide_as_they_have_to(seeds, apart, least, own_targets):
+    """Resampling a few seeds among themselves covered .65 of the true means of the first layout."""
+    rng = np.random.default_rng(10)
+    covered, trials, n = 0, 200, 20
+    for trial in range(trials):
+        shift = rng.normal(0, apart, seeds)
+        if own_targets:
+            values = np.full((n * seeds, seeds), np.nan)
+            for seed in range(seeds):
+                values[seed * n : (seed + 1) * n, seed] = 0.5 + shift[seed] + rng.normal(0, 0.1, n)
+        else:
+            values = 0.5 + rng.normal(0, 0.1, (n, 1)) + shift + rng.normal(0, 0.05, (n, seeds))
+        got = stats.mean_interval(values, bounds=None, draws=400, seed=trial)
+        covered += got.low <= 0.5 <= got.high
+    assert covered >= least * trials
+
+
+def test_what_two_seeds_share_leaves_their_paired_difference():
+    rng = np.random.default_rng(11)
+    values = rng.normal(0.5, 0.05, (30, 1)) + np.array([-0.1, 0.1])
+    one, two = (stats.largest(v[None])[0] for v in (values, values - 0.05))
+    less = one.minus(two)
+    assert less.high - less.low < (one.interval().high - one.interval().low) / 3
 
 
 def test_maximum_is_taken_inside_every_sample():

@@ -13,7 +13,7 @@ METRICS = {
     "rouge1": "leakage: unigram overlap, F-measure",
     "rouge2": "leakage: bigram overlap, F-measure",
     "rougeL": "leakage: longest common subsequence, F-measure (the default)",
-    "exact_match": "leakage: every token recovered in order",
+    "exact_match": "leakage: every token recovered in order, or the same text in other tokens",
     "token_recall": "leakage: share of the tokens among as many of the guess, in any order",
     "entity_recall": "leakage: share of the marked entities recovered word for word",
     "accuracy": "utility: share of right predictions (the default)",

@@ -123,7 +123,8 @@ class PrivacyEngine:
         )
         self.examples, batch_size = sampling.public_sizes(data_loader)
         self.plan, self.poisson, self.seeded = plan, poisson_sampling, seed is not None
-        self.sampling_rate = batch_size / self.examples
+        # of the caller's own batches the share that one pass' batches are, its last one dropped or not
+        self.sampling_rate = batch_size / self.examples if poisson_sampling else 1 / len(loader)
         self._ledger = self._entered(ledger, module, run)
         trained = set(plan.trained)
         for name, parameter in module.named_parameters():

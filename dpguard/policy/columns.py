@@ -83,8 +83,8 @@ def number(
         raise UserError(f"is {value}; expected {wanted}")  # a document adds which word YAML read so
     try:
         found = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"is {value!r}; expected {wanted}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"is {repr(value)[:40]}; expected {wanted}") from None
     outside = (above is not None and found <= above) or (below is not None and found >= below)
     if not math.isfinite(found) or found < least or found > most or outside:
         raise UserError(f"is {value!r}; expected {wanted}")

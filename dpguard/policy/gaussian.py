@@ -32,9 +32,9 @@ def epsilon_of(mu: float, delta: float) -> float:
     """
     if mu == 0 or delta_of(0.0, mu) <= delta:
         return 0.0
-    if math.isinf(mu):
-        return math.inf
     high = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1.0
+    if math.isinf(high):
+        return math.inf
     return float(
         brentq(
             lambda e: math.log(max(delta_of(e, mu), 1e-300)) - math.log(delta),

@@ -78,17 +78,24 @@ class Guarantee:
 
         Args:
             kappa: the best chance without the messages: 1/M among M candidates, else measured.
-            messages: how many messages of the example the attacker saw.
+            messages: how many messages of the example the attacker saw, at most the guarantee's steps.
 
         Returns:
             A probability, or None when epsilon is infinite (no bound).
+
+        Raises:
+            UserError: kappa is no probability, or more messages than the guarantee covers.
         """
         if not 0 < kappa < 1:
             raise UserError(f"kappa is {kappa!r}; expected a probability above 0 and below 1")
+        if isinstance(messages, bool) or messages not in range(1, self.steps + 1):
+            raise UserError(
+                f"messages is {messages!r}; expected a whole number from 1 to the {self.steps} covered here"
+            )
         if self.reasons:
             return None
-        if self.sigma_eff == math.inf:
-            return kappa
+        if self.sigma_eff in (0, math.inf):
+            return 1.0 if self.sigma_eff == 0 else kappa
         return gaussian.success_bound(kappa, math.sqrt(messages) / self.sigma_eff)
 
     def bound_amplified(self, kappa: float) -> float | None:
@@ -194,19 +201,23 @@ def sigma_eff(plan: Plan, steps: int) -> float:
 
 
 def _epsilon(sigma: float, q: float, steps: int, delta: float, accountant: Accountant) -> float:
-    if sigma == math.inf:
-        return 0.0
+    if sigma in (0, math.inf):  # 0: noise so small that its inverse is no number
+        return math.inf if sigma == 0 else 0.0
     exact = gaussian.epsilon_of(math.sqrt(steps) / sigma, delta)
-    if q == 1:
+    if q == 1 or math.isinf(exact):
         return exact
     # Without sampling the example is in every message: never better for privacy, so also an upper bound.
     return min(exact, accountant.epsilon(sigma=sigma, sampling_rate=q, steps=steps, delta=delta))
 
 
 def exposure(sampling: Sampling, sampling_rate: float, steps: int) -> tuple[float, int]:
-    """(sampling rate, steps) that the accountant composes."""
+    """(sampling rate, steps) that the accountant composes.
+
+    Of shuffled batches: in how many one example can be. A pass has at least floor(1 / rate) of them, the last one
+    dropped or not.
+    """
     if sampling == "shuffle" and sampling_rate < 1:
-        return 1.0, math.ceil(sampling_rate * steps - 1e-9)
+        return 1.0, math.ceil(steps / max(1, math.floor(1 / sampling_rate + 1e-9)))
     return sampling_rate, steps
 
 
@@ -227,7 +238,7 @@ def check_arguments(q: float, steps: int, delta: float, sampling: str, examples:
     """
     if not 0 < q <= 1:
         raise UserError(f"sampling rate is {q!r}; expected a number above 0 and at most 1")
-    if steps != int(steps) or steps < 1:
+    if not math.isfinite(steps) or steps != int(steps) or steps < 1:
         raise UserError(f"steps is {steps!r}; expected a whole number of at least 1")
     if not 0 < delta < 1:
         raise UserError(f"delta is {delta!r}; expected a number above 0 and below 1")

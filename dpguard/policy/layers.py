@@ -50,8 +50,9 @@ _INSIDE: dict[str, frozenset[str]] = {
     "norms": frozenset({"norm"}),
     "adapters": ADAPTERS,
 }
-_BLOCK = re.compile(r"^block\[(?P<index>[^\]]*)\](?:\.(?P<inside>[a-z.]+))?$")
-_INDEX = re.compile(r"^(?P<one>-?\d+)$|^(?P<any>\*)$|^(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?$")
+_BLOCK = re.compile(r"block\[(?P<index>[^\]]*)\](?:\.(?P<inside>[a-z.]+))?")
+_END = r"\d{1,2}%|100%|-?\d+"
+_INDEX = re.compile(rf" *(?:(?P<one>-?\d+)|(?P<any>\*)|(?P<start>{_END})? *: *(?P<stop>{_END})?) *")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _by_role(selector: str, slots: Sequence[Slot]) -> list[Slot]:
     stem, kind = _split_kind(selector)
     if stem == "biases":
         return [s for s in slots if s.is_bias and kind != "weight"]
-    block = _BLOCK.match(stem)
+    block = _BLOCK.fullmatch(stem)
     if block:
         roles = _inside(selector, block["inside"] or "")
         wanted = _indices(selector, block["index"], slots)
@@ -162,7 +163,7 @@ def _inside(selector: str, inside: str) -> frozenset[str]:
 
 def _indices(selector: str, text: str, slots: Sequence[Slot]) -> set[int]:
     count = 1 + max((s.block for s in slots if s.block is not None), default=-1)
-    match = _INDEX.match(text.replace(" ", ""))
+    match = _INDEX.fullmatch(text)
     if match is None:
         raise UserError(f"selector {selector!r} has block index {text!r}; expected 3, -1, *, 0:4, 2: or 0:50%")
     if match["any"]:

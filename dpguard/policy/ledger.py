@@ -130,7 +130,8 @@ class Ledger:
         if budget is not None and not budget > 0:
             raise UserError(f"budget is {budget!r}; expected an epsilon above 0, or None")
         self.client, self.model, self.delta, self.budget = client, model, delta, budget
-        self.path = None if path is None else Path(path)
+        # the file itself: beside a link another process would not see the lock, and replacing the link forgets
+        self.path = None if path is None else Path(path).resolve()
         self.allow_change = allow_change
         self._accountant = accountant
         self._entries: tuple[_Entry, ...] = ()
@@ -205,6 +206,7 @@ class Ledger:
             self._check(mechanism, run, number, count)
             new = number + count - self.next_number(run)
             if new <= 0:
+                self._check_entered(mechanism, run)
                 return False
             if self.left(mechanism, run) < new:
                 raise self._spent(mechanism, run, number + count - 1, new)
@@ -279,6 +281,14 @@ class Ledger:
                 f"{self.next_number(run)}, because a gap would let a message leave uncounted"
             )
         self.accepts(mechanism)
+
+    def _check_entered(self, mechanism: Mechanism, run: str) -> None:
+        """A message of before is paid for under the mechanism that made it, not under any other."""
+        if not any(entry.mechanism == mechanism and run in entry.runs for entry in self._entries):
+            raise UserError(
+                f"run {run!r} was entered under another policy, noise or sampling rate; expected the next number for "
+                "what is made anew"
+            )
 
     def accepts(self, mechanism: Mechanism) -> None:
         """Refuse a mechanism that `spend` would refuse whatever the message: worth asking before any work.

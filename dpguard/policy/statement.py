@@ -106,7 +106,10 @@ def _counts(plan: Plan) -> list[str]:
     if not noises:
         return []
     stds = ", ".join(f"{noise:g}" for noise in noises)
-    return [f"Clips follow quantiles of the norms by noised counts (std {stds} examples), which are paid for here."]
+    return [
+        f"Clips follow quantiles of the norms by noised counts (std {stds} examples), from which the example is left "
+        "out as well; they are paid for here."
+    ]
 
 
 def _sampling(sampling: str, rate: float) -> str:

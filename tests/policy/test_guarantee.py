@@ -236,6 +236,19 @@ def test_shuffled_batches_get_no_amplification():
     assert "without amplification" in shuffled.statement
 
 
+def test_a_dropped_last_batch_makes_more_passes_of_as_many_steps():
+    """199 examples in batches of 100, the second dropped: each of 100 steps is a pass, and may hold the same example."""
+    shuffled = claim([DP], q=100 / 199, steps=100, sampling="shuffle")
+    assert shuffled.epsilon == pytest.approx(gaussian.epsilon_of(math.sqrt(100), 1e-5))
+
+
+@pytest.mark.parametrize("noise", [1e-160, 1e-310])
+def test_noise_too_small_to_count_with_is_no_guarantee(noise):
+    found = claim([{**DP, "noise": noise}])
+    assert found.epsilon == math.inf
+    assert found.bound(0.1) in (None, 1.0)
+
+
 def test_the_statement_says_unit_adjacency_sampling_view_and_limits():
     words = claim([DP, {"layers": "all", "keep": 0.1}], examples=5000).statement
     for part in ("one example", "zero-out", "5000", "Poisson sampling at rate 0.01", "1000 steps", "honest-but-curious",
@@ -251,6 +264,9 @@ def test_bounds():
     assert 0.01 < amplified < claim([DP]).bound(0.01, messages=10)
     with pytest.raises(UserError, match="kappa"):
         found.bound(0)
+    for messages in (0, -1, 0.5, 5, True):
+        with pytest.raises(UserError, match="expected a whole number from 1 to the 4 covered here"):
+            found.bound(0.05, messages=messages)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +275,7 @@ def test_bounds():
         ({"q": 0}, "sampling rate"),
         ({"q": 1.5}, "sampling rate"),
         ({"steps": 0}, "steps"),
+        ({"steps": math.nan}, "steps"),
         ({"delta": 1.0}, "delta"),
         ({"delta": 1e-2, "examples": 1000}, "larger than 1 / 1000"),
         ({"sampling": "poison"}, "did you mean 'poisson'?"),

@@ -47,6 +47,7 @@ def test_indices(bert):
     assert names("block[0:2]", bert) == names("block[0]", bert) | names("block[1]", bert)
     assert names("block[1:]", bert) == names("block[1]", bert) | names("block[2]", bert)
     assert names("block[0:50%]", bert) == names("block[0]", bert)
+    assert names("block[ 0 : 2 ]", bert) == names("block[0:2]", bert)
 
 
 def test_weight_bias_norms_biases(bert):
@@ -72,6 +73,9 @@ def test_the_same_selectors_mean_the_same_in_every_family(family):
         ("blok[1]", "unknown selector 'blok[1]'; did you mean 'block[0]'?"),
         ("block[1].attention.qery", "did you mean 'attention.query'?"),
         ("block[x]", "expected 3, -1, *, 0:4, 2: or 0:50%"),
+        ("block[0 1]", "expected 3, -1, *, 0:4, 2: or 0:50%"),
+        ("block[0:150%]", "expected 3, -1, *, 0:4, 2: or 0:50%"),
+        ("block[0]\n", "unknown selector"),
         ("block[7]", "matches nothing in this model; it has blocks 0 to 2"),
         ("adapters", "matches nothing in this model"),
         ("name:*.qurey.*", "matches nothing"),

@@ -515,3 +515,27 @@ def test_a_ledger_needs_no_torch():
         "Ledger('c', 'm', 1e-5, 9.0).spend(Mechanism('p', 3.0, 1.0), ('a', 1)); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_link_to_a_ledger_is_that_ledger(tmp_path):
+    """Replacing the link by a file left the ledger that it named at what was spent before."""
+    path, link = tmp_path / "mounted" / "ledger.json", tmp_path / "ledger.json"
+    path.parent.mkdir()
+    with opened(path) as first:
+        spend(first, WHOLE, 1)
+    link.symlink_to(path)
+    with opened(link) as second:
+        spend(second, WHOLE, 2)
+        with pytest.raises(UserError, match="in use"):
+            opened(path)
+    assert link.is_symlink()
+    with opened(path) as third:
+        assert third.messages == 3
+
+
+def test_a_message_of_before_was_paid_for_under_its_own_mechanism():
+    ledger = opened(allow_change=True)
+    assert ledger.spend(WHOLE, ("r", 1))
+    assert not ledger.spend(WHOLE, ("r", 1))
+    with pytest.raises(UserError, match="entered under another policy, noise or sampling rate"):
+        ledger.spend(Mechanism("weak", 0.01, 1.0), ("r", 1))
