@@ -348,8 +348,8 @@ def lower_limit(mean: float, n: int, level: float) -> float:
 def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
     """Accuracy, F1 or Matthews correlation from confusion counts.
 
-    F1 is that of class 1 when there are two classes (as GLUE has it), else the mean over the classes that occur. Matthews
-    correlation for many classes is Gorodkin's R_K (Comput. Biol. Chem. 28, 2004). Undefined ratios are 0.
+    F1 is that of class 1 when there are two classes (as GLUE has it), else the mean over the classes that occur.
+    Matthews correlation for many classes is Gorodkin's R_K (Comput. Biol. Chem. 28, 2004). Undefined ratios are 0.
 
     Args:
         confusion: shape (..., classes, classes), true class first.

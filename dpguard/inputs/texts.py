@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,18 @@ class Corpus:
     def classes(self) -> int:
         """Number of classes, at least 2."""
         return max(2, 1 + max(e.label for e in (*self.train, *self.test)))
+
+    @property
+    def repeated(self) -> float:
+        """Share of the training texts that are the commonest one, up to case and spaces; 0 where none stands twice."""
+        (_, count), *_ = Counter(_alike(e.text) for e in self.train).most_common(1)
+        return count / len(self.train) if count > 1 else 0.0
+
+    @property
+    def seen(self) -> int:
+        """How many held-out texts are training texts as well, up to case and spaces."""
+        trained = {_alike(e.text) for e in self.train}
+        return sum(_alike(e.text) in trained for e in self.test)
 
     @property
     def fingerprint(self) -> str:
@@ -143,22 +156,40 @@ def _read_all(
 
 
 def _assemble(name: str, train: list[Example], test: list[Example] | None, public: list[str] | None) -> Corpus:
-    """Shuffle once, set apart what no file gives, and keep public and private texts disjoint."""
+    """Shuffle once, set apart what no file gives, and keep public and private texts disjoint.
+
+    All copies of a text go to one side.
+    """
     random.Random(SPLIT_SEED).shuffle(train)
     held_out = []
     if test is None:
-        count = max(1, round(HELD_OUT * len(train)))
-        test, train = train[:count], train[count:]
+        test, train = _apart(train, HELD_OUT)
         held_out.append("test")
     if public is None:
-        count = max(1, round(PUBLIC * len(train)))
-        public, train = [e.text for e in train[:count]], train[count:]
+        known, train = _apart(train, PUBLIC)
+        public = [e.text for e in known]
         held_out.append("public")
     if not train:
-        raise UserError(f"data {name!r} has too few texts; expected at least 3")
+        raise UserError(f"data {name!r} has too few different texts; expected at least 3")
     private = {_alike(e.text) for e in train}
     public = [t for t in public if _alike(t) not in private]
     return Corpus(name, tuple(train), tuple(test), tuple(public), held_out=tuple(held_out))
+
+
+def _apart(items: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """The first ``share`` of the texts with every later copy of them, and the rest."""
+    count, copies = max(1, round(share * len(items))), Counter(_alike(e.text) for e in items)
+    chosen: set[str] = set()
+    taken = 0
+    for key in copies:  # in the order in which they first stand
+        if taken >= count:
+            break
+        chosen.add(key)
+        taken += copies[key]
+    inside = [_alike(item.text) in chosen for item in items]
+    return [e for e, own in zip(items, inside, strict=True) if own], [
+        e for e, own in zip(items, inside, strict=True) if not own
+    ]
 
 
 def _alike(text: str) -> str:
@@ -182,9 +213,9 @@ def examples(
         yield Example(
             text=_text(row[text], text, where),
             label=_label(row[label], label, where),
-            entities=_entities(row.get(entities or "entities"), where),
+            entities=_entities(row.get(entities or "entities"), where, asked=entities is not None),
             where=where,
-            owner=None if owner is None else str(row[owner]),
+            owner=None if owner is None else _owner(row[owner], owner, where),
         )
 
 
@@ -227,12 +258,24 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    csv.field_size_limit(2**31 - 1)  # the module's own refuses a text of more than 131,072 characters
+    comma = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(_lines(path), delimiter=comma, strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"has two columns {twice!r}; expected each name once", where=f"{path}:1")
         for row in reader:
+            if None in row:
+                raise UserError(
+                    f"has more fields than {len(names)} columns; expected quotes around a text that holds {comma!r}",
+                    where=f"{path}:{reader.line_num}",
+                )
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"is no CSV ({error}); expected quotes that close", where=f"{path}:{reader.line_num}") from None
+        raise UserError(
+            f"is no CSV ({error}); expected quotes that close, or a .jsonl file", where=f"{path}:{reader.line_num}"
+        ) from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -274,15 +317,27 @@ def _label(value: Any, column: str, where: str) -> int:
     return digits
 
 
-def _entities(value: Any, where: str) -> tuple[str, ...] | None:
+def _owner(value: Any, column: str, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with one missing is one of floats
+    if value is None or value != value or not str(value).strip():
+        raise UserError(f"{column} is {value!r}; expected who the text belongs to", where=where)
+    return str(value)
+
+
+def _entities(value: Any, where: str, *, asked: bool) -> tuple[str, ...] | None:
+    """Marked entities; a column that only happens to be called so may hold anything."""
     if value is None or value == "":
         return None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = [value]
+            listed = json.loads(value)
+        except ValueError:
+            listed = None
+        value = listed if isinstance(listed, list) else [value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not asked:
+            return None
         raise UserError(f"entities is {value!r}; expected a list of texts", where=where)
     return tuple(value)
 
@@ -327,14 +382,13 @@ def _from_hub(name: str, text: str, label: str, owner: str | None) -> Corpus:
         found = datasets.load_dataset(name)
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"data {name!r} cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
-    splits = {
-        key: list(_hub_rows(name, key, part, text, label, owner))
-        for key, part in found.items()
-        if key != "unsupervised"
-    }
-    if "train" not in splits:
-        raise UserError(f"data {name!r} has splits {', '.join(splits)}; expected one called 'train'")
-    return _assemble(name, splits["train"], splits.get("validation") or splits.get("test"), None)
+    if "train" not in found:
+        raise UserError(f"data {name!r} has splits {', '.join(found)}; expected one called 'train'")
+    held = next((key for key in ("validation", "test") if key in found), None)  # GLUE's test has no labels
+    train, test = (
+        list(_hub_rows(name, key, found[key], text, label, owner)) if key else None for key in ("train", held)
+    )
+    return _assemble(name, train or [], test, None)
 
 
 def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: str | None) -> Iterator[Example]:
@@ -343,7 +397,7 @@ def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: st
         for column in (text, label, *([owner] if owner else [])):
             if column not in row:
                 raise UserError(f"no column {column!r}{did_you_mean(column, list(row))}", where=where)
-        whose = None if owner is None else str(row[owner])
+        whose = None if owner is None else _owner(row[owner], owner, where)
         yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where, whose)
 
 

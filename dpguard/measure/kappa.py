@@ -61,7 +61,7 @@ def measure(public: tuple[str, ...], tokenizer: Any, lengths: bool = False) -> d
         tokenizer: the public tokenizer, for exact match and token recall.
         lengths: whether the guesser is told a text's number of tokens; then each length has guesses of its own.
     """
-    texts = tuple(dict.fromkeys(text for text in public if text.strip()))[: 2 * WANTED]
+    texts = tuple(text for text in public if text.strip())[: 2 * WANTED]  # copies count: a guess has them right too
     if len(texts) < 4:
         return {}
     halves = texts[0::2], texts[1::2]
@@ -80,6 +80,19 @@ def measure(public: tuple[str, ...], tokenizer: Any, lengths: bool = False) -> d
         return found
     blind = measure(public, tokenizer)  # who is told may also not listen
     return {name: max(found[name], blind[name], key=lambda k: k.upper) for name in METRICS}
+
+
+def with_repeats(found: dict[str, Kappa], share: float) -> dict[str, Kappa]:
+    """The same where one private text is a share of all of them, which public texts disjoint from them cannot show.
+
+    A guess that says it has every score 1 that often; on the others it is no better than the best one.
+
+    >>> with_repeats({"rougeL": Kappa(0.1, 0.2, 50)}, 0.5)["rougeL"]
+    Kappa(value=0.55, upper=0.6, texts=50)
+    """
+    return {
+        name: Kappa(share + (1 - share) * k.value, share + (1 - share) * k.upper, k.texts) for name, k in found.items()
+    }
 
 
 def _by_length(texts: Sequence[str], tokenizer: Any, told: bool) -> dict[int | None, list[str]]:

@@ -109,10 +109,18 @@ def check_split(cells: Sequence[Cell], corpus: Corpus) -> None:
 def _kappa(cell: Cell, context: Mapping[str, Any], corpus: Corpus, model: LoadedModel) -> dict[str, dict[str, Any]]:
     """Metric -> kappa, measured once a study."""
     told = bool(cell.settings.get("lengths"))
-    key = {"what": "kappa", "model": cell.model, "data": cell.data, "lengths": told, "dpguard": dpguard.__version__}
+    key = {
+        "what": "kappa",
+        "model": cell.model,
+        "data": cell.data,
+        "lengths": told,
+        "repeats": True,
+        "dpguard": dpguard.__version__,
+    }
 
     def make() -> dict[str, dict[str, Any]]:
-        return {metric: vars(k) for metric, k in kappa.measure(corpus.public, model.tokenizer, told).items()}
+        measured = kappa.measure(corpus.public, model.tokenizer, told)
+        return {metric: vars(k) for metric, k in kappa.with_repeats(measured, corpus.repeated).items()}
 
     found: dict[str, dict[str, Any]] = cache_of(context).plain(key, make)
     return found

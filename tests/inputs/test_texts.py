@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import types
 
 import pandas as pd
 import pytest
@@ -66,7 +69,6 @@ def test_entities_are_kept_where_known(tmp_path):
         ([{"text": "a", "lable": 1}], "no column 'label'; did you mean 'lable'?"),
         ([{"txt": "a", "label": 1}], "no column 'text'; did you mean 'txt'?"),
         ([{"text": "  ", "label": 1}], "text is '  '; expected a text"),
-        ([{"text": "a", "label": 1, "entities": 5}], "entities is 5; expected a list of texts"),
         ([], "has no rows; expected at least one text"),
     ],
 )
@@ -119,3 +121,77 @@ def test_a_public_text_that_differs_from_a_private_one_in_case_or_spaces_alone_i
     public.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*shouted, "another text"]), "utf-8")
     corpus = texts.load(str(train), test=str(train), public=str(public))
     assert corpus.public == ("another text",)
+
+
+def test_copies_of_a_text_stand_on_one_side(tmp_path):
+    """100 rows of 10 texts: the held-out ones were all in training as well, and no text was public."""
+    rows = [{"text": f"report {'abcdefghij'[i % 10]}", "label": i % 2} for i in range(100)]
+    found = texts.load(write(tmp_path / "a.jsonl", rows))
+    parts = [{e.text for e in found.train}, {e.text for e in found.test}, set(found.public)]
+    assert all(parts)
+    assert sum(map(len, parts)) == 10
+    assert len(found.train) + len(found.test) + len(found.public) == 100
+    assert found.seen == 0
+    assert found.repeated == 10 / len(found.train)
+
+
+def test_held_out_texts_that_are_trained_on_are_counted(tmp_path):
+    main = write(tmp_path / "a.jsonl")
+    test = write(
+        tmp_path / "t.jsonl", [{"text": "Sentence  number 3", "label": 0}, {"text": "another one", "label": 1}]
+    )
+    public = write(tmp_path / "p.jsonl", [{"text": "public one"}])
+    found = texts.load(main, test=test, public=public)
+    assert (found.seen, found.repeated) == (1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "label,text\n1,good, but long\n", "a.csv:2: has more fields than 2 columns; expected quotes"),
+        ("a.csv", "text,label,text\na,1,b\n", "has two columns 'text'; expected each name once"),
+        ("a.csv", 'label,text\n0,first\n1,"unclosed\n0,third\n', "expected quotes that close, or a .jsonl file"),
+        ("a.tsv", 'text\tlabel\n"hello world\t0\nit is "fine"\t1\n', "expected quotes that close, or a .jsonl file"),
+    ],
+)
+def test_no_row_of_a_table_is_cut_or_joined_silently(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        texts.load(str(tmp_path / name))
+
+
+def test_a_text_may_be_long(tmp_path):
+    long = "word " * 40_000
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{long}{i},0\n" for i in range(4)))
+    assert all(len(e.text) > 200_000 for e in texts.load(str(tmp_path / "a.csv")).train)
+
+
+@pytest.mark.parametrize("nobody", [None, "", " ", float("nan")])
+def test_a_text_of_nobody_is_no_persons_text(tmp_path, nobody):
+    path = write(tmp_path / "a.jsonl", [{**row, "who": nobody if i == 7 else i // 4} for i, row in enumerate(ROWS)])
+    with pytest.raises(UserError, match=r"a.jsonl:8: who is .*; expected who the text belongs to"):
+        texts.load(path, owner="who")
+
+
+def test_owners_in_a_column_of_floats_are_who_they_are(tmp_path):
+    path = write(tmp_path / "a.parquet", [{**row, "who": float(i // 4)} for i, row in enumerate(ROWS)])
+    assert {e.owner for e in texts.load(path, owner="who").train} <= {str(i) for i in range(10)}
+
+
+def test_a_column_called_entities_that_nobody_asked_for_is_left_alone(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**row, "entities": 3} for row in ROWS])
+    assert all(e.entities is None for e in texts.load(path).train)
+    with pytest.raises(UserError, match="entities is 3; expected a list of texts"):
+        texts.load(path, entities="entities")
+    (tmp_path / "b.csv").write_text("text,label,entities\n" + "".join(f"call {i} now,0,{i}\n" for i in range(9)))
+    assert all(e.entities == (e.text.split()[1],) for e in texts.load(str(tmp_path / "b.csv")).train)
+
+
+def test_of_a_hub_data_set_only_what_is_used_is_read(monkeypatch):
+    """GLUE's test split has the label -1 for unknown."""
+    kept = {"train": ROWS, "validation": ROWS[:4], "test": [{"text": "who knows", "label": -1}]}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("dpguard.inputs.models.hub_reachable", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name: kept))
+    found = texts.load("glue-like")
+    assert (len(found.test), found.held_out) == (4, ("public",))

@@ -37,3 +37,12 @@ def test_the_limit_covers_the_mean(shape) -> None:
     mean = shape[0] / sum(shape)
     covered = [kappa.upper_limit(source.beta(*shape, size=200).tolist()) >= mean for _ in range(200)]
     assert np.mean(covered) >= 0.95
+
+
+def test_a_text_that_comes_often_is_guessed_as_often() -> None:
+    source = random.Random(1)
+    mixed = [" ".join(source.sample(tiny.WORDS, 7)) for _ in range(160)]
+    public = tuple(source.sample([*mixed, *["the film is good"] * 40], 200))
+    found = kappa.measure(public, tiny.tokenizer())
+    assert found["exact_match"].value == pytest.approx(0.2, abs=0.01)
+    assert found["rougeL"].value > 0.2

@@ -68,9 +68,16 @@ def test_utility_metrics_agree_with_an_independent_library(classes):
 
 def test_f1_of_a_client_with_one_class_means_what_it_means_for_the_others():
     assert utility.scores([0, 0], [0, 0], 0.5)["f1"] == 0.0
-    assert utility.scores([0, 1], [0, 1], 0.5, classes=3)["f1"] == pytest.approx(2 / 3)
+    assert utility.scores([0, 1], [0, 1], 0.5, classes=3)["f1"] == 1.0  # as scikit-learn: over the classes that occur
+    assert utility.scores([0, 2], [0, 1], 0.5, classes=3)["f1"] == pytest.approx(1 / 3)
 
 
 def test_a_constant_prediction_has_no_correlation():
     assert utility.scores([1, 1, 1], [0, 1, 0], 0.5)["mcc"] == 0.0
     assert utility.scores([0, 0, 0], [0, 1, 0], 0.5)["f1"] == 0.0
+
+
+def test_the_same_text_in_other_tokens_is_the_same_text():
+    assert metrics.score([5, 6], "the cat", [7], "the cat", None)["exact_match"] == 1.0
+    assert metrics.score([5, 6], "the cat", [7], "the cats", None)["exact_match"] == 0.0
+    assert metrics.score([], "", [7], "", None)["exact_match"] == 0.0

@@ -237,7 +237,7 @@ def test_shuffled_batches_get_no_amplification():
 
 
 def test_a_dropped_last_batch_makes_more_passes_of_as_many_steps():
-    """199 examples in batches of 100, the second dropped: each of 100 steps is a pass, and may hold the same example."""
+    """199 examples in batches of 100, the second dropped: each step is a pass, and may hold the same example."""
     shuffled = claim([DP], q=100 / 199, steps=100, sampling="shuffle")
     assert shuffled.epsilon == pytest.approx(gaussian.epsilon_of(math.sqrt(100), 1e-5))
 
