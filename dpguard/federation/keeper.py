@@ -22,6 +22,8 @@ from typing import NoReturn
 MARK = "DPGUARD_SIMULATION"
 """Environment variable by which the processes of one run are recognised when it ends."""
 STOP_SECONDS = 10.0
+COMMAND = (sys.executable, "-I", __file__)
+"""How a keeper starts; isolated (-I): neither the owner's PYTHONPATH nor the modules beside this file are looked at."""
 ORDERLY = b"."
 """What the owner writes before it closes the pipe; without it the owner is gone, and so is the use of its folders."""
 _LOOK_SECONDS = 0.2
@@ -43,9 +45,8 @@ def start(
     """
     given = [item for folder in folders for item in ("--remove", str(folder))]
     with log.open("wb") as file:
-        # isolated (-I): neither the owner's PYTHONPATH nor the modules beside this file are looked at
         return subprocess.Popen(
-            [sys.executable, "-I", __file__, *given, "--", *words], env=dict(environment), stdin=subprocess.PIPE,
+            [*COMMAND, *given, "--", *words], env=dict(environment), stdin=subprocess.PIPE,
             stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
 
@@ -60,6 +61,14 @@ def stop(keeper: subprocess.Popen[bytes], mark: str) -> None:
         keeper.wait(4 * STOP_SECONDS)
     end_marked(mark)
     keeper.wait(STOP_SECONDS)
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether a process is a keeper: who kills its owner leaves it alone, for it ends the rest, folders too."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return words[1 : len(COMMAND)] == [os.fsencode(word) for word in COMMAND[1:]]
+    return False
 
 
 def end_marked(mark: str) -> None:

@@ -86,14 +86,14 @@ def _keep_freed_memory() -> None:
 
 
 def _end_with_driver() -> None:
-    """Wait for the driver to end, however it ends, and end with it, together with all that the cell started.
+    """Wait for the driver to end, however it ends, and end with it and all that the cell started, but for keepers.
 
     The server may end meanwhile: this worker goes on, and its answer still reaches the driver.
     """
     driver = parent_process()
     if driver is not None:
         wait([driver.sentinel])
-        processes.end_all(processes.descendants(os.getpid()))
+        processes.end_all(processes.descendants(os.getpid(), kept=False))
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpguard.federation.keeper import is_keeper
+
 PROC = Path("/proc")
 
 
@@ -55,13 +57,14 @@ def is_same(process: Identity) -> bool:
     return bool(fields) and fields[0] != "Z" and fields[19] == process.started
 
 
-def descendants(pid: int) -> list[int]:
-    """The children of a process, theirs, and so on."""
+def descendants(pid: int, *, kept: bool = True) -> list[int]:
+    """The children of a process, theirs, and so on; without ``kept`` no keeper, nor anything below one."""
     found: list[int] = []
     for tasks in (PROC / str(pid) / "task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, tasks.read_text().split()):
-                found += [child, *descendants(child)]
+                if kept or not is_keeper(child):
+                    found += [child, *descendants(child, kept=kept)]
     return found
 
 
@@ -75,9 +78,12 @@ def memory(pid: int) -> int:
 
 
 def end(process: Identity) -> None:
-    """Kill a worker, its descendants, and its process group, of which it is the leader; nothing if all are gone."""
+    """Kill a worker, its descendants, and its process group, of which it is the leader; nothing if all are gone.
+
+    A keeper is let live: it sees its owner's end, ends its server and removes what lies there for it.
+    """
     if is_same(process):
-        end_all([*descendants(process.pid), process.pid])
+        end_all([*descendants(process.pid, kept=False), process.pid])
     end_all(_group(process.pid))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpguard.federation import keeper
+from dpguard.study import processes
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by /proc")
@@ -23,16 +24,27 @@ print("up", flush=True)
 time.sleep(600)
 """
 OWNER = """
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from dpguard.federation import keeper
+from dpguard.study import forked
 
 home = Path(sys.argv[1])
 environment = {**os.environ, keeper.MARK: sys.argv[2]}
 keeper.start([sys.executable, "-c", sys.argv[3]], environment=environment, log=home / "log", folders=[home / "texts"])
+subprocess.Popen(["sleep", "600"], env=environment)
 print("started", flush=True)
+if "its driver ends" in sys.argv:
+    sys.stdin.read()
+    forked.parent_process, forked.wait = lambda: type("Driver", (), {"sentinel": 0}), lambda gone: None
+    forked._end_with_driver()
 time.sleep(600)
 """
+KILLS = {
+    "killed": lambda owner: owner.send_signal(signal.SIGKILL),
+    "over a limit": lambda owner: processes.end(processes.identity(owner.pid)),
+    "its driver ends": lambda owner: owner.stdin.close(),
+}
 
 
 def until(true, seconds=60.0):
@@ -66,13 +78,17 @@ def test_an_orderly_stop_leaves_no_process_and_the_owners_folders(home):
     assert (home / "texts").is_dir()
 
 
-def test_a_killed_owner_leaves_no_process_and_no_texts(home):
-    mark = "keeper-test-2"
-    words = [sys.executable, "-c", OWNER, str(home), mark, SERVER]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}) as o:
-        assert o.stdout.readline() == "started\n"
+@pytest.mark.parametrize("how", KILLS)
+def test_an_owner_that_ends_by_force_leaves_no_process_and_no_texts(home, how):
+    mark = f"keeper-test-2-{how}"
+    words = [sys.executable, "-c", OWNER, str(home), mark, SERVER, how]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, env=environment, start_new_session=True, **pipes) as owner:
+        assert owner.stdout.readline() == "started\n"
         assert until(lambda: "up" in (home / "log").read_text())
-        o.send_signal(signal.SIGKILL)
+        KILLS[how](owner)
+        owner.wait(60)
     assert until(lambda: not keeper.marked(mark))
     assert until(lambda: not (home / "texts").exists())
 
@@ -113,7 +129,8 @@ flower.run(
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_of_flowers_rounds_leaves_nothing_running(tmp_path):
+@pytest.mark.parametrize("how", ["killed", "over a limit"])
+def test_a_worker_killed_in_the_middle_of_flowers_rounds_leaves_nothing_running(tmp_path, how):
     pytest.importorskip("ray", reason="the [flower] extra is not installed")
     tiny.module("bert", width=16, blocks=2).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
@@ -131,7 +148,7 @@ def test_a_worker_killed_in_the_middle_of_flowers_rounds_leaves_nothing_running(
                     break
             marks = {mark for mark in _marks() if mark.startswith(f"{worker.pid}-")}
         finally:
-            worker.send_signal(signal.SIGKILL)
+            KILLS[how](worker)
     assert len(marks) == 1, said
     assert until(lambda: not keeper.marked(*marks))
     assert until(lambda: not list((tmp_path / "tmp").glob("dpg*"))), "texts lay there"
