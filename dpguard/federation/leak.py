@@ -5,10 +5,8 @@ A victim's texts are in every local step of its message, as if they were all tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-from torch import Tensor
 
 from dpguard.engine import noise
 from dpguard.engine.client import Client
@@ -34,17 +32,18 @@ class FederatedThreat(Threat):
 
     Attributes:
         settings: the federation.
-        home: withheld tensor -> the victim's own weights, which no server has.
+        states: what the clients of the message have at home, one each, which no server has; brought up to date by
+            `message`. Empty: they took part in no round yet.
         round_: of the message; the public seed of random pruning masks.
     """
 
     settings: Settings = Settings(clients=1, per_round=1, rounds=1)  # noqa: RUF009 (frozen)
-    home: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    states: tuple[LocalState, ...] = field(default=(), repr=False)
     round_: int = 1
 
     @staticmethod
     def within(
-        known: Threat, settings: Settings, *, home: Mapping[str, Tensor] | None = None, round_: int = 1
+        known: Threat, settings: Settings, *, states: Sequence[LocalState] = (), round_: int = 1
     ) -> FederatedThreat:
         """A study's threat model inside a federation.
 
@@ -62,9 +61,9 @@ class FederatedThreat(Threat):
             mode=known.mode,
             local_steps=0 if settings.kind == "gradient" else settings.local_steps,
             learning_rate=settings.learning_rate,
-            clients=settings.per_round if settings.view == "aggregate" else 1,
+            clients=settings.summed,
             settings=settings,
-            home=home or {},
+            states=tuple(states),
             round_=round_,
         )
 
@@ -84,7 +83,7 @@ class FederatedThreat(Threat):
                 model.module, plan, seed=seed, batch_size=divisor, mode=self.mode, mask_seed=self.round_,
                 dropout_seed=(seed or 0) + 1, training=self._training(divisor),
             )  # fmt: skip
-            client.state = LocalState(personal=dict(self.home))
+            client.state = self.states[number] if self.states else LocalState()
             if self.settings.kind == "gradient":
                 sent.append(personal.gradient(client, batch, noise.source(seed)))
             else:
@@ -94,10 +93,13 @@ class FederatedThreat(Threat):
     def _divisor(self, plan: Plan, texts: int) -> int:
         """The number of texts where a divisor only sets a scale, the federation's where it changes the message.
 
-        It does under Adam, and where a whole gradient is clipped.
+        It does under Adam, with moments of earlier messages, and where a whole gradient is clipped or gets noise of an
+        absolute size.
         """
-        whole = self.settings.kind == "gradient" and plan.unit == "update"
-        return self.settings.batch_size if whole or self.settings.optimizer == "adam" else texts
+        settings = self.settings
+        absolute = plan.unit == "update" or any(plan[name].noise_std for name in plan.shared)
+        fixed = absolute if settings.kind == "gradient" else settings.optimizer == "adam" or settings.keep_state
+        return settings.batch_size if fixed else texts
 
     def _training(self, divisor: int) -> LocalTraining:
         plain = local_training(self.settings)

@@ -206,6 +206,11 @@ class Settings:
         return "gradient" if self.server == "fedsgd" else "delta"
 
     @property
+    def summed(self) -> int:
+        """How many clients' messages the server sees as one: all of a round (``aggregate``), else 1."""
+        return self.per_round if self.view == "aggregate" else 1
+
+    @property
     def server_rate(self) -> float:
         """The server's learning rate: 1 for ``fedavg``, the local one for ``fedsgd``, .001 for ``fedadam``."""
         if self.server_learning_rate is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from dpguard.engine.local import LocalState
-from dpguard.federation import flower, rounds, views, worth
+from dpguard.federation import flower, kept, rounds, views, worth
 from dpguard.federation.leak import FederatedThreat, several
 from dpguard.federation.settings import Settings, rounds_of
 from dpguard.federation.split import Parts, split
+from dpguard.federation.turn import local_training
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.measure import leakage
@@ -25,7 +27,7 @@ from dpguard.policy.table import Plan
 from dpguard.study.record import Cell
 
 HOME = "home:"
-"""Marks a victim's own layers in a file of weights."""
+"""Marks what victims have at home in a file of weights: ``home:PLACE:`` and the names of `kept.flat`."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Rehearsal:
         return [len(part) for part in self.train]
 
 
-def victim(settings: Settings, seed: int) -> int:
-    """The client whose own layers an observed message is made with: the one that takes part most often."""
+def victims(settings: Settings, seed: int) -> list[int]:
+    """The clients of an observed message, by what they have at home: those that take part most often."""
     taken = rounds_of(settings, seed)
-    return taken.index(max(taken))
+    often = sorted(range(settings.clients), key=lambda client: -taken[client])
+    return often[: settings.summed]
 
 
 def promise(cell: Cell, plan: Plan, corpus: Corpus) -> views.Promise:
@@ -90,15 +93,15 @@ def train(
         plan: the policy.
         corpus: all texts.
         keep: which weights to hand to ``write``: rounds, or ``end``.
-        write: called with the round (or ``end``) and the weights, a victim's own layers among them.
+        write: called with the round (or ``end``) and the weights, and what `victims` have at home.
         engine: ``embedded`` or ``flower``.
     """
     found = Rehearsal.of(cell, corpus)
-    observed = victim(found.settings, cell.seed)
+    observed = victims(found.settings, cell.seed)
 
     def on_weights(round_: int, weights: Mapping[str, Tensor], states: Sequence[LocalState]) -> None:
         if round_ in keep:
-            write(round_, _state(weights, states[observed]))
+            write(round_, _state(weights, [states[client] for client in observed]))
 
     if engine == "flower":
         run = flower.run(
@@ -112,7 +115,7 @@ def train(
             seed=cell.seed, delta=cell.settings["delta"], on_weights=on_weights,
         )  # fmt: skip
     if "end" in keep:
-        write("end", _state(run.weights, run.states[observed]))
+        write("end", _state(run.weights, [run.states[client] for client in observed]))
     return found, run
 
 
@@ -144,9 +147,11 @@ def utility(found: Rehearsal, run: rounds.Run, model: LoadedModel) -> dict[str, 
     }
 
 
-def _state(weights: Mapping[str, Tensor], at_home: LocalState) -> dict[str, Tensor]:
-    home = {HOME + name: value for name, value in at_home.personal.items()}
-    return {name: value.detach().clone().contiguous() for name, value in {**weights, **home}.items()}
+def _state(weights: Mapping[str, Tensor], at_home: Sequence[LocalState]) -> dict[str, Tensor]:
+    made = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    for place, state in enumerate(at_home):
+        made |= {f"{HOME}{place}:{name}": value for name, value in kept.flat(state).items()}
+    return made
 
 
 def moments(cell: Cell) -> list[int | str]:
@@ -157,46 +162,76 @@ def moments(cell: Cell) -> list[int | str]:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a victim is observed.
+    """When clients are observed.
 
     Attributes:
         round_: of the message.
-        home: the victim's own layers.
+        home: what they have at home, in the order of `victims`.
     """
 
     round_: int
-    home: dict[str, Tensor]
+    home: tuple[LocalState, ...]
+
+    def states(self, before: Sequence[LocalState]) -> tuple[LocalState, ...]:
+        """What the clients of one message have at home when they make it; copies, for it brings them up to date.
+
+        Args:
+            before: the same clients' after their message with the same record before this one, if there was one. It
+                is in what that left to optimizer and error feedback; their layers are those of this moment.
+        """
+        own = copy.deepcopy(self.home)
+        for state, last in zip(own, before, strict=False):
+            state.moments, state.residual = copy.deepcopy((last.moments, last.residual))
+        return own
 
 
-def go_to(model: LoadedModel, state: Mapping[str, Tensor], moment: int | str, settings: Settings) -> Moment:
+def go_to(model: LoadedModel, plan: Plan, state: Mapping[str, Tensor], moment: int | str, settings: Settings) -> Moment:
     """Bring the model to the weights of a moment.
 
     Args:
         model: at its first weights.
+        plan: the policy.
         state: what `train` handed out for the moment; unused for ``start``.
         moment: see `moments`.
         settings: the federation.
     """
     if moment == "start":
-        return Moment(1, {})
+        return Moment(1, tuple(LocalState() for _ in range(settings.summed)))
     rounds.set_weights(model.module, dict(state))
-    home = {name.removeprefix(HOME): value for name, value in state.items() if name.startswith(HOME)}
-    return Moment(settings.rounds if moment == "end" else int(moment), home)
+    training, trained = local_training(settings), len(views.message_plan(plan, settings).trained)
+    home: list[dict[str, Tensor]] = [{} for _ in range(settings.summed)]
+    for key in (key for key in state if key.startswith(HOME)):
+        place, name = key.removeprefix(HOME).split(":", 1)
+        home[int(place)][name] = state[key]
+    found = tuple(kept.restored(own, training, trained) for own in home)
+    return Moment(settings.rounds if moment == "end" else int(moment), found)
 
 
 def observe(
-    model: LoadedModel, plan: Plan, corpus: Corpus, indices: Sequence[int], cell: Cell, moment: Moment, *, seed: int
-) -> leakage.Leak:
-    """One message with these texts at the model's weights, attacked and judged."""
+    model: LoadedModel,
+    plan: Plan,
+    corpus: Corpus,
+    indices: Sequence[int],
+    cell: Cell,
+    moment: Moment,
+    *,
+    seed: int,
+    before: Sequence[LocalState] = (),
+) -> tuple[leakage.Leak, list[LocalState]]:
+    """One message with these texts at the model's weights, attacked and judged; and what it left, for the next one.
+
+    Args:
+        before: what the message with the same texts before it left.
+    """
     settings = Settings.of(cell.settings["federation"])
-    threat = FederatedThreat.within(
-        Threat.of(cell.settings["threat"]), settings, home=moment.home, round_=moment.round_
-    )
-    return leakage.attack_message(
+    states = moment.states(before)
+    threat = FederatedThreat.within(Threat.of(cell.settings["threat"]), settings, states=states, round_=moment.round_)
+    leak = leakage.attack_message(
         model, views.message_plan(plan, settings), corpus, indices,
         attacks=cell.settings["panel"]["attacks"], seed=seed, noise_seed=seed + 15_485_863 * (moment.round_ - 1),
         threat=threat,
     )  # fmt: skip
+    return leak, [LocalState(moments=state.moments, residual=state.residual) for state in states]
 
 
 def together(leaks: Sequence[leakage.Leak]) -> leakage.Leak:

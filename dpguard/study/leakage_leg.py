@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpguard.engine.client import Client
+from dpguard.engine.local import LocalState
 from dpguard.federation import views
 from dpguard.federation.settings import Settings
 from dpguard.inputs.models import LoadedModel
@@ -55,19 +56,23 @@ def _federated_leakage(
     given = cell.settings
     settings = Settings.of(given["federation"])
     refuse(plan, settings)
-    each = given["batch_size"] * (settings.per_round if settings.view == "aggregate" else 1)
-    messages = leakage.pick_targets(corpus, targets=given["targets"], batch_size=each, seed=cell.seed)
+    messages = leakage.pick_targets(
+        corpus, targets=given["targets"], batch_size=given["batch_size"] * settings.summed, seed=cell.seed
+    )
     effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0])
     by_moment = []
+    before: list[list[LocalState]] = [[] for _ in messages]
     for moment in federated.moments(cell):
         state = {} if moment == "start" else federation_weights(context, given["needs"], corpus, moment)
-        at = federated.go_to(model, state, moment, settings)
-        by_moment.append(
-            [
-                federated.observe(model, plan, corpus, indices, cell, at, seed=cell.seed * 1_000_003 + number)
-                for number, indices in enumerate(messages)
-            ]
-        )
+        at = federated.go_to(model, plan, state, moment, settings)
+        seen = [
+            federated.observe(
+                model, plan, corpus, indices, cell, at, seed=cell.seed * 1_000_003 + number, before=before[number]
+            )
+            for number, indices in enumerate(messages)
+        ]
+        by_moment.append([leak for leak, _ in seen])
+        before = [left for _, left in seen]
     return _attacked(cell, plan, [federated.together(same) for same in zip(*by_moment, strict=True)], effect)
 
 

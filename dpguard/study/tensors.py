@@ -1,4 +1,4 @@
-"""Tensors that cells share, kept as safetensors in the study's cache: weights, and no gradient of private texts."""
+"""Tensors that cells share, kept as safetensors in the study's cache: weights, and what clients have at home."""
 
 from __future__ import annotations
 

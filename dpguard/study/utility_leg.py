@@ -29,7 +29,7 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
         kept = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
 
         def write(moment: int | str, state: dict[str, Tensor]) -> None:
-            shared(cache_of(context), weights_key(cell.id, moment), lambda: state)
+            shared(cache_of(context), _federation_key(cell.id, moment), lambda: state)
 
         found, run = federated.train(cell, model, plan, corpus, kept, write, engine=context.get("engine", "embedded"))
         return federated.utility(found, run, model), []
@@ -75,12 +75,17 @@ def federation_weights(
         federated.train(cell, model, plan_for(cell, model), corpus, [moment], made.__setitem__)
         return made[moment]
 
-    return shared(cache_of(context), weights_key(cell_id, moment), make)
+    return shared(cache_of(context), _federation_key(cell_id, moment), make)
 
 
 def weights_key(cell_id: str, moment: int | str = "end") -> dict[str, Any]:
     """What weights are kept by: the utility cell that trained them, and when (``end``, or before a round)."""
     return {"what": "weights", "cell": cell_id, "moment": moment}
+
+
+def _federation_key(cell_id: str, moment: int | str) -> dict[str, Any]:
+    """The same with what some clients have at home: layers, moments and what pruning left out."""
+    return {**weights_key(cell_id, moment), "beside": "states"}
 
 
 def _state(model: LoadedModel) -> dict[str, Tensor]:

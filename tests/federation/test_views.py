@@ -170,7 +170,7 @@ def test_an_attacker_sees_the_federations_own_message():
     plan = small.plan([*small.NOISED, {"layers": "head", "share": False}], loaded.module)
     home = {name: loaded.module.get_parameter(name).detach() + 1 for name in plan.withheld}
     batches = [leakage.encode(loaded, small.texts(2, seed=k)) for k in range(5)]
-    gradient = FederatedThreat.within(Threat(), settings(server="fedsgd"), home=home)
+    gradient = FederatedThreat.within(Threat(), settings(server="fedsgd"), states=[LocalState(personal=home)])
     one = gradient.message(loaded, plan, batches[:1], noise_seed=3)
     assert (one.kind, one.clients, set(one.tensors)) == ("gradient", 1, set(plan.shared))
     elsewhere = FederatedThreat.within(Threat(), settings(server="fedsgd"))
