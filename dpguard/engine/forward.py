@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpguard.engine import noise
-from dpguard.engine.gradients import losses_of_logits
+from dpguard.engine.gradients import check_padding, losses_of_logits
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError
 from dpguard.inputs.batch import mask_of
@@ -60,6 +60,7 @@ class ForwardHooks:
             mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         elif mask is None:
             mask = mask_of(named.get("input_ids"), getattr(module.config, "pad_token_id", None))
+        check_padding(module, named.get("input_ids"), mask)
         if named.get("position_ids") is None:
             named["position_ids"] = self.family.positions(mask, module.config)
         named["attention_mask"] = mask

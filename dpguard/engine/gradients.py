@@ -58,17 +58,49 @@ def per_example_losses(
         (B,) float32, or float64 where the model is.
 
     Raises:
-        UserError: a decoder's classifier without ``config.pad_token_id``.
+        UserError: a decoder's classifier without ``config.pad_token_id``, or padded with another token.
     """
     arguments: dict[str, Any] = forward_arguments(model, batch, embeddings)
-    by_last_token = hasattr(bare(model), "score")
-    if by_last_token and getattr(model.config, "pad_token_id", None) is None:
-        raise UserError("config.pad_token_id is not set; a decoder's classifier finds the last token of a text by it")
+    by_last_token = finds_last_token(model)
     if by_last_token and embeddings is not None:
         logits = _last_token_logits(bare(model), arguments)
     else:
+        check_padding(model, batch.input_ids, batch.attention_mask)
         logits = model(**arguments).logits
     return losses_of_logits(logits, batch.labels if label_weights is None else label_weights, batch.attention_mask)
+
+
+def finds_last_token(model: nn.Module) -> bool:
+    """Whether a model's classifier reads the last token of a text, as every decoder's of transformers does."""
+    return hasattr(bare(model), "score")
+
+
+def check_padding(model: nn.Module, ids: Tensor | None, mask: Tensor) -> None:
+    """Refuse padding that a decoder's classifier takes for text.
+
+    It looks for the last token that is not ``config.pad_token_id``; after other padding that is where the batch's
+    longest text ends, and one text more or less would change every other's gradient.
+
+    Args:
+        model: any model; encoders are let through.
+        ids: (B, L) token ids, None where embeddings are given.
+        mask: (B, L) attention mask.
+
+    Raises:
+        UserError: the token is not set or another one stands there, or padded embeddings.
+    """
+    if not finds_last_token(model):
+        return
+    token = getattr(model.config, "pad_token_id", None)
+    if token is None:
+        raise UserError("config.pad_token_id is not set; a decoder's classifier finds the last token of a text by it")
+    hidden = mask == 0
+    if bool(hidden.any()) and (ids is None or bool((ids[hidden] != token).any())):
+        what = "embeddings are padded" if ids is None else f"texts are padded with other tokens than {token}"
+        raise UserError(
+            f"{what}; expected token ids padded with config.pad_token_id, by which a decoder's classifier finds the "
+            "last token of a text"
+        )
 
 
 def losses_of_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dpguard.inputs.texts import too_long
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded texts, padded on the right.
+    """Encoded texts, padded; on the right, where the model is an encoder.
 
     Attributes:
         input_ids: (B, L) int64 token ids.
@@ -53,13 +53,11 @@ class Batch:
         return int(self.input_ids.shape[0])
 
     def rows(self, index: slice | Tensor) -> Batch:
-        """The examples at ``index``, padding that nobody needs cut off."""
-        mask = self.attention_mask[index]
-        longest = max(1, int(mask.sum(1).max())) if len(mask) else mask.shape[1]
-        labels = self.labels[index]
-        return Batch(
-            self.input_ids[index, :longest], mask[:, :longest], labels[:, :longest] if labels.dim() == 2 else labels
-        )
+        """The examples at ``index``, padding that nobody needs cut off, on either side."""
+        mask, labels = self.attention_mask[index], self.labels[index]
+        used = mask.any(0).nonzero()[:, 0].tolist() or [0]
+        kept = slice(used[0], used[-1] + 1) if len(mask) else slice(None)
+        return Batch(self.input_ids[index, kept], mask[:, kept], labels[:, kept] if labels.dim() == 2 else labels)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""

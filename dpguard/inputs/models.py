@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import socket
+import struct
 import urllib.parse
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,6 +52,7 @@ _PLACES = (
     "_attn_implementation_autoset",
 )
 """Settings of a configuration that say where and when, not how."""
+_DAMAGED = (struct.error, pickle.UnpicklingError)
 _PROBE = "The Café's 12 guests don't agree!"
 
 
@@ -119,9 +122,9 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    if module.config.pad_token_id is None:
-        module.config.pad_token_id = tokenizer.pad_token_id
     family = family_of(module)
+    if module.config.pad_token_id is None or family.causal:  # a decoder's classifier finds the end of a text by it
+        module.config.pad_token_id = tokenizer.pad_token_id
     slots(module)  # a parameter of no known role is an error before anything is computed
     return LoadedModel(module.eval(), tokenizer, family, name, family.max_tokens(module.config))
 
@@ -149,7 +152,7 @@ def _classifier(name: str, folder: str, labels: int) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, *_DAMAGED) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from None
     _check_loaded(name, module, told)
     return module

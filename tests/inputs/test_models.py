@@ -51,6 +51,28 @@ def test_a_local_folder_of_every_family(tmp_path, family):
     assert models.load(str(tmp_path)).fingerprint == found.fingerprint
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_pads_as_its_tokenizer_does(tmp_path, family):
+    folder = save(tmp_path, family)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "pad_token_id": 3}))
+    found = models.load(str(folder))
+    assert found.module.config.pad_token_id == found.tokenizer.pad_token_id != 3
+    texts = ["a short text", "a much longer text about a film that went on and on"]
+    both = gradients.per_example_losses(found.module, collate(texts, [0, 1], found.tokenizer))
+    alone = gradients.per_example_losses(found.module, collate(texts[:1], [0], found.tokenizer))
+    assert torch.allclose(both[:1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x80\x02 no weights"])
+def test_damaged_weights_are_one_sentence(tmp_path, content):
+    folder = save(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(str(folder))
+
+
 def test_the_fingerprint_and_the_fresh_head_follow_weights_and_seed(tmp_path):
     folder = str(save(tmp_path))
     assert models.load(folder, labels=3, seed=0).fingerprint == models.load(folder, labels=3, seed=0).fingerprint
