@@ -18,7 +18,7 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study.executor import Answer
-from dpguard.study.record import Cell, Record, TextRow, canonical
+from dpguard.study.record import Cell, Record, TextRow, canonical, encodable
 
 Execute = Callable[[Cell, Mapping[str, Any]], tuple[Record, Sequence[TextRow]]]
 
@@ -78,7 +78,7 @@ def _performed(cell: Cell, execute: str, context: Mapping[str, Any]) -> Answer:
         canonical(dataclasses.asdict(record))  # a tensor or a NaN in a record is this cell's failure
         return record, list(texts)
     except Exception as error:
-        message = " ".join(str(error).split())[:500]
+        message = encodable(" ".join(str(error).split())[:500])
         reason = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
         return failed(cell, "raised", reason, traceback=traceback.format_exc())
 

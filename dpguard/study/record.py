@@ -28,6 +28,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def encodable(text: str) -> str:
+    """``text`` without lone surrogates (of a file name that is not UTF-8, say), which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One unit of work: one leg of one policy at one seed.

@@ -8,7 +8,7 @@ from pathlib import Path
 from dpguard.errors import UserError
 from dpguard.study.record import Cell
 from dpguard.study.spec import Study
-from dpguard.study.store import FILE, Store
+from dpguard.study.store import Store
 
 
 def check_inputs(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
@@ -19,7 +19,7 @@ def check_inputs(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
     Raises:
         UserError: other texts or another model, with the place in the study file; or a store that cannot be read.
     """
-    if not (folder / FILE).is_file() or not cells:
+    if not cells or not Store.begun(folder):
         return
     with Store.open(folder) as store:
         before = store.planned()

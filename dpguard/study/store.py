@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from dpguard.errors import UserError
 from dpguard.study import lock
-from dpguard.study.record import Cell, Record, TextRow, canonical
+from dpguard.study.record import Cell, Record, TextRow, canonical, encodable
 
 FILE = "records.sqlite"
 FINISHED = ("done", "skipped")
@@ -88,6 +88,7 @@ class Store:
         if not create and not file.is_file():
             raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
         held = lock.claim(folder) if create else None
+        connection: sqlite3.Connection | None = None
         try:
             with explained(file):
                 if create:
@@ -95,17 +96,31 @@ class Store:
                     connection.execute("PRAGMA journal_mode=WAL")
                     connection.execute("PRAGMA synchronous=FULL")
                 else:
-                    connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+                    connection = _reading(file)
                 store = cls(folder, connection, held)
                 store._check_schema(create)
         except BaseException:
-            if held is not None:
-                held.close()
+            for opened in (connection, held):
+                if opened is not None:
+                    opened.close()
             raise
         return store
 
+    @staticmethod
+    def begun(folder: str | Path) -> bool:
+        """Whether there is a store to read: not where a run ended as it made one, for a full disk or a kill.
+
+        Raises:
+            UserError: the file is no database.
+        """
+        file = Path(folder) / FILE
+        if not file.is_file():
+            return False
+        with explained(file), contextlib.closing(_reading(file)) as connection:
+            return bool(_tables(connection))
+
     def _check_schema(self, create: bool) -> None:
-        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
+        tables = _tables(self._connection)
         if not tables and create:
             with self._writing():
                 for statement in _TABLES.split(";"):
@@ -225,9 +240,9 @@ class Store:
         return [_record(_unpacked(record), _unpacked(cell)) for record, cell in rows]
 
     def record(self, cell_id: str) -> Record | None:
-        """The record of one cell, None when it has none."""
-        rows = self._rows("SELECT record FROM records WHERE id = ?", cell_id)
-        return _record(_unpacked(rows[0][0])) if rows else None
+        """The record of one cell, under the policy name of today if it is planned; None when it has none."""
+        rows = self._rows("SELECT record, cell FROM records LEFT JOIN plan USING (id) WHERE id = ?", cell_id)
+        return next((_record(_unpacked(record), cell and _unpacked(cell)) for record, cell in rows), None)
 
     def ignored(self) -> list[Record]:
         """Records that an earlier form of the study left, and that it no longer plans."""
@@ -280,6 +295,14 @@ class Store:
                 raise
 
 
+def _reading(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+
+
 @contextlib.contextmanager
 def explained(file: Path) -> Iterator[None]:
     """Say in a sentence what SQLite found wrong with the file or the disk."""
@@ -301,11 +324,11 @@ def _plain(value: Cell | Record) -> dict[str, Any]:
 
 
 def _packed(value: Cell | Record) -> bytes:
-    return zlib.compress(canonical(_plain(value)).encode())
+    return zlib.compress(encodable(canonical(_plain(value))).encode())
 
 
 def _packed_texts(texts: Sequence[TextRow]) -> bytes:
-    rows = [[row.target, row.attack, _encodable(row.text)] for row in texts]
+    rows = [[row.target, row.attack, encodable(row.text)] for row in texts]
     return zlib.compress(canonical(rows).encode())
 
 
@@ -322,8 +345,3 @@ def _cell(plain: Mapping[str, Any]) -> Cell:
 
 def _record(plain: Mapping[str, Any], cell: Mapping[str, Any] | None = None) -> Record:
     return Record(**{**plain, "cell": _cell(cell or plain["cell"])})
-
-
-def _encodable(text: str) -> str:
-    """``text`` without lone surrogates, which no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -4,12 +4,14 @@ import os
 import sqlite3
 import subprocess
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from types import SimpleNamespace
 
 import pytest
 
 from dpguard.errors import UserError
 from dpguard.study.record import Cell, Record, TextRow
+from dpguard.study.resume import check_inputs
 from dpguard.study.store import FILE, Store
 
 
@@ -226,3 +228,39 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_is_stored(tmp_path):
         with pytest.raises(UserError, match=r"full.*nothing was deleted"):
             store.put(Record(CELLS[1], "done", result={"x": os.urandom(500_000).hex()}))
         assert store.done_ids() == {CELLS[0].id}
+
+
+@pytest.mark.parametrize("pragma", ["", "PRAGMA journal_mode=WAL"])
+def test_a_folder_where_a_run_ended_as_it_made_the_store_is_one_without_records(tmp_path, pragma):
+    (tmp_path / FILE).touch()
+    connection = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    connection.execute(pragma)
+    connection.close()
+    assert not Store.begun(tmp_path)
+    check_inputs(SimpleNamespace(text="name: one\n"), tmp_path, CELLS)
+    with pytest.raises(UserError, match="holds no records of a study"):
+        Store.open(tmp_path)
+    with filled(tmp_path) as store:
+        assert store.planned() == CELLS
+        assert Store.begun(tmp_path)
+    (tmp_path / FILE).write_text("no database at all, but long enough to be looked at " * 20)
+    with pytest.raises(UserError, match="cannot be used"):
+        Store.begun(tmp_path)
+
+
+def test_half_a_character_from_a_file_name_is_stored_as_a_question_mark(tmp_path):
+    reason = "cannot open '/data/\udce9t\udce9.csv'"
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "failed", reason, {"of": {"\udce9": "\udce9"}}))
+        found = store.record(CELLS[0].id)
+    assert (found.reason, found.result) == ("cannot open '/data/?t?.csv'", {"of": {"?": "?"}})
+
+
+def test_one_record_too_has_the_policy_name_of_today(tmp_path):
+    with filled(tmp_path) as store:
+        store.put(Record(CELLS[0], "done"))
+        store.put(Record(CELLS[1], "done"))
+        renamed = replace(CELLS[0], policy="renamed")
+        store.set_study("one", "name: one\n", {"name": "one"}, [renamed])
+        assert store.record(CELLS[0].id).cell == renamed
+        assert store.record(CELLS[1].id).cell == CELLS[1]  # no longer planned, and kept
