@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpguard.study.journal import mark
 from dpguard.study.record import Record
 from dpguard.study.search import advance, searches
 from dpguard.study.spec import Study
-from dpguard.study.store import FILE, Store
+from dpguard.study.store import Store
+from dpguard.study.summary import Summary
 
 if TYPE_CHECKING:
     from dpguard.cli.planning import Planned
-    from dpguard.study.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,39 @@ def settle(study: Study, folder: Path, plan: Callable[[Study], Planned]) -> Sett
 
 
 def run(
-    study: Study, folder: Path, plan: Callable[[Study], Planned], go: Callable[[Planned, bool], Summary]
+    study: Study, folder: Path, plan: Callable[[Study], Planned], go: Callable[[Planned, Store, bool], Summary]
 ) -> tuple[Settled, Summary]:
-    """Run a study until no search asks for another value.
+    """Run a study until no search asks for another value, or until interrupted; the folder is held all the while.
 
     Args:
         study, folder, plan: as for `settle`.
-        go: runs a plan; the flag says whether it is the first of several runs.
+        go: runs a plan, with the store open for writing; the flag says whether it is the first of several runs.
     """
     settled = settle(study, folder, plan)
-    total = go(settled.planned, True)
-    while searches(study) and not total.interrupted:
-        after = settle(settled.study, folder, plan)
-        if len(after.study.policies) == len(settled.study.policies):
-            return after, total
-        settled = after
-        total = _sum(total, go(settled.planned, False))
+    with Store.open(folder, create=True) as store:
+        total = go(settled.planned, store, True)
+        while searches(study) and not total.interrupted:
+            mark(folder, "searching")
+            after = settle(settled.study, folder, plan)
+            if len(after.study.policies) == len(settled.study.policies):
+                mark(folder, "finished")
+                return after, total
+            if total.stopped:
+                return settled, replace(total, interrupted=True)
+            settled = after
+            total = _sum(total, go(settled.planned, store, False), settled.planned, store)
     return settled, total
 
 
-def _sum(first: Summary, later: Summary) -> Summary:
-    """Two runs as one: the plan of the later, and what both did."""
-    names = ("done", "failed", "skipped", "taken")
-    both = {name: getattr(first, name) + getattr(later, name) for name in names}
-    return replace(later, **both, resumed=later.planned - sum(both.values()) - first.left, left=first.left)
+def _sum(first: Summary, later: Summary, planned: Planned, store: Store) -> Summary:
+    """Two runs as one: what ran in both counts once, as it ended."""
+    ran, took = first.ran | later.ran, first.took | later.took
+    return Summary.of(planned.cells, store, ran, took, interrupted=later.interrupted, stopped=later.stopped)
 
 
 def _records(folder: Path) -> Mapping[str, Record]:
     """Every record of a folder, those that an earlier plan left among them."""
-    if not (folder / FILE).is_file():
+    if not Store.begun(folder):
         return {}
     with Store.open(folder) as store:
         return {record.cell.id: record for record in (*store.records(), *store.ignored())}

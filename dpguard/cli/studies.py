@@ -31,6 +31,7 @@ from dpguard.study.workers import warm_up
 
 if TYPE_CHECKING:
     from dpguard.study.executor import Executor
+    from dpguard.study.store import Store
     from dpguard.study.summary import Summary
 
 EXECUTE = "dpguard.study.legs:execute"
@@ -128,16 +129,16 @@ def _planner(ground: Ground, folder: Path, asked: Asked) -> Callable[[Study], Pl
     return plan
 
 
-def _goer(folder: Path, asked: Asked, gpus: Sequence[str]) -> Callable[[Planned, bool], Summary]:
+def _goer(folder: Path, asked: Asked, gpus: Sequence[str]) -> Callable[[Planned, Store, bool], Summary]:
     """Runs a plan; failed cells run again in the first of several runs only."""
 
-    def go(planned: Planned, first: bool) -> Summary:
+    def go(planned: Planned, store: Store, first: bool) -> Summary:
         check_inputs(planned.study, folder, planned.cells)
         return runner.run(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=asked.workers,
             threads=asked.threads, preload=PRELOAD, retry_failed=asked.retry_failed and first,
             show_text=asked.show_text, best=best_point, only=_own(asked.part, planned), reuse=asked.reuse,
-            executor=_on_ray(asked.ray, planned, asked.threads), devices=gpus,
+            executor=_on_ray(asked.ray, planned, asked.threads), devices=gpus, held=store,
         )  # fmt: skip
 
     return go

@@ -9,12 +9,15 @@ import contextlib
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dpguard.errors import UserError
 from dpguard.study.lock import now
-from dpguard.study.record import canonical
+from dpguard.study.record import canonical, encodable
 
 FILE = "running.json"
 
@@ -45,8 +48,8 @@ class Journal:
         at: when this was written, seconds of the epoch.
         remaining: seconds until all is done, as expected then; None = nothing known yet.
         best: the best point so far, in a sentence; "" = none yet.
-        ended: how it ended (``finished``, ``interrupted`` or an error in a sentence); "" while it runs, and for ever
-            when it was killed.
+        ended: how it ended (``finished``, ``interrupted``, ``searching`` when all has run and a sweep's next value is
+            being looked for, or an error in a sentence); "" while it runs, and for ever when it was killed.
     """
 
     pid: int = field(default_factory=os.getpid)
@@ -64,7 +67,7 @@ class Journal:
         path = Path(folder) / FILE
         part = path.with_suffix(".part")
         with contextlib.suppress(OSError):
-            part.write_text(canonical(asdict(self)), "utf-8")
+            part.write_text(encodable(canonical(asdict(self))), "utf-8")
             part.replace(path)
 
     @staticmethod
@@ -76,3 +79,30 @@ class Journal:
             return Journal(**plain, running=running)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+
+@contextlib.contextmanager
+def kept(folder: str | Path) -> Iterator[None]:
+    """Say that a run has begun, in place of what the last one left, and how it ended if nobody else has said so."""
+    Journal(at=round(time.time(), 2)).write(folder)
+    ended = "error"
+    try:
+        yield
+        ended = "finished"
+    except UserError as error:
+        ended = str(error)
+        raise
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        found = Journal.read(folder)
+        if found is not None and not found.ended:
+            mark(folder, ended)
+
+
+def mark(folder: str | Path, ended: str) -> None:
+    """Say how the last run in a folder ended."""
+    found = Journal.read(folder)
+    if found is not None:
+        replace(found, at=round(time.time(), 2), ended=ended).write(folder)

@@ -6,6 +6,7 @@ The driver imports no numeric library; ``execute`` is named, not imported, and r
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from dpguard.study.driver import Driver
 from dpguard.study.executor import Executor, Limits
 from dpguard.study.grid import NEEDS, describe
 from dpguard.study.interrupts import Interrupts
+from dpguard.study.journal import kept
 from dpguard.study.progress import Display, Event
 from dpguard.study.record import Cell
 from dpguard.study.reuse import take
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
-from dpguard.study.summary import Summary, kinds_of
+from dpguard.study.summary import Summary
 from dpguard.study.todo import Todo
 from dpguard.study.workers import Workers, warm_up
 
@@ -47,6 +49,7 @@ def run(
     on_event: Callable[[Event], None] | None = None,
     only: Collection[str] | None = None,
     reuse: Sequence[Path] = (),
+    held: Store | None = None,
 ) -> Summary:
     """Run what the folder's store does not hold yet; every record is on the disk before the next begins.
 
@@ -74,6 +77,7 @@ def run(
         on_event: called in the driver whenever a cell starts or finishes.
         only: ids of the cells to run here, one shard's; the store plans all, so that a report knows what is missing.
         reuse: folders of other studies, whose answers to the same cells are taken over (`reuse.take`).
+        held: the folder's store when the caller has it open for writing; it stays open.
 
     Returns:
         The counts, with the exit status. The first Ctrl-C lets running cells finish and starts no other,
@@ -93,19 +97,23 @@ def run(
         warm_up(preload, threads)
         return Workers(execute, context or {}, places, limits=limits_of(study), threads=threads, devices=devices)
 
-    with Store.open(folder, create=True) as store:
+    with contextlib.nullcontext(held) if held else Store.open(folder, create=True) as store:
         store.set_study(study.name, study.text, study.plain(), cells, show_text=show_text)
-        Cache(folder).tidy()
-        own = [cell for cell in cells if only is None or cell.id in only]
-        taken = take(store, own, reuse, show_text=show_text)
-        todo = Todo.of(own, store, retry_failed=retry_failed)
-        with Interrupts() as interrupts, Display(len(todo.cells), quiet=quiet) as display:
-            driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)
-            driver.provenance = provenance.of_run(study.document.path) if todo.cells else {}
-            driver.listeners = [display.show, *([on_event] if on_event else [])]
-            driver.say, driver.best = display.say, best
-            driver.drive()
-        return Summary.of(own, todo, driver.finished, kinds_of(store.ignored()), taken=len(taken))
+        with kept(folder):
+            Cache(folder).tidy()
+            own = [cell for cell in cells if only is None or cell.id in only]
+            taken = take(store, own, reuse, show_text=show_text)
+            todo = Todo.of(own, store, retry_failed=retry_failed)
+            with Interrupts() as interrupts, Display(len(todo.cells), quiet=quiet) as display:
+                driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)
+                driver.provenance = provenance.of_run(study.document.path) if todo.cells else {}
+                driver.listeners = [display.show, *([on_event] if on_event else [])]
+                driver.say, driver.best = display.say, best
+                driver.drive()
+        unfinished = len(driver.finished) < len(todo.cells)
+        return Summary.of(
+            own, store, driver.finished.keys(), taken, interrupted=unfinished, stopped=interrupts.count > 0
+        )
 
 
 def limits_of(study: Study) -> Limits:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
 
 from dpguard.study.grid import describe
 from dpguard.study.interrupts import INTERRUPTED
 from dpguard.study.record import Cell, Record
-from dpguard.study.todo import Todo, again
+from dpguard.study.store import FINISHED, Store
+from dpguard.study.todo import again
 
 _NAMED = 3
 
@@ -29,6 +30,8 @@ class Summary:
         left: failed cells of earlier runs that were left as they were.
         lost: of those that failed now, how many were ended from outside, and run again without being asked.
         ignored_kinds: what was ignored, in words, with counts.
+        ran, took: ids of the cells of this run, and of those that were taken over.
+        stopped: Ctrl-C was pressed, whether or not a cell was left then.
     """
 
     planned: int
@@ -43,40 +46,43 @@ class Summary:
     lost: int = 0
     ignored_kinds: tuple[tuple[str, int], ...] = ()
     taken: int = 0
+    ran: frozenset[str] = field(default=frozenset(), compare=False)
+    took: frozenset[str] = field(default=frozenset(), compare=False)
+    stopped: bool = False
 
     @staticmethod
     def of(
-        cells: Sequence[Cell],
-        todo: Todo,
-        finished: Mapping[str, Record],
-        ignored: Sequence[tuple[str, int]],
-        *,
-        taken: int = 0,
+        cells: Sequence[Cell], store: Store, ran: Set[str], took: Set[str], *, interrupted: bool, stopped: bool
     ) -> Summary:
-        """The summary of a run.
+        """The summary of a run, or of several in a row, from the store as they left it.
 
         Args:
-            cells: all cells of the study.
-            todo: what it had to do.
-            finished: what it did: cell id -> record.
-            ignored: see `kinds_of`.
-            taken: how many answers it took over from other folders.
+            cells: all that were to be answered.
+            store: with their records.
+            ran, took, interrupted, stopped: see the class.
         """
-        statuses = Counter(record.status for record in finished.values())
-        failed = [record for record in finished.values() if record.status == "failed"]
+        statuses = store.statuses()
+        here = {cell.id: statuses.get(cell.id, "") for cell in cells}
+        now = Counter(here[cell_id] for cell_id in ran)
+        before = Counter(status for cell_id, status in here.items() if cell_id not in ran and cell_id not in took)
+        failed = sorted((r for r in store.failed() if r.cell.id in here), key=lambda record: record.cell.id not in ran)
+        ignored = kinds_of(store.ignored())
         return Summary(
             planned=len(cells),
-            resumed=len(cells) - len(todo.cells) - len(todo.left) - taken,
-            done=statuses["done"],
-            failed=statuses["failed"],
-            skipped=statuses["skipped"],
+            resumed=sum(before[status] for status in FINISHED),
+            done=now["done"],
+            failed=now["failed"],
+            skipped=now["skipped"],
             ignored=sum(count for _, count in ignored),
-            interrupted=len(finished) < len(todo.cells),
-            failures=tuple((describe(record.cell), record.reason) for record in (*failed, *todo.left)),
-            left=len(todo.left),
-            lost=sum(again(record) for record in failed),
+            interrupted=interrupted,
+            failures=tuple((describe(record.cell), record.reason) for record in failed),
+            left=before["failed"],
+            lost=sum(again(record) for record in failed if record.cell.id in ran),
             ignored_kinds=tuple(ignored),
-            taken=taken,
+            taken=len(took),
+            ran=frozenset(ran),
+            took=frozenset(took),
+            stopped=stopped,
         )
 
     @property
@@ -98,6 +104,8 @@ class Summary:
 again'
         """
         stored = self.resumed + self.taken + self.done + self.skipped
+        if self.interrupted and stored == self.planned:
+            return f"stopped: all {stored} cells planned so far are finished; run the same command again to go on"
         if self.interrupted:
             return (
                 f"stopped: {stored} of {self.planned} cells are finished; "

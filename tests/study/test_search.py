@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,9 @@ from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.report.frontier import frontier
 from dpguard.report.result import StudyResult
+from dpguard.study.execution import failed, perform
+from dpguard.study.interrupts import INTERRUPTED
+from dpguard.study.lock import in_use
 from dpguard.study.runner import run
 from dpguard.study.search import chosen, searches
 from dpguard.study.spec import Study
@@ -38,7 +43,7 @@ def read(text=TEXT):
     return Study.read(Document.parse(text, "study.yaml"))
 
 
-def go(kit, folder, text=TEXT, fail="", most=None):
+def go(kit, folder, text=TEXT, fail="", most=None, options=None):
     """Run with fake cells; ``most`` stops the run after so many rounds, as a killed driver would."""
     study = read(text)
     rounds = []
@@ -46,12 +51,16 @@ def go(kit, folder, text=TEXT, fail="", most=None):
     def plan(found):
         return Planned(found, found.cells(kit.model, kit.data), {}, {})
 
-    def once(planned, first):
+    def once(planned, store, first):
+        assert in_use(folder)
         if most is not None and len(rounds) >= most:
             raise KeyboardInterrupt
         rounds.append(len(planned.cells))
         context = {"log": str(folder) + ".log", "fail": fail}
-        return run(planned.study, folder, planned.cells, execute=EXECUTE, context=context, workers=2, quiet=True)
+        return run(
+            planned.study, folder, planned.cells, execute=EXECUTE, context=context, workers=2, quiet=True, held=store,
+            **(options or {}),
+        )  # fmt: skip
 
     return searching.run(study, folder, plan, once)
 
@@ -124,6 +133,61 @@ def test_one_search_for_each_choice_of_the_other_variables(kit, tmp_path):
     with Store.open(tmp_path) as store:
         values = [sweep["values"] for sweep in store.study().spec["sweeps"].values()]
     assert sorted(v["noise"] for v in values if v["clip"] == 1) == sorted(v["noise"] for v in values if v["clip"] == 2)
+
+
+class Inline:
+    """Runs the cells in this process, all that it was given before any answer is seen."""
+
+    places = 100
+
+    def __init__(self, log, meddle):
+        self.context, self.meddle, self.given = {"log": log}, meddle, []
+
+    def takes(self, cell):
+        return True
+
+    def start(self, cell):
+        self.given.append(cell)
+
+    def wait(self, wake, timeout=None):
+        cells, self.given = self.given, []
+        return self.meddle([perform(cell, EXECUTE, self.context) for cell in cells])
+
+    def close(self):
+        pass
+
+
+def test_ctrl_c_starts_no_other_value_although_all_that_ran_has_ended(kit, tmp_path):
+    pressed = []
+
+    def press(answers):
+        if not pressed:
+            pressed.append(os.kill(os.getpid(), signal.SIGINT))
+        return answers
+
+    inline = {"executor": lambda: Inline(str(tmp_path / "inline.log"), press)}
+    _, summary = go(kit, tmp_path / "out", options=inline)
+    assert summary.exit_status == INTERRUPTED
+    assert summary.done == summary.planned == 4 * 5
+    assert tried(tmp_path / "out") == [0.01, 5.0]
+    assert "all 20 cells planned so far are finished; run the same command again" in summary.sentence
+    _, summary = go(kit, tmp_path / "out", options=inline)
+    assert (summary.exit_status, summary.resumed, summary.done) == (0, 4 * 5, 4 * (len(EXPECTED) - 2))
+    assert sorted(tried(tmp_path / "out")) == sorted(EXPECTED)
+
+
+def test_a_cell_that_was_ended_from_outside_in_one_round_and_done_in_the_next_counts_once(kit, tmp_path):
+    lost = []
+
+    def lose(answers):
+        if not lost:
+            lost.append(answers[0][0].cell)
+            answers[0] = failed(lost[0], "killed", "worker ended with signal 9")
+        return answers
+
+    _, summary = go(kit, tmp_path / "out", options={"executor": lambda: Inline(str(tmp_path / "inline.log"), lose)})
+    assert (summary.failed, summary.resumed, summary.exit_status) == (0, 0, 0)
+    assert summary.done == summary.planned == 4 * (len(EXPECTED) + 3)
 
 
 def test_a_failed_cell_ends_its_search_and_nothing_else(kit, tmp_path):
