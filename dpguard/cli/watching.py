@@ -65,6 +65,7 @@ def print_status(folder: Path, *, as_json: bool) -> None:
         best = journal.best if holder and journal else best_point(store)
     counts = Counter(statuses.get(cell.id, "left") for cell in planned)
     running = journal.running if holder and journal else ()
+    waiting = counts["left"] - sum(one.id not in statuses for one in running)
     remaining = None
     if holder and journal and journal.remaining is not None:
         remaining = max(0.0, journal.remaining - (time.time() - journal.at))
@@ -74,7 +75,7 @@ def print_status(folder: Path, *, as_json: bool) -> None:
         plain = {
             "study": name, "state": state.partition(":")[0].partition(",")[0], "holder": holder, "cells": len(planned),
             "done": counts["done"], "skipped": counts["skipped"], "failed": counts["failed"],
-            "left": counts["left"] - len(running), "remaining_seconds": remaining, "best": best,
+            "left": waiting, "remaining_seconds": remaining, "best": best,
             "running": [{"id": one.id, "cell": one.words, "seconds": round(at - one.since)} for one in running],
             "failures": [{"id": r.cell.id, "cell": describe(r.cell), "reason": r.reason} for r in failed],
         }  # fmt: skip
@@ -101,6 +102,8 @@ def _state(holder: str, journal: Journal | None, left: int, planned: int) -> str
             f"crashed: process {journal.pid} on {journal.host} ended without a word, last seen {seen}; "
             "run the same command again to go on from there"
         )
+    if journal is not None and journal.ended == "searching":
+        return "stopped before a sweep's next value; run the same command again to go on"
     if journal is not None and journal.ended not in ("finished", "interrupted"):
         return f"stopped by an error: {journal.ended}"
     if left and journal is not None and journal.ended == "finished":
@@ -133,16 +136,18 @@ def print_cell(folder: Path, asked: list[str], *, as_json: bool) -> None:
         fitting = _fitting(text, cells, statuses)
         if len(fitting) != 1:
             if not fitting and text in STATUSES:
-                console().print(f"no cell of {folder} is {text}", markup=False)
+                told = f"no cell of {folder} is {text}"
+                print("[]") if as_json else console().print(told, markup=False)
                 return
             if not fitting:
                 hint = did_you_mean(text, {cell.policy for cell in cells.values()})
                 raise UserError(f"no cell of {str(folder)!r} is called {text!r}{hint}")
-            _print_cells(fitting, statuses)
+            _print_cells(fitting, statuses, as_json=as_json)
             return
         record = store.record(fitting[0].id)
     if as_json:
-        print(json.dumps(asdict(record or Record(fitting[0], "skipped", "has not run yet")), indent=2))
+        left = {**asdict(Record(fitting[0], "skipped", "has not run yet")), "status": "left"}
+        print(json.dumps(left if record is None else asdict(record), indent=2))
     elif record is None:
         console().print(f"{describe(fitting[0])} ({fitting[0].id}) has not run yet", markup=False)
     else:
@@ -166,7 +171,11 @@ def _fitting(text: str, cells: dict[str, Cell], statuses: dict[str, str]) -> lis
     return [cell for cell in cells.values() if fits(cell)]
 
 
-def _print_cells(cells: list[Cell], statuses: dict[str, str]) -> None:
+def _print_cells(cells: list[Cell], statuses: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        plain = [{"id": c.id, "status": statuses.get(c.id, "left"), "cell": describe(c)} for c in cells]
+        print(json.dumps(plain, indent=2))
+        return
     rows = [[cell.id[:8], statuses.get(cell.id, "left"), describe(cell)] for cell in cells[:_LISTED]]
     console().print(table(["id", "status", "cell"], rows))
     more = len(cells) - len(rows)

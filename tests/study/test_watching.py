@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import asdict, replace
 
 import pytest
 
-from dpguard.cli.watching import _state
+from dpguard.cli.watching import _state, print_cell, print_status
 from dpguard.errors import UserError
 from dpguard.study import provenance
 from dpguard.study.journal import FILE as JOURNAL
@@ -37,6 +38,8 @@ def test_how_a_study_stands_is_said():
     shard = _state("", replace(journal, ended="finished"), 4, 9)
     assert shard == "finished what was its own; 4 of 9 cells are another shard's"
     assert _state("", replace(journal, ended="no room"), 3, 9) == "stopped by an error: no room"
+    searching = _state("", replace(journal, ended="searching"), 0, 9)
+    assert searching == "stopped before a sweep's next value; run the same command again to go on"
 
 
 def test_a_finished_run_says_so_and_lets_the_folder_go(kit, tmp_path):
@@ -46,6 +49,57 @@ def test_a_finished_run_says_so_and_lets_the_folder_go(kit, tmp_path):
     assert in_use(tmp_path) == ""
     found = Journal.read(tmp_path)
     assert (found.ended, found.running) == ("finished", ())
+
+
+def test_what_a_killed_run_left_is_forgotten_by_the_next_before_its_first_cell(kit, tmp_path):
+    go(kit, tmp_path)
+    ghosts = tuple(Running(cell.id, "a ghost", 0.0) for cell in kit.cells())
+    Journal(pid=1, running=ghosts, at=1.0, remaining=99.0, best="old").write(tmp_path)  # killed before its last word
+    assert go(kit, tmp_path).done == 0
+    assert Journal.read(tmp_path).ended == "finished"
+
+    Journal(pid=1, running=ghosts, at=1.0, ended="finished").write(tmp_path)
+    seen = []
+
+    def executor():
+        seen.append(Journal.read(tmp_path))
+        raise KeyboardInterrupt  # as the workers' server starts
+
+    with pytest.raises(KeyboardInterrupt):
+        go(kit, tmp_path, text=kit.text.replace("[0.3, 0.6]", "[0.3, 0.6, 0.9]"), executor=executor)
+    assert (seen[0].running, seen[0].ended) == ((), "")
+    assert _state("", seen[0], 3, 9).startswith("crashed: ")
+    assert Journal.read(tmp_path).ended == "interrupted"
+    with pytest.raises(UserError):
+        go(kit, tmp_path, reuse=[tmp_path / "nowhere"])
+    assert "holds no records" in Journal.read(tmp_path).ended
+
+
+def test_a_cell_that_is_stored_and_still_named_as_running_is_left_once(kit, tmp_path, capsys):
+    cells = kit.cells()
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("s", "name: s", {"name": "s"}, cells)
+        store.put(Record(cells[0], "done"))
+        Journal(running=tuple(Running(c.id, "words", 0.0) for c in cells[:2])).write(tmp_path)
+        print_status(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["left"] == len(cells) - 2
+
+
+def test_show_prints_json_whatever_fits(kit, tmp_path, capsys):
+    cells = kit.cells()
+
+    def shown(*words):
+        print_cell(tmp_path, list(words), as_json=True)
+        return json.loads(capsys.readouterr().out)
+
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("s", "name: s", {"name": "s"}, cells)
+        store.put(Record(cells[0], "done"))
+    assert [one["id"] for one in shown("guarantee")] == [cell.id for cell in cells if cell.leg == "guarantee"]
+    assert shown("guarantee")[0] == {"id": cells[0].id, "status": "done", "cell": "guarantee, none"}
+    assert shown("failed") == []
+    assert shown(cells[0].id)["status"] == "done"
+    assert (shown(cells[1].id)["status"], shown(cells[1].id)["result"]) == ("left", {})
 
 
 def test_records_say_where_they_come_from_and_not_on_which_machine(kit, tmp_path):
