@@ -22,7 +22,7 @@ EPSILON_WITHIN = 0.01
 """A solved epsilon is at most this fraction below its target."""
 _ANY_NOISE = (0.01, 1000.0)
 _KEYS = ("auto", "between", "values", "within")
-_WHOLE = ("bits", "batch_size", "local_steps", "rounds", "per_round")
+_WHOLE = ("bits", "batch_size", "local_steps", "rounds", "per_round", "clients", "may_fail")
 """Columns and settings that take whole numbers only."""
 
 
