@@ -134,7 +134,8 @@ def _print_means(best: Sequence[tuple[dict[int, Score], Leak, float]]) -> None:
     if not plain["targets"]:
         return
     rows = [[name, "-" if value is None else f"{value:.2f}"] for name, value in plain["metrics"].items()]
-    console().print(table(["metric", f"mean of {len(plain['targets'])}"], rows, right=["mean of"]))
+    mean = f"mean of {len(plain['targets'])}"
+    console().print(table(["metric", mean], rows, right=[mean]))
 
 
 def marked(guess: str, truth: str) -> Text:

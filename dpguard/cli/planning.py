@@ -96,7 +96,7 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
     """
     from dpguard.study import guarantee_leg
 
-    study = calibrated(study, ground.slots, ground.data_id, _kept(folder, made=not epsilons))
+    study = calibrated(study, ground.slots, ground.data_id, _kept(folder, 0 if epsilons else study.cache.gigabytes))
     plans = study.plans(ground.slots)
     cells = study.cells(ground.model_id, ground.data_id, _panel(study))
     with study.locating("federation"):
@@ -159,14 +159,13 @@ def _check_candidates(study: Study, public: int) -> None:
             )
 
 
-def _kept(folder: Path, *, made: bool) -> Kept:
-    """Calibrated tables kept beside the records, so that resuming takes no time; a dry run makes no folder."""
+def _kept(folder: Path, gigabytes: float) -> Kept:
+    """Calibrated tables kept beside the records, so that resuming takes no time; a dry run has no room for any."""
     from dpguard.study.cache import Cache
     from dpguard.study.provenance import versions
 
-    if not made and not folder.is_dir():
-        return lambda key, make: make()
-    return lambda key, make: Cache(folder).plain({"what": "table", **key, "versions": versions()}, make)
+    cache = Cache(folder, gigabytes)
+    return lambda key, make: cache.plain({"what": "table", **key, "versions": versions()}, make)
 
 
 def _engine(study: Study) -> str:

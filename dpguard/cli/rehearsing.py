@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpguard.cli.console import console, table
 from dpguard.cli.planning import Planned
 from dpguard.cli.searching import Settled
 from dpguard.study.grid import plan_table
+from dpguard.study.record import Cell
 from dpguard.study.search import searches
-from dpguard.study.store import FILE, Store
+from dpguard.study.todo import Todo
 
 
-def print_plan(settled: Settled, folder: Path, own: frozenset[str], finished: frozenset[str]) -> frozenset[str]:
-    """Print the grid; the ids of the cells that are left."""
+def print_plan(settled: Settled, folder: Path, own: Sequence[Cell], todo: Todo) -> None:
+    """Print the grid of a run's own cells, and what it has to do."""
     planned = settled.planned
-    _print_grid(planned, own, finished)
-    left = frozenset(own - finished)
+    _print_grid(planned, own, todo)
     console().print("The columns after epsilon count cells.", style="dim")
-    total = f"{len(planned.cells)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
-    console().print(f"{total}, {len(left)} to run; records in {folder}", markup=False)
+    total = f"{len(own)} cells" if len(own) == len(planned.cells) else f"{len(own)} cells of this shard"
+    failed = f", {len(todo.left)} failed that only --retry-failed runs" if todo.left else ""
+    console().print(f"{total}, {len(todo.cells)} to run{failed}; records in {folder}", markup=False)
     for label, why in planned.refused.items():
         console().print(f"{label} will not run: {why}", markup=False)
     for search in searches(settled.study):
@@ -29,21 +31,13 @@ def print_plan(settled: Settled, folder: Path, own: frozenset[str], finished: fr
         console().print(f"{search.label}: {auto.variable} for {auto.target} {auto.aim:g}: {told}", markup=False)
     for sentence in settled.sentences:
         console().print(sentence, markup=False)
-    return left
 
 
-def finished_in(folder: Path) -> frozenset[str]:
-    """Ids of the cells that a folder's store holds; none where there is no store."""
-    if not (folder / FILE).exists():
-        return frozenset()
-    with Store.open(folder) as store:
-        return frozenset(store.done_ids())
-
-
-def _print_grid(planned: Planned, own: frozenset[str], finished: frozenset[str]) -> None:
-    cells = [cell for cell in planned.cells if cell.id in own]
+def _print_grid(planned: Planned, own: Sequence[Cell], todo: Todo) -> None:
+    unfinished = {*(cell.id for cell in todo.cells), *(record.cell.id for record in todo.left)}
+    finished = {cell.id for cell in own} - unfinished
     rows = []
-    for row in plan_table(planned.study, cells, epsilons=planned.epsilons, finished=finished):
+    for row in plan_table(planned.study, own, epsilons=planned.epsilons, finished=finished):
         legs = [row.cells[leg] for leg in ("guarantee", "utility", "leakage")]
         rows.append([row.policy, "inf" if math.isinf(row.epsilon) else f"{row.epsilon:.3g}", *legs, row.finished])
     columns = ["policy", "epsilon", "guarantee", "utility", "leakage", "finished"]

@@ -13,7 +13,7 @@ from dpguard.cli import searching
 from dpguard.cli.console import console
 from dpguard.cli.estimating import print_estimate
 from dpguard.cli.planning import Ground, Planned, plan_on, read_ground
-from dpguard.cli.rehearsing import finished_in, print_plan
+from dpguard.cli.rehearsing import print_plan
 from dpguard.cli.reporting import render_report
 from dpguard.cli.watching import best_point
 from dpguard.errors import UserError
@@ -21,12 +21,14 @@ from dpguard.study import runner
 from dpguard.study.devices import chosen as chosen_devices
 from dpguard.study.lock import in_use
 from dpguard.study.ray_cells import RayCells, exposed, reach
-from dpguard.study.resume import check_inputs
+from dpguard.study.record import Cell
+from dpguard.study.resume import check_inputs, check_subset
 from dpguard.study.reuse import known
 from dpguard.study.search import chosen, searches
 from dpguard.study.selection import of_policies
 from dpguard.study.shards import Shard
 from dpguard.study.spec import Study
+from dpguard.study.todo import Todo
 from dpguard.study.workers import warm_up
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Asked:
         Raises:
             UserError: the first of them.
         """
+        runner.check_workers(self.workers)
         if self.ray and self.devices not in ("auto", "none"):
             raise UserError("--devices names GPUs of this machine, expected a run without --ray")
         if self.only and self.out is None:
@@ -107,15 +110,22 @@ def run_study(path: Path, asked: Asked) -> int:
         study = chosen(study, asked.only)
     plan = _planner(ground, folder, asked)
     if asked.dry_run:
-        settled = searching.settle(study, folder, plan)
-        left = print_plan(settled, folder, _own(asked.part, settled.planned), finished_in(folder) | reusable)
-        if left:
-            cells = [cell for cell in settled.planned.cells if cell.id in left]
-            print_estimate(cells, EXECUTE, settled.planned.context, asked.workers, asked.threads, PRELOAD, gpus)
+        _rehearse(searching.settle(study, folder, plan), folder, asked, reusable, gpus)
         return 0
     settled, summary = searching.run(study, folder, plan, _goer(folder, asked, gpus))
     _tell(settled, summary, folder, asked.part)
     return summary.exit_status
+
+
+def _rehearse(
+    settled: searching.Settled, folder: Path, asked: Asked, reusable: frozenset[str], gpus: Sequence[str]
+) -> None:
+    """Print what a run would do, and how long it would take."""
+    own = _own(asked.part, settled.planned)
+    todo = Todo.ahead(own, folder, retry_failed=asked.retry_failed, known=reusable)
+    print_plan(settled, folder, own, todo)
+    if todo.cells:
+        print_estimate(todo.cells, EXECUTE, settled.planned.context, asked.workers, asked.threads, PRELOAD, gpus)
 
 
 def _planner(ground: Ground, folder: Path, asked: Asked) -> Callable[[Study], Planned]:
@@ -124,7 +134,11 @@ def _planner(ground: Ground, folder: Path, asked: Asked) -> Callable[[Study], Pl
     def plan(found: Study) -> Planned:
         planned = plan_on(ground, found, folder, epsilons=asked.dry_run)
         planned.context["need_device"] = asked.devices not in ("auto", "none")
-        return _only(planned, asked.only) if asked.only else planned
+        if not asked.only:
+            return planned
+        planned = _only(planned, asked.only)
+        check_subset(folder, planned.cells)
+        return planned
 
     return plan
 
@@ -137,8 +151,8 @@ def _goer(folder: Path, asked: Asked, gpus: Sequence[str]) -> Callable[[Planned,
         return runner.run(
             planned.study, folder, planned.cells, execute=EXECUTE, context=planned.context, workers=asked.workers,
             threads=asked.threads, preload=PRELOAD, retry_failed=asked.retry_failed and first,
-            show_text=asked.show_text, best=best_point, only=_own(asked.part, planned), reuse=asked.reuse,
-            executor=_on_ray(asked.ray, planned, asked.threads), devices=gpus, held=store,
+            show_text=asked.show_text, best=best_point, only={cell.id for cell in _own(asked.part, planned)},
+            reuse=asked.reuse, executor=_on_ray(asked.ray, planned, asked.threads), devices=gpus, held=store,
         )  # fmt: skip
 
     return go
@@ -198,8 +212,8 @@ def _only(planned: Planned, labels: Sequence[str]) -> Planned:
     return replace(planned, cells=cells, study=replace(planned.study, policies=policies))
 
 
-def _own(part: Shard | None, planned: Planned) -> frozenset[str]:
-    return frozenset(cell.id for cell in (part.cells(planned.cells) if part else planned.cells))
+def _own(part: Shard | None, planned: Planned) -> list[Cell]:
+    return part.cells(planned.cells) if part else planned.cells
 
 
 class _Nothing:

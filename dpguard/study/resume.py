@@ -35,3 +35,21 @@ def check_inputs(study: Study, folder: Path, cells: Sequence[Cell]) -> None:
                     f"(hash {old['hash']}), expected the same, or another --out for a run of its own",
                     loc=(key,),
                 )
+
+
+def check_subset(folder: Path, cells: Sequence[Cell]) -> None:
+    """Refuse to put some policies of a study in place of more that a folder holds already, and of its report.
+
+    Raises:
+        UserError: the folder's study has a policy that is none of the cells'; or its store cannot be read.
+    """
+    if not Store.begun(folder):
+        return
+    with Store.open(folder) as store:
+        held = dict.fromkeys(cell.policy for cell in store.planned())
+    more = [policy for policy in held if policy not in {cell.policy for cell in cells}]
+    if more:
+        raise UserError(
+            f"--only: {str(folder)!r} holds more policies than are asked for ({more[0]!r} is one), "
+            "expected --out with a folder for these alone"
+        )

@@ -65,7 +65,9 @@ def test_a_study_is_no_policy_and_a_dry_run_checks_what_a_run_does(home, told, t
     path = study(home, tmp_path)
     asked = ("--sampling-rate", "0.1", "--steps", "10", "--delta", "1e-5")
     one_sentence(told("guarantee", path, *asked), "study.yaml:", "this is a study, with several policies")
-    one_sentence(told("run", path, "--dry-run", "--workers", "0"), "workers is 0, expected a whole number above 0")
+    for workers in ("0", "-1"):
+        told_so = f"workers is {workers}, expected a whole number above 0"
+        one_sentence(told("run", path, "--dry-run", "--workers", workers), told_so)
 
 
 @pytest.mark.parametrize(

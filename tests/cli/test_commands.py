@@ -160,6 +160,15 @@ def test_dry_run_shows_the_grid_and_runs_nothing(home, told, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_in_a_folder_that_is_there_leaves_it_as_it_is(home, told, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpguard.cli.studies.print_estimate", lambda *_: None)
+    aim = ("    sweep: {noise: [0.5]}\n", "    epsilon: 3\n"), ("noise: $noise", "noise: 1.0")
+    (tmp_path / "out").mkdir()
+    asked = ("--out", tmp_path / "out", "--dry-run")
+    status, said, _err = told("run", study(home, tmp_path, *aim), *asked)
+    assert (status, "6 cells, 6 to run" in said, list((tmp_path / "out").iterdir())) == (0, True, [])
+
+
 def test_attack_json(home, told):
     where = ("--model", home / "model", "--data", home / "texts.jsonl")
     status, said, _err = told("attack", *where, "--policy", "none", "--targets", "2", "--json")

@@ -26,6 +26,9 @@ def test_a_variation_takes_what_is_the_same_and_gives_the_same_records(home, tol
     assert told("run", path, "--out", tmp_path / "alone", "--workers", "2")[0] == 0
     assert results(tmp_path / "wider") == results(tmp_path / "alone")
     assert "dp-sgd noise=2" in (tmp_path / "wider" / "report.md").read_text()
+    status, _out, err = told("run", path, "--only", "dp-sgd noise=2", "--out", tmp_path / "wider", "--dry-run")
+    assert status == 2
+    assert "holds more policies than are asked for ('dp-sgd noise=0.5' is one)" in err
 
 
 def test_mistakes_are_one_sentence(home, told, tmp_path):

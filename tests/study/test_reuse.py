@@ -7,6 +7,7 @@ import pytest
 from dpguard.errors import UserError
 from dpguard.study.reuse import known, take
 from dpguard.study.store import Store
+from dpguard.study.todo import Todo
 from tests.study.test_runner import go, starts
 
 OTHER = """\
@@ -84,3 +85,25 @@ def test_hidden_texts_are_not_shown_by_way_of_another_study(kit, tmp_path):
 def test_a_folder_without_records_is_one_sentence(kit, tmp_path):
     with pytest.raises(UserError, match="nowhere' holds no records"):
         go(kit, tmp_path / "out", reuse=[tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("retry_failed", [False, True])
+def test_what_is_ahead_is_what_then_runs(kit, tmp_path, retry_failed):
+    script = {"utility, dp-sgd noise=0.6, seed 0": "raise", "utility, dp-sgd noise=0.3, seed 0": "raise"}
+    go(kit, tmp_path / "first", text=OTHER, script=script)
+    assert Todo.ahead(kit.cells(), tmp_path / "nowhere").cells == tuple(kit.cells())
+    go(kit, tmp_path / "out", script={**script, "guarantee, last-block": "skip"})
+    with Store.open(tmp_path / "out") as store:
+        failed = [record.cell for record in store.failed()]
+    assert [cell.policy for cell in failed] == ["dp-sgd noise=0.3", "dp-sgd noise=0.6"]
+    text = kit.text.replace("noise: [0.3, 0.6]", "noise: [0.3, 0.6, 0.9]")
+    # a fit that the other study has by now: the failed training is taken over, what waited for it runs
+    go(kit, tmp_path / "first", text=OTHER, retry_failed=True)
+    reuse = [tmp_path / "first"]
+    cells, known_ids = kit.cells(text), known(reuse)
+    todo = Todo.ahead(cells, tmp_path / "out", retry_failed=retry_failed, known=known_ids)
+    log = tmp_path / "log"
+    summary = go(kit, tmp_path / "out", text=text, reuse=reuse, retry_failed=retry_failed, context={"log": str(log)})
+    assert set(starts(log)) == {cell.id for cell in todo.cells}
+    assert summary.left == len(todo.left) == (0 if retry_failed else 1)
+    assert any(cell.leg == "leakage" and cell.policy == "dp-sgd noise=0.6" for cell in todo.cells)

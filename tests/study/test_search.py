@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from dpguard.cli import searching
 from dpguard.cli.planning import Planned
 from dpguard.documents import Document
 from dpguard.errors import UserError
+from dpguard.federation.settings import Settings
+from dpguard.policy.auto import read_auto
 from dpguard.report.frontier import frontier
 from dpguard.report.result import StudyResult
 from dpguard.study.execution import failed, perform
@@ -21,7 +23,7 @@ from dpguard.study.interrupts import INTERRUPTED
 from dpguard.study.lock import in_use
 from dpguard.study.runner import run
 from dpguard.study.search import chosen, searches
-from dpguard.study.spec import Study
+from dpguard.study.spec import SHARED, Study
 from dpguard.study.store import Store
 
 TEXT = """\
@@ -231,6 +233,13 @@ def test_a_study_with_a_target_epsilon_has_no_cells_before_it_is_computed(kit):
     with pytest.raises(ValueError, match="not calibrated"):
         study.cells(kit.model, kit.data)
     assert not replace(study).policies[2].values
+
+
+def test_what_is_a_whole_number_in_a_federation_is_looked_for_among_whole_numbers():
+    whole = {field.name for field in fields(Settings) if field.type == "int"} - set(SHARED)
+    assert {"clients", "may_fail", "rounds"} <= whole
+    for name in whole:
+        assert read_auto("n", {"auto": {"leakage": 0.3}, "between": [2, 40]}, {name}).whole, name
 
 
 def test_one_tried_value_can_be_named_again(kit):

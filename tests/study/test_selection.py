@@ -4,7 +4,9 @@ import pytest
 
 from dpguard.errors import UserError
 from dpguard.study.grid import NEEDS
+from dpguard.study.resume import check_subset
 from dpguard.study.selection import of_policies
+from dpguard.study.store import Store
 
 
 def test_one_policy_comes_with_the_control_and_all_that_it_needs(kit):
@@ -20,3 +22,19 @@ def test_one_policy_comes_with_the_control_and_all_that_it_needs(kit):
 def test_an_unknown_policy_is_named(kit):
     with pytest.raises(UserError, match=r"no policy 'dp-sgd noise=0\.5'; did you mean 'dp-sgd noise="):
         of_policies(kit.cells(), ["dp-sgd noise=0.5"])
+
+
+def test_some_policies_take_the_place_of_no_more(kit, tmp_path):
+    cells = kit.cells()
+    some, one = of_policies(cells, ["dp-sgd noise=0.6", "last-block"]), of_policies(cells, ["last-block"])
+    check_subset(tmp_path, one)
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("s", "name: s", {"name": "s"}, one)
+    check_subset(tmp_path, one)
+    check_subset(tmp_path, some)
+    for held in (some, cells):
+        with Store.open(tmp_path, create=True) as store:
+            store.set_study("s", "name: s", {"name": "s"}, held)
+        with pytest.raises(UserError, match=r"--only: .* holds more policies than are asked for \('dp-sgd noise=0"):
+            check_subset(tmp_path, one)
+    check_subset(tmp_path, cells)
