@@ -67,7 +67,21 @@ class FederatedThreat(Threat):
             round_=round_,
         )
 
-    def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
+    def linear(self) -> FederatedThreat:
+        """Plain SGD for Adam; see `Threat.linear`."""
+        if self.settings.optimizer == "sgd":
+            return self
+        return replace(self, settings=replace(self.settings, optimizer="sgd", keep_state=False))
+
+    def message(
+        self,
+        model: LoadedModel,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        noise_seed: int | None,
+        texts: bool = True,
+    ) -> Update:
         """What the server receives when every batch is one client's; see `Threat.message`.
 
         ``plan`` is the clients' own (`views.message_plan`), so the attacker knows their shares of the noise too. The
@@ -84,10 +98,11 @@ class FederatedThreat(Threat):
                 dropout_seed=(seed or 0) + 1, training=self._training(divisor),
             )  # fmt: skip
             client.state = self.states[number] if self.states else LocalState()
+            drawn = batch if texts else batch.rows(slice(0, 0))
             if self.settings.kind == "gradient":
-                sent.append(personal.gradient(client, batch, noise.source(seed)))
+                sent.append(personal.gradient(client, drawn, noise.source(seed)))
             else:
-                sent.append(client.observe([batch] * self.settings.local_steps))
+                sent.append(client.observe([drawn] * self.settings.local_steps))
         return mean_update(sent)
 
     def _divisor(self, plan: Plan, texts: int) -> int:

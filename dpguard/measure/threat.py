@@ -95,7 +95,19 @@ class Threat:
         source.shuffle(chosen)
         return tuple(chosen)
 
-    def message(self, model: LoadedModel, plan: Plan, batches: Sequence[Batch], *, noise_seed: int | None) -> Update:
+    def linear(self) -> Threat:
+        """The same threat, or where local steps rescale their noise one whose steps add it up: for `defence`."""
+        return self
+
+    def message(
+        self,
+        model: LoadedModel,
+        plan: Plan,
+        batches: Sequence[Batch],
+        *,
+        noise_seed: int | None,
+        texts: bool = True,
+    ) -> Update:
         """What the server receives of these batches, one a client.
 
         Args:
@@ -103,6 +115,7 @@ class Threat:
             plan: the policy.
             batches: `clients` of them.
             noise_seed: of the first client's noise; the next has the next one. None draws from the secure source.
+            texts: False = every batch as it would be had no text been drawn; all else stays, the divisor too.
         """
         sent = []
         for number, batch in enumerate(batches):
@@ -111,5 +124,6 @@ class Threat:
                 model.module, plan, seed=seed, batch_size=len(batch), mode=self.mode, dropout_seed=(seed or 0) + 1,
                 training=LocalTraining("sgd", learning_rate=self.learning_rate),
             )  # fmt: skip
-            sent.append(client.observe([batch] * self.local_steps if self.local_steps else batch))
+            drawn = batch if texts else batch.rows(slice(0, 0))
+            sent.append(client.observe([drawn] * self.local_steps if self.local_steps else drawn))
         return aggregate(sent) if len(sent) > 1 else sent[0]

@@ -54,7 +54,8 @@ class Check:
     """What was measured on a message before it left, beside what the table claims.
 
     Attributes:
-        what: "one example moved" (a clip group, by a norm) or "noise std of" (a part of the model).
+        what: "one example moved" (a clip group, by a norm), for a change of the weights "all texts and steps moved", or
+            "noise std of" (a part of the model).
         part: the clip group or the part of the model.
         measured: in wire units.
         claimed: the bound C for a clip group, the std for noise.
@@ -226,9 +227,10 @@ def _checks(attacked: Sequence[Record], groups: Sequence[Mapping[str, Any]]) -> 
     """
     home = {group["parameters"] for group in groups} - {group["parameters"] for group in groups if group["share"]}
     defence: Mapping[str, Any] = next((r.result["defence"] for r in attacked if r.result.get("defence")), {})
+    moved = "all texts and steps moved" if "change" in defence.get("judged", "") else "one example moved"
     found = [
         Check(words, visible(part), f"{float(measured):.4g}", f"{float(claimed):.4g}")
-        for key, words in (("clip", "one example moved"), ("noise", "noise std of"))
+        for key, words in (("clip", moved), ("noise", "noise std of"))
         for part, (measured, claimed) in (defence.get(key) or {}).items()
         if part not in home
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from dpguard.engine.client import Client
 from dpguard.engine.local import LocalState
 from dpguard.federation import views
+from dpguard.federation.leak import FederatedThreat
 from dpguard.federation.settings import Settings
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
@@ -36,7 +37,7 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
     messages = leakage.pick_targets(
         corpus, targets=given["targets"], batch_size=given["batch_size"] * threat.clients, seed=cell.seed
     )
-    effect = _effect(model, plan, corpus, messages[0])
+    effect = _effect(model, plan, corpus, messages[0], threat)
     leaks = []
     for number, indices in enumerate(messages):
         seed = cell.seed * 1_000_003 + number
@@ -59,7 +60,8 @@ def _federated_leakage(
     messages = leakage.pick_targets(
         corpus, targets=given["targets"], batch_size=given["batch_size"] * settings.summed, seed=cell.seed
     )
-    effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0])
+    threat = FederatedThreat.within(Threat.of(given["threat"]), settings)
+    effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0], threat)
     by_moment = []
     before: list[list[LocalState]] = [[] for _ in messages]
     for moment in federated.moments(cell):
@@ -88,12 +90,17 @@ def _attacked(cell: Cell, plan: Plan, leaks: Sequence[leakage.Leak], effect: def
         "at": cell.settings["at"],
         "scores": [score.plain() for leak in leaks for score in leak.scores],
         "skipped": skipped,
-        "defence": {"clip": effect.clip, "noise": effect.noise},
+        "defence": {"clip": effect.clip, "noise": effect.noise, "judged": effect.judged},
         "shared_fraction": plan.shared_fraction,
         "messages": len(leaks),
     }, rows
 
 
-def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: list[int]) -> defence.Effect:
-    batch = leakage.encode(model, [corpus.train[i] for i in indices])
-    return defence.check(Client(model.module, plan, seed=0, batch_size=len(batch)), batch)
+def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: Sequence[int], threat: Threat) -> defence.Effect:
+    """What the defence does to a message of the kind that is attacked."""
+    each = len(indices) // threat.clients if threat.local_steps else len(indices)
+    found = [corpus.train[i] for i in indices]
+    batches = [leakage.encode(model, found[i : i + each]) for i in range(0, len(found), each)]
+    if threat.local_steps:
+        return defence.check_change(threat, model, plan, batches)
+    return defence.check(Client(model.module, plan, seed=0, batch_size=len(found)), batches[0])

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpguard.cli.planning import plan_study
+from dpguard.engine import local, noise
 from dpguard.engine.local import LocalState
 from dpguard.federation import kept
 from dpguard.federation.leak import FederatedThreat
 from dpguard.federation.settings import Settings
 from dpguard.federation.turn import local_training, one_client_round
-from dpguard.measure import leakage
+from dpguard.measure import defence, leakage
 from dpguard.measure.threat import Threat
 from dpguard.study import legs
 from dpguard.study.spec import Study
@@ -136,3 +137,24 @@ def test_noise_of_an_absolute_size_meets_the_signal_that_a_client_sends(server):
     sent = ratio(lambda plan: turn(loaded, plan, texts, chosen, 1, LocalState()))
     seen = ratio(lambda plan: threat.message(loaded, plan, [batch], noise_seed=1).tensors)
     assert seen == pytest.approx(sent, rel=0.1)
+
+
+@pytest.mark.parametrize("server", ["fedsgd", "fedavg"])
+def test_a_cell_fails_when_local_steps_add_no_noise(tmp_path, monkeypatch, server):
+    text = STUDY.replace("keep: 0.01", "clip: 1, noise: 1").replace("at: [start, end, rounds]", "at: start")
+    (tmp_path / "s.yaml").write_text(
+        text.replace("error_feedback: true, view: VIEW, observe: [2, 3]", f"server: {server}")
+    )
+    planned = plan_study(Study.load(tmp_path / "s.yaml"), tmp_path)
+    [cell] = [cell for cell in planned.cells if (cell.leg, cell.policy) == ("leakage", "pruned")]
+
+    class Silent:
+        wide = staticmethod(noise.wide)
+        add_noise_ = staticmethod(lambda total, std, drawn, divide_by=1: total.div_(divide_by))
+
+    monkeypatch.setattr(local, "noise", Silent)
+    if server == "fedsgd":  # a gradient takes no local steps
+        assert "gradients" in legs.execute(cell, planned.context)[0].result["defence"]["judged"]
+        return
+    with pytest.raises(defence.DefenceError, match="the table claims"):
+        legs.execute(cell, planned.context)

@@ -201,6 +201,7 @@ def test_a_study_runs_and_its_records_say_what_happened(tmp_path, view):
     assert sum(fed["rounds"]) == 4
     assert len(trained["predictions"]) == len(trained["labels"]) == 600
     assert set(results) >= {("leakage", "start"), ("leakage", "end"), ("leakage", "rounds")}
+    assert "after 2 local steps" in results["leakage", "end"]["defence"]["judged"]
     count = 2 if view == "client" else 4
     for at in ("start", "end", "rounds"):
         found = results["leakage", at]["scores"]

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from dpguard.engine import wire
+from dpguard.engine import local, noise, wire
 from dpguard.engine.client import Client
+from dpguard.federation import views
+from dpguard.federation.leak import FederatedThreat
+from dpguard.federation.settings import Settings
 from dpguard.inputs.batch import collate
 from dpguard.inputs.family import slots
 from dpguard.measure import defence
+from dpguard.measure.threat import Threat
 from dpguard.policy.table import Policy
 from tests import tiny
 
@@ -81,3 +85,85 @@ def test_a_withheld_layer_on_the_wire_is_caught(monkeypatch):
     monkeypatch.setattr(wire, "emit", leaky)
     with pytest.raises(defence.DefenceError, match="on the wire"):
         defence.check(client(POLICIES["withheld"]), BATCH)
+
+
+LOADED = tiny.loaded("bert")
+STEPS = {
+    "one step": {},
+    "many": {"local_steps": 5, "learning_rate": 0.5},
+    "momentum": {"local_steps": 4, "momentum": 0.9},
+    "adam": {"local_steps": 3, "optimizer": "adam", "learning_rate": 1e-3, "keep_state": True},
+    "mean": {"local_steps": 2, "view": "aggregate", "per_round": 3},
+}
+CHANGED = {**POLICIES, "whole": [{"layers": "all", "clip": 0.05, "noise": 1.0, "unit": "update"}]}
+DP_SGD = CHANGED["dp-sgd"]
+
+
+def judged(rows, **more):
+    settings = Settings(**{"clients": 3, "per_round": 1, "rounds": 1, "batch_size": 8, **more})
+    plan = views.message_plan(Policy(rows).plan(slots(LOADED.module)), settings)
+    threat = FederatedThreat.within(Threat(mode="train"), settings)
+    return defence.check_change(threat, LOADED, plan, [BATCH] * settings.summed)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_change_after_local_steps_is_measured_too(name, steps):
+    found = judged(CHANGED[name], **STEPS[steps])
+    assert bool(found.clip) == (name not in ("none", "uncalibrated"))
+    assert bool(found.noise) == (name != "none")
+    for measured, bound in found.clip.values():
+        assert 0 < measured <= bound * 1.001
+    for measured, claimed in found.noise.values():
+        assert measured == pytest.approx(claimed, rel=0.15)
+    assert ("plain SGD" in found.judged) == (steps == "adam")
+
+
+def test_what_is_claimed_of_a_change_is_what_its_steps_add_up_to():
+    # lr * noise * clip / batch * sqrt(1 + 1.5**2): the first of two gradients is felt once more by momentum .5
+    found = judged(DP_SGD, local_steps=2, momentum=0.5, learning_rate=0.4)
+    assert [claimed for _, claimed in found.noise.values()] == pytest.approx(
+        [0.4 * 0.05 / 8 * 3.25**0.5] * len(found.noise)
+    )
+    threat, plan = Threat(local_steps=4, learning_rate=0.1), Policy(DP_SGD).plan(slots(LOADED.module))
+    central = defence.check_change(threat, LOADED, plan, [BATCH])
+    assert [claimed for _, claimed in central.noise.values()] == pytest.approx(
+        [0.1 * 0.05 / 3 * 2] * len(central.noise)
+    )
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.0, 1.1])
+@pytest.mark.parametrize("name", ["dp-sgd", "whole", "uncalibrated"])
+@pytest.mark.parametrize("steps", ["one step", "many", "adam"])
+def test_wrong_noise_on_local_steps_alone_is_caught(monkeypatch, factor, name, steps):
+    class Wrong:
+        wide = staticmethod(noise.wide)
+
+        @staticmethod
+        def add_noise_(total, std, drawn_from, divide_by=1):
+            return noise.add_noise_(total, factor * std, drawn_from, divide_by=divide_by)
+
+    monkeypatch.setattr(local, "noise", Wrong)
+    with pytest.raises(defence.DefenceError, match="the table claims"):
+        judged(CHANGED[name], **STEPS[steps])
+    assert defence.check(client(CHANGED[name]), BATCH).noise, "the gradient's own path is sound"
+
+
+@pytest.mark.parametrize("name", ["dp-sgd", "whole"])
+def test_no_clip_on_local_steps_is_caught(monkeypatch, name):
+    monkeypatch.setattr(wire, "clip_factors", lambda norms, *_: norms * 0 + 1)
+    rows = [{**CHANGED[name][0], "clip": 1e-4}]
+    with pytest.raises(defence.DefenceError, match="above its bound"):
+        judged(rows, local_steps=2, learning_rate=0.5)
+
+
+def test_a_withheld_layer_in_a_change_is_caught(monkeypatch):
+    true = FederatedThreat.message
+
+    def leaky(*arguments, **more):
+        sent = true(*arguments, **more)
+        return replace(sent, tensors={**sent.tensors, "home": sent.tensors["classifier.bias"]})
+
+    monkeypatch.setattr(FederatedThreat, "message", leaky)
+    with pytest.raises(defence.DefenceError, match="on the wire"):
+        judged(CHANGED["withheld"])
