@@ -170,29 +170,32 @@ class Study:
         """What a policy sets of the training for itself can be meant, and makes it another policy."""
         same: dict[str, Named] = {}
         for named in self.policies:
-            for key in ("utility", "epsilon"):
-                if getattr(named, key) and self.federation is not None:
+            with named.document.locating(*named.loc):
+                self._check_own_training(named)
+                if self.federation is not None or self.utility is None:
+                    continue
+                found = self.utility_of(named)
+                twin = same.setdefault(canonical([named.table, named.epsilon, found and found.model_dump()]), named)
+                if twin is not named:
                     raise UserError(
-                        f"{key}: the federation says how long and with which step is trained, expected "
-                        + ("federation settings of the policy" if key == "utility" else "noise in its rows"),
-                        loc=(*named.loc, key),
+                        f"policies {twin.label!r} and {named.label!r} are the same table in the same training, "
+                        "expected each one once"
                     )
-            if named.utility and not self._trains(named):
+
+    def _check_own_training(self, named: Named) -> None:
+        for key in ("utility", "epsilon"):
+            if getattr(named, key) and self.federation is not None:
                 raise UserError(
-                    f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study "
-                    "that trains it",
-                    loc=(*named.loc, "utility"),
+                    f"{key}: the federation says how long and with which step is trained, expected "
+                    + ("federation settings of the policy" if key == "utility" else "noise in its rows"),
+                    loc=(key,),
                 )
-            if self.federation is not None or self.utility is None:
-                continue
-            found = self.utility_of(named)
-            twin = same.setdefault(canonical([named.table, named.epsilon, found and found.model_dump()]), named)
-            if twin is not named:
-                raise UserError(
-                    f"policies {twin.label!r} and {named.label!r} are the same table in the same training, expected "
-                    "each one once",
-                    loc=named.loc,
-                )
+        if named.utility and not self._trains(named):
+            raise UserError(
+                f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study "
+                "that trains it",
+                loc=("utility",),
+            )
 
     def _check_searches(self) -> None:
         """What a sweep looks for is measured by a leg of the study."""
@@ -200,10 +203,10 @@ class Study:
             target = named.search.auto.target if named.search else ""
             measured = {"leakage": self.leakage, "utility": self.utility if self._trains(named) else None}
             if named.search and target in measured and measured[target] is None:
-                raise UserError(
-                    f"auto: nothing measures {target}, expected a {target!r} section of the study with this policy",
-                    loc=(*named.loc, "sweep", named.search.auto.variable, "auto"),
-                )
+                with named.document.locating(*named.loc, "sweep", named.search.auto.variable, "auto"):
+                    raise UserError(
+                        f"auto: nothing measures {target}, expected a {target!r} section of the study with this policy"
+                    )
 
     def _trains(self, named: Named) -> bool:
         """Whether the utility leg trains this policy."""
@@ -241,10 +244,10 @@ class Study:
     def _check_alone(self) -> None:
         own = next((named for named in self.policies if named.federation), None)
         if own is not None:
-            raise UserError(
-                f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study",
-                loc=(*own.loc, "federation"),
-            )
+            with own.document.locating(*own.loc, "federation"):
+                raise UserError(
+                    f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study"
+                )
         if self.leakage is not None and "rounds" in self.leakage.at:
             raise UserError(
                 "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
@@ -257,11 +260,11 @@ class Study:
             found = self.federation_of(named)
             twin = same.setdefault(canonical([named.table, found and found.model_dump(mode="json")]), named)
             if twin is not named:
-                raise UserError(
-                    f"policies {twin.label!r} and {named.label!r} are the same table in the same federation, expected "
-                    "each one once",
-                    loc=named.loc,
-                )
+                with named.document.locating(*named.loc):
+                    raise UserError(
+                        f"policies {twin.label!r} and {named.label!r} are the same table in the same federation, "
+                        "expected each one once"
+                    )
 
     def _check_rounds(self, federation: Federation) -> None:
         rounds = self.leakage is not None and "rounds" in self.leakage.at
@@ -298,18 +301,19 @@ class Study:
         if self.federation is None or not named.federation:
             return self.federation
         loc = (*named.loc, "federation")
-        for name in named.federation:
-            if name in SHARED:
-                raise UserError(
-                    f"federation.{name}: one for all policies, expected it in the study's federation", loc=(*loc, name)
-                )
-        try:
-            found = Federation.model_validate({**self.federation.model_dump(exclude_unset=True), **named.federation})
-            Settings.of(found.model_dump())
-        except ValidationError as error:
-            raise self.document.explained(error, Federation, loc) from None
-        except UserError as error:
-            raise UserError(f"federation.{error.sentence}", loc=(*loc, *error.loc)) from None
+        with named.document.locating(*loc):
+            for name in named.federation:
+                if name in SHARED:
+                    told = f"federation.{name}: one for all policies, expected it in the study's federation"
+                    raise UserError(told, loc=(name,))
+            given = {**self.federation.model_dump(exclude_unset=True), **named.federation}
+            try:
+                found = Federation.model_validate(given)
+                Settings.of(found.model_dump())
+            except ValidationError as error:
+                raise named.document.explained(error, Federation, loc) from None
+            except UserError as error:
+                raise UserError(f"federation.{error.sentence}", loc=error.loc) from None
         return found
 
     @property

@@ -281,3 +281,31 @@ def test_reading_and_planning_a_study_imports_no_numeric_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+ROWS = "rows: [{layers: all, clip: 1.0, noise: 1.0}]\n"
+FEDERATION = "federation: {clients: 4, per_round: 2, rounds: 3}\n"
+
+
+@pytest.mark.parametrize(
+    ("policy", "rest", "sentence"),
+    [
+        (ROWS + "federation: {view: agregate}\n", FEDERATION, "p.yaml:2:20: federation.view: unknown value 'agregate'"),
+        (ROWS + "federation: {view: aggregate, may_fail: 2}\n", FEDERATION, "p.yaml:2:41: federation.may_fail: 2 of 2"),
+        (ROWS + "federation: {engine: flower}\n", FEDERATION, "p.yaml:2:22: federation.engine: one for all policies"),
+        (ROWS + "federation: {view: aggregate}\n", "", "p.yaml:2:13: policy 'mine' sets a federation of its own"),
+        (ROWS.replace("1.0}", "2}") + "epsilon: 3\n", FEDERATION, "p.yaml:2:10: epsilon: the federation says how long"),
+        (ROWS + "utility: {epochs: 3}\n", "", "p.yaml:2:10: policy 'mine' sets a training of its own"),
+        (ROWS + "utility: {epochs: 3}\n", "utility: {epochs: 3}\n", "p.yaml:1:1: policies 'inline' and 'mine' are"),
+        (ROWS + "federation: {view: client}\n", FEDERATION, "p.yaml:1:1: policies 'inline' and 'mine' are"),
+        ("sweep: {n: {auto: {utility: 0.7}, between: [2, 4]}}\nrows: [{layers: all, clip: 1.0, noise: $n}]\n", "",
+         "p.yaml:1:19: auto: nothing measures utility"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_policys_own_file_has_its_place_there(tmp_path, policy, rest, sentence):
+    (tmp_path / "p.yaml").write_text(policy)
+    inline = "{rows: [{layers: all, clip: 1.0, noise: 1.0}]}"
+    text = f"{HEAD}policies:\n  inline: {inline}\n  mine: p.yaml\nleakage: {{targets: 2}}\n{rest}"
+    with pytest.raises(UserError) as caught:
+        Study.read(Document.parse(text, str(tmp_path / "study.yaml")))
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(sentence)
