@@ -76,8 +76,11 @@ def whole(cell: Cell, record: Record) -> float:
     """Seconds of the whole cell, from the record of the short one."""
     took, result = float(record.provenance["seconds"]), record.result
     if cell.leg == "leakage":
-        each = sum(score["seconds"] for score in result["scores"] if not score.get("inherited"))
-        return float(max(0.0, took - each) + each * int(cell.settings["targets"]))
+        # an attack's time is that of the whole message, and stands beside each of its texts
+        attacks = {score["attack"]: score["seconds"] for score in result["scores"] if not score.get("inherited")}
+        each = sum(attacks.values())
+        moments = len(cell.settings["observe"]) if cell.settings["at"] == "rounds" else 1
+        return float(max(0.0, took - each) + each * int(cell.settings["targets"]) * moments)
     if cell.leg == "utility":
         trained, steps = float(result["train_seconds"]), max(1, int(result["steps"]))
         return max(0.0, took - trained) + trained / steps * _steps(cell)

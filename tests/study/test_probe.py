@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dpguard.study.executor import Limits
@@ -26,9 +28,16 @@ def test_a_probe_is_the_cell_made_short(kit):
 
 def test_what_grows_is_scaled_up(kit):
     attack = one(kit, "leakage")
-    scores = [{"seconds": 2.0, "inherited": False}, {"seconds": 9.0, "inherited": True}]
+    scores = [
+        {"attack": "span", "seconds": 2.0, "inherited": False},
+        {"attack": "match", "seconds": 9.0, "inherited": True},
+    ]
     record = Record(short(attack), "done", result={"scores": scores}, provenance={"seconds": 5.0})
     assert whole(attack, record) == 3.0 + 3 * 2.0
+    # three texts in a message, and each message at three rounds
+    rounds = replace(attack, settings={**attack.settings, "at": "rounds", "observe": [1, 15, 30], "batch_size": 3})
+    record = replace(record, result={"scores": [{**score, "target": text} for text in range(3) for score in scores]})
+    assert whole(rounds, record) == 3.0 + 3 * 3 * 2.0
     training = one(kit, "utility")
     result = {"train_seconds": 0.6, "steps": 3}
     record = Record(short(training), "done", result=result, provenance={"seconds": 1.0})
