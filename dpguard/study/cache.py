@@ -20,6 +20,8 @@ from dpguard.study.record import canonical
 FOLDER = "cache"
 GIGABYTES = 4.0
 """Room that a study's cache may take when nothing else is said."""
+TENSORS = ".safetensors"
+"""Suffix of entries that hold tensors."""
 _LOCKS = "locks"
 _SHARE = 0.5  # of the room that one entry may take: a larger one would push out everything else for one use
 
@@ -92,9 +94,8 @@ class Cache:
         """
         if self.room <= 0:
             return make()
-        digest = hashlib.sha256(canonical(dict(key)).encode()).hexdigest()[:20]
-        path = self.folder / f"{key.get('what', 'entry')}-{digest}{suffix}"
-        with self._turn(digest):
+        path = self._path(key, suffix)
+        with self._turn(path.stem.rpartition("-")[2]):
             found = _read(path, read)
             if found is not None:
                 return found[0]
@@ -102,12 +103,24 @@ class Cache:
             self._keep(path, made, write)
             return made
 
+    def has(self, key: Mapping[str, Any], suffix: str) -> bool:
+        """Whether an entry is there; it may be gone, or turn out not to be whole, when it is read."""
+        return self.room > 0 and self._path(key, suffix).is_file()
+
+    def keeps(self, size: int) -> bool:
+        """Whether an entry of so many bytes is kept."""
+        return size <= self.room * _SHARE
+
+    def _path(self, key: Mapping[str, Any], suffix: str) -> Path:
+        digest = hashlib.sha256(canonical(dict(key)).encode()).hexdigest()[:20]
+        return self.folder / f"{key.get('what', 'entry')}-{digest}{suffix}"
+
     def _keep(self, path: Path, made: T, write: Callable[[Path, T], None]) -> None:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(part, made)
-            if part.exists() and part.stat().st_size <= self.room * _SHARE:
+            if part.exists() and self.keeps(part.stat().st_size):
                 part.replace(path)
                 self._make_room(path)
         except Exception as error:
@@ -169,6 +182,22 @@ class Cache:
                 entry.path.unlink()
                 freed += entry.bytes
         return freed
+
+
+def cache_of(context: Mapping[str, Any]) -> Cache:
+    """The cache of the study that a cell's context is of; one without room where there is no folder."""
+    room = context.get("cache_gigabytes", GIGABYTES) if "folder" in context else 0
+    return Cache(context.get("folder", ""), room)
+
+
+def weights_key(cell_id: str, moment: int | str = "end") -> dict[str, Any]:
+    """What weights are kept by: the utility cell that trained them, and when (``end``, or before a round)."""
+    return {"what": "weights", "cell": cell_id, "moment": moment}
+
+
+def weights_kept(context: Mapping[str, Any], cell_id: str) -> bool:
+    """Whether the weights that a utility cell of central training ended with are there."""
+    return cache_of(context).has(weights_key(cell_id), TENSORS)
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> tuple[T] | None:

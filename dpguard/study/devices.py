@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dpguard.errors import UserError
+from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 
 DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
@@ -16,9 +17,19 @@ _PATIENCE = 10.0  # seconds that nvidia-smi may take
 _NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 
 
-def takes_device(cell: Cell) -> bool:
-    """Whether a cell runs on a device where there is one: central training does; attacks and federations do not."""
-    return cell.leg == "utility" and "federation" not in cell.settings
+def takes_device(cell: Cell, kept: Callable[[str], bool] = lambda trained: True) -> bool:
+    """Whether a cell runs on a device where there is one.
+
+    Central training does, and an attack on its weights when they are gone, because it trains them again; guarantees,
+    all other attacks and federations do not.
+
+    Args:
+        cell: the cell.
+        kept: whether the weights that a utility cell ended with are there.
+    """
+    if "federation" in cell.settings:
+        return False
+    return cell.leg == "utility" or (NEEDS in cell.settings and not kept(cell.settings[NEEDS]))
 
 
 def _listed() -> str:

@@ -17,11 +17,12 @@ from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.policy.table import Plan, Policy
-from dpguard.study.cache import GIGABYTES, Cache
 from dpguard.study.record import Cell, TextRow
 
 Result = tuple[dict[str, Any], list[TextRow]]
 """Of a leg: the record's result, and true and recovered texts."""
+PROVENANCE = "provenance"
+"""Entry of a leg's result that goes into the record's provenance instead: no figure is made of it."""
 
 
 class SkippedError(Exception):
@@ -68,12 +69,6 @@ def refuse(plan: Plan, settings: Settings) -> None:
         views.check(plan, settings)
     except UserError as error:
         raise SkippedError(error.sentence) from None
-
-
-def cache_of(context: Mapping[str, Any]) -> Cache:
-    """The study's cache; one without room where there is no folder."""
-    room = context.get("cache_gigabytes", GIGABYTES) if "folder" in context else 0
-    return Cache(context.get("folder", ""), room)
 
 
 def device_of(context: Mapping[str, Any]) -> str:

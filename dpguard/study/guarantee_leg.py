@@ -19,7 +19,8 @@ from dpguard.measure import kappa
 from dpguard.policy.guarantee import Guarantee, plain_epsilon
 from dpguard.policy.table import Plan
 from dpguard.study import federated
-from dpguard.study.ground import Result, SkippedError, cache_of, corpus_for, plan_for, refuse
+from dpguard.study.cache import cache_of
+from dpguard.study.ground import Result, SkippedError, corpus_for, plan_for, refuse
 from dpguard.study.record import Cell, canonical
 
 KAPPAS = (1e-4, 0.01)

@@ -16,7 +16,7 @@ from dpguard.measure import defence, leakage
 from dpguard.measure.threat import Threat
 from dpguard.policy.table import Plan
 from dpguard.study import federated
-from dpguard.study.ground import Result, SkippedError, corpus_for, model_for, plan_for, refuse
+from dpguard.study.ground import PROVENANCE, Result, SkippedError, corpus_for, model_for, plan_for, refuse
 from dpguard.study.record import Cell, TextRow
 from dpguard.study.utility_leg import federation_weights, load_weights
 
@@ -31,8 +31,7 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
         raise SkippedError("the policy shares nothing, so there is no message to attack")
     if "federation" in given:
         return _federated_leakage(cell, context, model, plan, corpus)
-    if given["at"] in ("end", "tuned"):
-        load_weights(model, context, given["needs"], corpus)
+    again = load_weights(model, context, given["needs"], corpus) if given["at"] in ("end", "tuned") else ""
     threat = Threat.of(given["threat"])
     messages = leakage.pick_targets(
         corpus, targets=given["targets"], batch_size=given["batch_size"] * threat.clients, seed=cell.seed
@@ -47,7 +46,8 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
                 attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat,
             )
         )  # fmt: skip
-    return _attacked(cell, plan, leaks, effect)
+    result, rows = _attacked(cell, plan, leaks, effect)
+    return result | ({PROVENANCE: {"trained_again": again}} if again else {}), rows
 
 
 def _federated_leakage(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpguard.study import guarantee_leg, leakage_leg, utility_leg
-from dpguard.study.ground import Result, SkippedError, device_name, device_of
+from dpguard.study.ground import PROVENANCE, Result, SkippedError, device_name, device_of
 from dpguard.study.record import Cell, Record, TextRow
 
 LEGS: dict[str, Callable[[Cell, Mapping[str, Any]], Result]] = {
@@ -39,7 +39,8 @@ def execute(cell: Cell, context: Mapping[str, Any]) -> tuple[Record, list[TextRo
         result, rows, status, reason = {}, [], "skipped", str(skip)
     provenance = {
         "seconds": round(time.perf_counter() - started, 3),
-        "device": device_name(device_of(context)),
+        "device": device_name(device_of(context) if cell.leg == "utility" else "cpu"),
         "plan": context.get("plans", {}).get(cell.policy),
+        **result.pop(PROVENANCE, {}),
     }
     return Record(cell, status, reason, result, provenance), rows  # type: ignore[arg-type]

@@ -100,7 +100,8 @@ class Record:
         "bytes_per_round", "bytes", "epsilon" ({"max", "median"} over clients), "texts", "rounds" (by client)}
 
     ``provenance``: "versions" (name -> version), "git" ({"revision", "dirty", "of"} or None), "device", "started",
-    "seconds", "cpu_seconds", "peak_mb", "seed", "plan" (hash of the resolved policy); of a failed cell also "failure"
+    "seconds", "cpu_seconds", "peak_mb", "seed", "plan" (hash of the resolved policy), "trained_again" (of an attack
+    whose weights were gone: the device on which they were trained once more); of a failed cell also "failure"
     (`execution.FAILURES`), "traceback", "output". It never enters a figure or an id.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpguard.study.cache import Cache
+from dpguard.study.cache import TENSORS, Cache
 
 Tensors = dict[str, Tensor]
 
@@ -32,4 +32,4 @@ def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors]) ->
     def write(path: Path, made: Tensors) -> None:
         save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)
 
-    return cache.entry(key, ".safetensors", load_file, make, write)
+    return cache.entry(key, TENSORS, load_file, make, write)

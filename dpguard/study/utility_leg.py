@@ -14,7 +14,17 @@ from dpguard.inputs.texts import Corpus
 from dpguard.measure import utility
 from dpguard.policy.table import Plan
 from dpguard.study import federated
-from dpguard.study.ground import Result, SkippedError, cache_of, corpus_for, device_of, model_for, plan_for, refuse
+from dpguard.study.cache import cache_of, weights_key
+from dpguard.study.ground import (
+    Result,
+    SkippedError,
+    corpus_for,
+    device_name,
+    device_of,
+    model_for,
+    plan_for,
+    refuse,
+)
 from dpguard.study.record import Cell
 from dpguard.study.tensors import shared
 
@@ -78,11 +88,6 @@ def federation_weights(
     return shared(cache_of(context), _federation_key(cell_id, moment), make)
 
 
-def weights_key(cell_id: str, moment: int | str = "end") -> dict[str, Any]:
-    """What weights are kept by: the utility cell that trained them, and when (``end``, or before a round)."""
-    return {"what": "weights", "cell": cell_id, "moment": moment}
-
-
 def _federation_key(cell_id: str, moment: int | str) -> dict[str, Any]:
     """The same with what some clients have at home: layers, moments and what pruning left out."""
     return {**weights_key(cell_id, moment), "beside": "states"}
@@ -93,12 +98,23 @@ def _state(model: LoadedModel) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.module.named_parameters()}
 
 
-def load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, corpus: Corpus) -> None:
-    """Last weights of a utility cell, which it kept; trained again (same seed, same weights) if they are gone."""
+def load_weights(model: LoadedModel, context: Mapping[str, Any], cell_id: str, corpus: Corpus) -> str:
+    """Last weights of a utility cell, which it kept; trained again (same seed, same weights) if they are gone.
+
+    The model ends on the CPU.
+
+    Returns:
+        The device on which they were trained again, "" when they were kept.
+    """
+    again = ""
 
     def make() -> dict[str, Tensor]:
-        cell = Cell(**context["trained"][cell_id])
-        _train(cell, model, plan_for(cell, model), corpus, device_of(context))
+        nonlocal again
+        cell, device = Cell(**context["trained"][cell_id]), device_of(context)
+        _train(cell, model, plan_for(cell, model), corpus, device)
+        model.module.to("cpu")
+        again = device_name(device)
         return _state(model)
 
     model.module.load_state_dict(shared(cache_of(context), weights_key(cell_id), make), strict=False)
+    return again

@@ -24,6 +24,7 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study import forked, processes
+from dpguard.study.cache import weights_kept
 from dpguard.study.devices import takes_device
 from dpguard.study.execution import failed
 from dpguard.study.executor import Answer, Limits
@@ -83,12 +84,18 @@ class Workers:
 
     def takes(self, cell: Cell) -> bool:
         """Whether its device is free; see `Executor.takes`."""
-        return bool(self._free) or not self._devices or not takes_device(cell)
+        return bool(self._free) or not self._wants_device(cell)
 
     def start(self, cell: Cell) -> None:
         """Begin a cell; see `Executor.start`."""
-        device = None if not self._devices else self._free.pop(0) if takes_device(cell) else ""
+        device = None if not self._devices else ""
+        # weights that were there when it was asked for may be gone now: then it trains without, and says so
+        if self._wants_device(cell) and (self._free or takes_device(cell)):
+            device = self._free.pop(0)
         self._running[cell.id] = Worker(cell, self.execute, self.context, Setting(self.threads, device))
+
+    def _wants_device(self, cell: Cell) -> bool:
+        return bool(self._devices) and takes_device(cell, lambda trained: weights_kept(self.context, trained))
 
     def wait(self, wake: int, timeout: float | None = None) -> list[Answer]:
         """Answers of the cells that have ended; see `Executor.wait`."""

@@ -2,19 +2,27 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dpguard.cli.planning import plan_study, unkept
+from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.inputs import models, texts
 from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import slots
 from dpguard.measure import utility
+from dpguard.policy.layers import Slot
 from dpguard.policy.table import Policy
-from dpguard.study import devices, ground
-from dpguard.study.record import Cell
+from dpguard.study import devices, ground, legs
+from dpguard.study.cache import TENSORS, Cache, weights_key
+from dpguard.study.record import Cell, untimed
 from dpguard.study.runner import run
+from dpguard.study.spec import Study
 from dpguard.study.store import Store
 
 LISTED = "GPU 0: NVIDIA A100 (UUID: GPU-a)\n  MIG 1g.5gb Device 0: (UUID: MIG-b)\nGPU 1: NVIDIA A100 (UUID: GPU-c)\n"
@@ -50,7 +58,7 @@ def test_what_names_no_device(asked):
         devices.chosen(asked, {})
 
 
-def test_central_training_alone_takes_a_device():
+def test_central_training_alone_takes_a_device_and_what_has_to_do_it_again():
     def cell(leg, **settings):
         return Cell(leg, "none", [], {}, {}, settings)
 
@@ -58,14 +66,71 @@ def test_central_training_alone_takes_a_device():
     assert not devices.takes_device(cell("utility", federation={}))
     assert not devices.takes_device(cell("leakage"))
     assert not devices.takes_device(cell("guarantee"))
+    for kept in (True, False):
+        attack, rounds = cell("leakage", needs="a"), cell("leakage", needs="a", federation={})
+        assert devices.takes_device(attack, lambda trained, kept=kept: kept and trained == "a") != kept
+        assert not devices.takes_device(rounds, lambda trained: False)
 
 
 def test_a_run_gives_devices_to_its_training_cells(kit, tmp_path):
-    cells = kit.cells()[:9]
+    cells = kit.cells(kit.text.replace("[start, end]", "start"))[:9]
     run(kit.study(), tmp_path, cells, execute=kit.execute, context={"script": {}}, devices=["5"], workers=2, quiet=True)
-    with Store.open(tmp_path) as store:
-        seen = {record.cell.leg: record.result["device"] for record in store.records()}
-    assert seen == {"guarantee": "", "leakage": "", "utility": "5"}
+    assert _devices(tmp_path) == {"guarantee": {""}, "leakage": {""}, "utility": {"5"}}
+
+
+def _devices(folder):
+    seen = defaultdict(set)
+    with Store.open(folder) as store:
+        for record in store.records():
+            seen[record.cell.leg].add(record.result["device"])
+    return seen
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_attack_whose_weights_are_gone_has_a_device_to_train_them_on(kit, tmp_path, kept):
+    found = kit.cells(kit.text.replace("[start, end]", "end"))
+    cells = [cell for cell in found if cell.policy == "none" and cell.leg != "guarantee" and cell.seed == 0]
+    if kept:
+        for cell in cells:
+            key = weights_key(cell.id)
+            Cache(tmp_path).entry(key, TENSORS, Path.read_bytes, lambda: b"w", Path.write_bytes)
+    context = {"script": {}, "folder": str(tmp_path)}
+    run(kit.study(), tmp_path, cells, execute=kit.execute, context=context, devices=["5"], workers=2, quiet=True)
+    assert _devices(tmp_path) == {"leakage": {"" if kept else "5"}, "utility": {"5"}}
+
+
+STUDY = """\
+name: again
+model: demo
+data: demo
+policies: {none: }
+leakage: {panel: demo, targets: 1, at: end, attacks: [prior]}
+utility: {epochs: 1, batch_size: 32, train_examples: 64}
+privacy: {delta: 1.0e-3}
+"""
+
+
+def test_an_attack_that_trained_again_says_so_and_gives_the_same_record(tmp_path):
+    planned = plan_study(Study.read(Document.parse(STUDY, "study.yaml")), tmp_path)
+    [trained] = [cell for cell in planned.cells if cell.leg == "utility"]
+    [attack] = [cell for cell in planned.cells if cell.leg == "leakage"]
+    gone, _ = legs.execute(attack, {**planned.context, "cache_gigabytes": 0})
+    legs.execute(trained, planned.context)
+    there, _ = legs.execute(attack, planned.context)
+    assert gone.provenance["trained_again"] == gone.provenance["device"] == "cpu"
+    assert "trained_again" not in there.provenance
+    assert untimed(gone.result) == untimed(there.result)
+
+
+def test_weights_that_are_too_large_to_be_kept_are_told():
+    study = Study.read(Document.parse(STUDY, "study.yaml"))
+    shape = (1000, 1_000_000)
+    ground = SimpleNamespace(slots=[Slot("w", shape, "head"), Slot("v", shape, "head", None, "w")])
+    told = "cache.gigabytes is 4: trained weights (4 GB) are kept up to half of it"
+    assert unkept(study, ground).startswith(told)
+    assert unkept(study, SimpleNamespace(slots=ground.slots[1:])) == ""
+    assert unkept(Study.read(Document.parse(STUDY.replace("at: end", "at: start"), "study.yaml")), ground) == ""
+    assert unkept(Study.read(Document.parse(STUDY + "cache: {gigabytes: 9}\n", "study.yaml")), ground) == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
