@@ -155,7 +155,7 @@ def _ledgers(plan: Plan, settings: Settings, parts: Parts, taken: Sequence[int],
     for client, count in enumerate(taken):
         ledger = Ledger(f"client {client}", plan.hash, delta)
         if count:
-            ledger.spend(views.mechanism(plan, settings, len(parts[client])), ("rounds", 1), count=count * each)
+            ledger.spend(views.mechanism(plan, settings, len(parts[client]), count), ("rounds", 1), count=count * each)
         out.append(ledger)
     return tuple(out)
 

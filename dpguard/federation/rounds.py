@@ -16,7 +16,7 @@ from dpguard.engine.update import Update
 from dpguard.federation import bytes as wire_bytes
 from dpguard.federation import views
 from dpguard.federation.server import ServerState, server_step
-from dpguard.federation.settings import Settings, who_takes_part
+from dpguard.federation.settings import Settings, rounds_of, who_takes_part
 from dpguard.federation.split import Parts
 from dpguard.federation.turn import one_client_round
 from dpguard.inputs.texts import Example
@@ -91,7 +91,7 @@ def run(
     views.check(plan, settings)
     started = time.perf_counter()
     own = views.message_plan(plan, settings)
-    books = _Books(plan, settings, parts, delta)
+    books = _Books(plan, settings, parts, delta, rounds_of(settings, seed))
     states = tuple(LocalState() for _ in range(settings.clients))
     texts = [[train[i] for i in part] for part in parts]
     sent, memory = [], ServerState()
@@ -124,8 +124,10 @@ def run(
 class _Books:
     """Every client's ledger, entered before its messages are made."""
 
-    def __init__(self, plan: Plan, settings: Settings, parts: Parts, delta: float) -> None:
-        self._mechanisms = [views.mechanism(plan, settings, len(part)) for part in parts]
+    def __init__(self, plan: Plan, settings: Settings, parts: Parts, delta: float, planned: Sequence[int]) -> None:
+        self._mechanisms = [
+            views.mechanism(plan, settings, len(part), taken) for part, taken in zip(parts, planned, strict=True)
+        ]
         self._messages = views.messages_a_round(plan, settings)
         self.ledgers = tuple(Ledger(f"client {k}", plan.hash, delta) for k in range(settings.clients))
         self.taken = [0] * settings.clients

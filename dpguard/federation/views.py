@@ -24,8 +24,9 @@ from dpguard.errors import UserError
 from dpguard.federation.personal import frozen_at_home
 from dpguard.federation.settings import Settings, rounds_of
 from dpguard.federation.turn import sampling_rate
-from dpguard.policy.guarantee import Guarantee
+from dpguard.policy.guarantee import Guarantee, sigma_eff
 from dpguard.policy.ledger import Mechanism
+from dpguard.policy.reasons import why_infinite
 from dpguard.policy.statement import View
 from dpguard.policy.table import Plan, Rule
 
@@ -97,9 +98,17 @@ def messages_a_round(plan: Plan, settings: Settings) -> int:
     return 1 if plan.unit == "update" else settings.local_steps
 
 
-def mechanism(plan: Plan, settings: Settings, examples: int) -> Mechanism:
-    """What a client's ledger counts, for a client of so many texts."""
-    return Mechanism.of(claim_plan(plan, settings), sampling_rate=sampling_rate(settings.batch_size, examples))
+def mechanism(plan: Plan, settings: Settings, examples: int, rounds: int) -> Mechanism:
+    """What a client's ledger counts, for a client of so many texts that takes part in so many rounds in all.
+
+    Where that comes to one message there is no later one that layers trained at home could feed.
+    """
+    counted = claim_plan(plan, settings)
+    found = Mechanism.of(counted, sampling_rate=sampling_rate(settings.batch_size, examples))
+    if rounds * messages_a_round(plan, settings) > 1:
+        return found
+    reasons = why_infinite(counted, 1)
+    return replace(found, sigma_eff=0.0 if reasons else sigma_eff(counted, 1), reasons=reasons)
 
 
 @dataclass(frozen=True)

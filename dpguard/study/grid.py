@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpguard.errors import UserError
+from dpguard.federation.settings import Settings
 from dpguard.study.record import Cell, Leg
 from dpguard.study.schedule import training
 from dpguard.study.sections import CEILING
@@ -71,9 +72,10 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
 
 def _check_targets(study: Study, texts: int) -> None:
     """Messages hold different texts: intervals take them for independent."""
-    if study.leakage is None or study.federation is not None:
+    if study.leakage is None:
         return
-    each, seeds = study.leakage.batch_size * study.leakage.threat.clients, len(study.leakage.seeds)
+    each = study.leakage.batch_size * max(_clients_a_message(study, named) for named in study.policies)
+    seeds = len(study.leakage.seeds)
     if study.leakage.targets * each * seeds > texts:
         more = f" at each of {seeds} seeds" if seeds > 1 else ""
         one = "1 text" if each == 1 else f"{each} texts"
@@ -82,6 +84,14 @@ def _check_targets(study: Study, texts: int) -> None:
             f"texts, expected at most {texts // (each * seeds)}",
             loc=("leakage", "targets"),
         )
+
+
+def _clients_a_message(study: Study, named: Named) -> int:
+    """How many clients' texts are in what the server sees at once."""
+    found = study.federation_of(named)
+    if found is not None:
+        return Settings.of(found.model_dump()).summed
+    return 1 if study.leakage is None else study.leakage.threat.clients
 
 
 def _distinct(study: Study, planned: list[Cell]) -> list[Cell]:

@@ -79,6 +79,16 @@ def test_frozen_layers_do_not_move_and_make_the_claim_finite():
     assert "withheld layers train without noise" in told.statement
 
 
+@pytest.mark.parametrize("more", [{}, {"local_steps": 2}, {"rounds": 2}])
+@pytest.mark.parametrize("head", [{"noise": 0}, {"noise": 0.1}])
+def test_layers_at_home_feed_no_message_of_a_client_that_sends_one(head, more):
+    rows = [{"layers": "all", "clip": 0.5, "noise": 1.0}, {"layers": "head", "share": False, **head}]
+    _model, plan, settings, run = small.run(rows, **{"clients": 2, "rounds": 1, **more})
+    told = views.promise(plan, settings, [12] * 2, seeds=[0], delta=1e-5)
+    assert max(run.epsilons()) == pytest.approx(told.guarantee.epsilon)
+    assert (max(run.epsilons()) < math.inf) == (not more or head["noise"] > 0)
+
+
 def test_a_withheld_layer_goes_on_from_where_it_was():
     made = small.model()
     plan = small.plan([{"layers": "all", "clip": 0.5}, {"layers": "head", "share": False}], made)

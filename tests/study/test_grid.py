@@ -198,3 +198,22 @@ def test_more_targets_than_texts_is_refused_before_anything_runs(kit):
     kit.cells(re.sub(r"targets: \d+", f"targets: {most}", kit.text))
     with pytest.raises(UserError, match=rf"leakage.targets: {most + 1} messages of .* expected at most {most}$"):
         kit.cells(re.sub(r"targets: \d+", f"targets: {most + 1}", kit.text))
+
+
+@pytest.mark.parametrize(
+    ("federation", "own", "each"),
+    [
+        ("{clients: 9, per_round: 4, rounds: 3}", "", 2),
+        ("{clients: 9, per_round: 4, rounds: 3, view: aggregate}", "", 8),
+        ("{clients: 9, per_round: 4, rounds: 3}", ", federation: {view: aggregate, per_round: 5}", 10),
+    ],
+)
+def test_a_mean_holds_the_texts_of_all_its_clients(kit, federation, own, each):
+    text = re.sub(r"utility:.*", f"federation: {federation}", kit.text).replace(
+        "noise: $noise}]", f"noise: $noise}}]{own}"
+    )
+    text = text.replace("at: [start, end], seeds: [0, 1]", "batch_size: 2, seeds: [0, 1]")
+    most = kit.data["train"] // (2 * each)
+    kit.cells(text.replace("targets: 3", f"targets: {most}"))
+    with pytest.raises(UserError, match=rf"{most + 1} messages of {each} texts at each of 2 seeds .* at most {most}$"):
+        kit.cells(text.replace("targets: 3", f"targets: {most + 1}"))
