@@ -102,6 +102,15 @@ def unkept(study: Study, ground: Ground) -> str:
     )
 
 
+def overlap(ground: Ground) -> str:
+    """A sentence when held-out texts are trained on, else ""."""
+    seen, held = ground.corpus.seen, len(ground.corpus.test)
+    if not seen:
+        return ""
+    what = "1 is a training text" if seen == 1 else f"{seen} are training texts"
+    return f"of the {held:,} held-out texts {what} as well: utility is judged on {'it' if seen == 1 else 'them'} too"
+
+
 def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
     """As `plan_study`, with model and texts in hand.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpguard.cli import searching
 from dpguard.cli.console import console
 from dpguard.cli.estimating import print_estimate
-from dpguard.cli.planning import Ground, Planned, plan_on, read_ground, unkept
+from dpguard.cli.planning import Ground, Planned, overlap, plan_on, read_ground, unkept
 from dpguard.cli.rehearsing import print_plan
 from dpguard.cli.reporting import render_report
 from dpguard.cli.watching import best_point
@@ -106,7 +106,7 @@ def run_study(path: Path, asked: Asked) -> int:
         _make_ready(folder, asked)
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         ground = read_ground(study)
-    if warning := unkept(study, ground):
+    for warning in filter(None, (unkept(study, ground), overlap(ground))):
         print(warning, file=sys.stderr)
     if asked.only:
         study = chosen(study, asked.only)

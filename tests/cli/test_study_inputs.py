@@ -74,3 +74,12 @@ def test_where_the_texts_lie_is_no_part_of_a_cell(home, tmp_path, monkeypatch):
         assert cells[0].data["name"] == "texts.jsonl"
         ids.append([cell.id for cell in cells])
     assert ids[0] == ids[1]
+
+
+def test_held_out_texts_that_are_trained_on_are_told(home, told, tmp_path):
+    first = (home / "texts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(first[:2]) + '{"text": "w9 w8 w7", "label": 1}\n')
+    path = write_study(home, tmp_path, ("policies:", f"  test: {tmp_path / 'test.jsonl'}\npolicies:"))
+    status, _out, err = told("run", path, "--out", tmp_path / "out", "--dry-run")
+    assert status == 0
+    assert "of the 3 held-out texts 2 are training texts as well" in err
