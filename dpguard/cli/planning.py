@@ -122,8 +122,7 @@ def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = Fals
     study = calibrated(study, ground.slots, ground.data_id, _kept(folder, 0 if epsilons else study.cache.gigabytes))
     plans = study.plans(ground.slots)
     cells = study.cells(ground.model_id, ground.data_id, _panel(study))
-    with study.locating("federation"):
-        guarantee_leg.check_split(cells, ground.corpus)
+    _check_splits(study, cells, ground.corpus)
     needed = {c.settings[NEEDS] for c in cells if NEEDS in c.settings}
     context = {
         "model": study.model,
@@ -158,6 +157,18 @@ def _panel(study: Study) -> dict[str, Any] | None:
         for one in asked or ():
             attack(one)
     return {"name": name, "hash": digest, "attacks": in_order(name, asked)}
+
+
+def _check_splits(study: Study, cells: Sequence[Cell], corpus: Any) -> None:
+    """A split that the texts do not allow is the study's mistake, or that of a policy with a federation of its own."""
+    from dpguard.study.guarantee_leg import check_split
+
+    own = {named.label: named for named in study.policies if named.federation}
+    with study.locating("federation"):
+        check_split([cell for cell in cells if cell.policy not in own], corpus)
+    for label, named in own.items():
+        with named.document.locating(*named.loc, "federation"):
+            check_split([cell for cell in cells if cell.policy == label], corpus)
 
 
 @contextmanager

@@ -62,6 +62,8 @@ def print_status(folder: Path, *, as_json: bool) -> None:
         statuses = store.statuses()
         failed = store.failed()
         holder, journal = in_use(folder), Journal.read(folder)
+        if holder and journal and not holder.startswith(f"process {journal.pid} on {journal.host} "):
+            journal = None  # of an earlier run: the one that holds the folder has not said a word yet
         best = journal.best if holder and journal else best_point(store)
     counts = Counter(statuses.get(cell.id, "left") for cell in planned)
     running = journal.running if holder and journal else ()

@@ -96,6 +96,11 @@ def test_more_clients_than_texts_and_columns_that_are_not_there(tmp_path):
     many = study(tmp_path, "federation: {clients: 9, per_round: 2, rounds: 3}\nutility: {train_examples: 8}\n")
     with pytest.raises(UserError, match=r"s\.yaml:5:23: federation\.clients: 9 is more than the 8 training texts"):
         plan_study(many, tmp_path)
+    text = HEAD.replace("{dp-sgd: }", "{dp: own.yaml}") + FED.replace("clients: 4", "clients: 3")
+    (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "own.yaml").write_text("rows: [{layers: all, clip: 1.0, noise: 1.0}]\nfederation: {clients: 9999}\n")
+    with pytest.raises(UserError, match=r"own\.yaml:2:23: federation\..*9999"):
+        plan_study(Study.load(tmp_path / "s.yaml"), tmp_path)
     column = study(tmp_path, "federation: {clients: 2, per_round: 2, rounds: 3, split: column(hospitl)}\n")
     with pytest.raises(UserError, match=r"no column 'hospitl'.*\(asked for by federation\.split\)"):
         plan_study(column, tmp_path)

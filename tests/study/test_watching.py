@@ -82,7 +82,12 @@ def test_a_cell_that_is_stored_and_still_named_as_running_is_left_once(kit, tmp_
         store.put(Record(cells[0], "done"))
         Journal(running=tuple(Running(c.id, "words", 0.0) for c in cells[:2])).write(tmp_path)
         print_status(tmp_path, as_json=True)
-    assert json.loads(capsys.readouterr().out)["left"] == len(cells) - 2
+        told = json.loads(capsys.readouterr().out)
+        assert (told["left"], len(told["running"])) == (len(cells) - 2, 2)
+        Journal(pid=1, running=tuple(Running(c.id, "a ghost", 0.0) for c in cells), remaining=9.0).write(tmp_path)
+        print_status(tmp_path, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["left"], told["running"], told["remaining_seconds"]) == (len(cells) - 1, [], None)
 
 
 def test_show_prints_json_whatever_fits(kit, tmp_path, capsys):
