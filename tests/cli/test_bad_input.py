@@ -85,7 +85,7 @@ def test_a_file_that_is_no_study(told, tmp_path, text, said):
     [
         ([], "has no rows"),
         ([{"text": "a", "label": "good"}] * 9, "texts.jsonl:1: label is 'good'; expected a class index"),
-        ([{"text": "help " * 60, "label": 1}] * 9, "does not fit the model's 48 positions"),
+        ([{"text": "help " * (60 + i), "label": 1} for i in range(9)], "does not fit the model's 48 positions"),
         ([{"text": "", "label": 1}] * 9, "expected a text"),
     ],
 )
