@@ -103,9 +103,13 @@ def run(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dpg") as place:
         folder = Path(place)
-        _write(folder, model, train, parts, plan, settings, labels=labels, seed=seed, delta=delta, keep=keep)
+        _write_app(folder)
+
+        def prepare() -> None:
+            _write(folder, model, train, parts, plan, settings, labels=labels, seed=seed, delta=delta, keep=keep)
+
         simulate(
-            folder / "app", nodes=settings.clients, cpus=cpus, say=say, scratch=[folder],
+            folder / "app", nodes=settings.clients, cpus=cpus, say=say, scratch=[folder], prepare=prepare,
             settings=[f"folder={json.dumps(str(folder))}", "state=\"\""],
         )  # fmt: skip
         if not (folder / RESULT).is_file():
@@ -124,6 +128,13 @@ def run(
     )  # fmt: skip
 
 
+def _write_app(folder: Path) -> None:
+    for file, text in APP.items():
+        path = folder / "app" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+
+
 def _write(
     folder: Path,
     model: LoadedModel,
@@ -133,11 +144,7 @@ def _write(
     settings: Settings,
     **more: Any,
 ) -> None:
-    """The app, and what its processes need to know; nothing of it outlives the run."""
-    for file, text in APP.items():
-        path = folder / "app" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+    """What the app's processes need to know, texts among it; nothing of it outlives the run."""
     (folder / "state").mkdir()
     place = Path(model.name).expanduser()
     name = str(place.resolve()) if place.is_dir() else model.name  # another process has another working folder

@@ -42,6 +42,7 @@ def simulate(
     settings: Sequence[str] = (),
     cpus: int = 1,
     scratch: Sequence[Path] = (),
+    prepare: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Run a Flower app on Flower's simulation engine.
@@ -52,6 +53,7 @@ def simulate(
         settings: ``name=value`` in TOML, of the app's configuration. ``state`` is set to ``APP/state`` unless given.
         cpus: processor cores for the clients together.
         scratch: folders that nobody needs once this process is gone; they are removed should it be killed.
+        prepare: writes into them what nobody else may find: called once their removal is certain.
         say: called with every line that the app logs.
 
     Raises:
@@ -61,6 +63,7 @@ def simulate(
     if not any(setting.startswith("state=") for setting in given):
         given.append(f"state={json.dumps(str(app / 'state'))}")
     with tempfile.TemporaryDirectory(prefix="dpg") as home, _superlink(Path(home), scratch) as environment:
+        prepare()
         resources = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={cpus}"
         _run(app, environment, given, say, ["--federation-config", resources])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -44,6 +46,28 @@ def test_a_superlink_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch)
         simulate(tmp_path, nodes=2)
     with pytest.raises(UserError, match="no Flower app"):
         simulate(tmp_path / "nowhere", nodes=2)
+
+
+def test_texts_are_written_once_their_removal_is_certain(tmp_path, monkeypatch):
+    made, order = home(tmp_path), []
+
+    @contextlib.contextmanager
+    def superlink(place, scratch):
+        order.append(("kept", any((folder / flower.SPEC).exists() for folder in scratch)))
+        yield {}
+
+    def run(app, *_arguments):
+        order.append(("run", TEXTS[0].text in (app.parent / flower.SPEC).read_text()))
+        raise UserError("enough")
+
+    monkeypatch.setattr("dpguard.federation.superlink.installed", lambda: True)
+    monkeypatch.setattr("dpguard.federation.superlink._superlink", superlink)
+    monkeypatch.setattr("dpguard.federation.superlink._run", run)
+    settings = Settings(clients=3, per_round=2, rounds=1)
+    plan = Policy([{"layers": "all", "clip": 1.0}]).plan(slots(made.module))
+    with pytest.raises(UserError, match="enough"):
+        flower.run(made, TEXTS, split(TEXTS, (), settings)[0], plan, settings, labels=2, seed=0)
+    assert order == [("kept", False), ("run", True)]
 
 
 @pytest.mark.slow
