@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,26 +71,48 @@ def is_keeper(pid: int) -> bool:
     return False
 
 
-def end_marked(mark: str) -> None:
-    """End the processes that carry a mark: by process id, asked first."""
+def end_marked(mark: str, sessions: Collection[int] = ()) -> None:
+    """End the processes that carry a mark and those of their sessions: by process id, asked first.
+
+    Args:
+        mark: see `MARK`.
+        sessions: further ones, see `led`.
+    """
+    sessions = {*sessions, *led(mark)}
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        left = marked(mark)
+        left = marked(mark, sessions)
         for process in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, sent)
         deadline = time.monotonic() + STOP_SECONDS
-        while left and marked(mark) and time.monotonic() < deadline:
+        while left and marked(mark, sessions) and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
-def marked(mark: str) -> list[int]:
-    """Processes that were started with a mark, but this one; empty where /proc does not tell."""
+def led(mark: str) -> set[int]:
+    """The sessions that marked processes lead. Ray's agents lie in one, and write their title over their mark."""
+    found = marked(mark)
+    return {process for process in found if _session(process) == process}
+
+
+def _session(pid: int) -> int:
+    """The session of a process, 0 of one that has ended."""
+    with contextlib.suppress(OSError, ValueError):
+        state, _parent, _group, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+        return 0 if state == "Z" else int(session)
+    return 0
+
+
+def marked(mark: str, sessions: Collection[int] = ()) -> list[int]:
+    """Processes that were started with a mark or are in one of the sessions, but this one; empty without /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"{MARK}={mark}".encode() in variables and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
+            pid = int(entry.name)
+            known = f"{MARK}={mark}".encode() in variables or _session(pid) in sessions
+            if known and pid != os.getpid():
+                found.append(pid)
     return found
 
 
@@ -115,12 +137,14 @@ def main(given: Sequence[str]) -> int:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
+    mark = os.environ.get(MARK, "?")
+    sessions = led(mark)  # before their leaders end
     for ask in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(server.pid, ask)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(STOP_SECONDS)
-    end_marked(os.environ.get(MARK, "?"))
+    end_marked(mark, sessions)
 
 
 def _leave(_signal: int, _frame: object) -> NoReturn:

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 SERVER = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-print("up", flush=True)
+# a leader of a session of its own, and below it what no longer shows its mark, as Ray's agents do
+below = "import subprocess as s, time; print('up', s.Popen(['sleep', '600'], env={}).pid, flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", below], start_new_session=True)
 time.sleep(600)
 """
 OWNER = """
@@ -55,6 +56,11 @@ def until(true, seconds=60.0):
     return true()
 
 
+def unmarked_is_gone(home):
+    pid = (home / "log").read_text().split()[1]
+    return until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text())
+
+
 def start(home, mark):
     environment = {**os.environ, keeper.MARK: mark}
     link = keeper.start(
@@ -75,6 +81,7 @@ def test_an_orderly_stop_leaves_no_process_and_the_owners_folders(home):
     link = start(home, "keeper-test-1")
     keeper.stop(link, "keeper-test-1")
     assert keeper.marked("keeper-test-1") == []
+    assert unmarked_is_gone(home)
     assert (home / "texts").is_dir()
 
 
@@ -91,6 +98,7 @@ def test_an_owner_that_ends_by_force_leaves_no_process_and_no_texts(home, how):
         owner.wait(60)
     assert until(lambda: not keeper.marked(mark))
     assert until(lambda: not (home / "texts").exists())
+    assert unmarked_is_gone(home)
 
 
 def test_a_keeper_that_is_killed_is_swept_up_by_its_owner(home):
@@ -98,6 +106,7 @@ def test_a_keeper_that_is_killed_is_swept_up_by_its_owner(home):
     link.kill()
     keeper.stop(link, "keeper-test-3")
     assert keeper.marked("keeper-test-3") == []
+    assert unmarked_is_gone(home)
 
 
 def test_a_server_that_ends_by_itself_ends_the_keeper_with_its_status(home):
