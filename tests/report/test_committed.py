@@ -89,6 +89,7 @@ def test_none_of_the_ten_texts_is_read_through_noise_in_the_records():
     scores = pd.read_parquet(ROOT / "reports/does-dp-protect-rotten_tomatoes/scores.parquet")
     exact = scores[scores.metric == "exact_match"].groupby(["policy", "attack"]).value.agg(["sum", "count"])
     best = exact.groupby("policy").max()
-    assert set(best.index) == {"none", "paper noise=0.01", "paper noise=0.5", "dp epsilon=1", "dp epsilon=8"}
+    noises, epsilons = (0.01, 0.1, 0.5), (1, 3, 8, 20)
+    assert set(best.index) == {"none", *(f"paper noise={n}" for n in noises), *(f"dp epsilon={e}" for e in epsilons)}
     assert (best["count"] == 10).all()
     assert best["sum"].to_dict() == {policy: 10.0 * (policy == "none") for policy in best.index}
