@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dpguard.report.board import CONTROL, Frontier, Row
-from dpguard.report.choice import Caps, Case, after, choose, epsilon_up, fitting, misses, rounded_down, rounded_up
+from dpguard.report.choice import (
+    TIE_DIGITS,
+    Caps,
+    Case,
+    after,
+    choose,
+    epsilon_up,
+    fitting,
+    misses,
+    rounded_down,
+    rounded_up,
+)
 from dpguard.report.text import at_name, count, metric_name, number, visible
 from dpguard.report.text import epsilon as show_epsilon
 
@@ -263,7 +274,7 @@ def none_qualifies(cases: Sequence[Case], caps: Caps, metric: str) -> str:
     start = f"None qualifies: no policy keeps {', '.join(caps.words())}, at the bad end of the intervals."
     if not cases:
         return f"{start} No policy was measured in full."
-    near = min(cases, key=lambda c: (len(misses(c, caps)), sum(misses(c, caps).values()), *c.simplicity, c.policy))
+    near = min(cases, key=lambda c: _farness(c, caps))
     beyond = misses(near, caps)
     told = {
         "leakage": f"leakage of up to {number(near.leakage, 3)} ({number(beyond.get('leakage'), 3)} too much)",
@@ -272,14 +283,28 @@ def none_qualifies(cases: Sequence[Case], caps: Caps, metric: str) -> str:
         "epsilon": f"epsilon of {show_epsilon(near.epsilon)}",
     }
     missed = " and ".join(f"its {told[name]}" for name in beyond)
-    return f"{start} The nearest miss is {called(near.policy)}, for {missed}."
+    return f"{start} The nearest miss is {called(near.policy)}, for {missed}.{_too_few(near, beyond, caps)}"
+
+
+def _farness(case: Case, caps: Caps) -> tuple[float | str, ...]:
+    """How far a case is from keeping the caps; of those as far as each other the one of highest utility comes first."""
+    beyond = misses(case, caps)
+    return len(beyond), round(sum(beyond.values()), TIE_DIGITS), -case.utility, *case.simplicity, case.policy
+
+
+def _too_few(case: Case, beyond: Mapping[str, float], caps: Caps) -> str:
+    """That the number of targets is what misses the cap, where the mean keeps it."""
+    found = case.row.leakage
+    if "leakage" not in beyond or found is None or caps.max_leakage is None or found.value > caps.max_leakage:
+        return ""
+    return f" Its mean is {number(found.value, 3)} on {count(found.n, 'target')}: more of them narrow the interval."
 
 
 def what_would_admit(cases: Sequence[Case], caps: Caps) -> list[str]:
     """For each cap, the least relaxing of it alone under which some policy qualifies."""
     told: dict[str, str] = {}
-    for name, _, case, value in _relaxed(cases, caps):
+    for name, relaxed, _, value in _relaxed(cases, caps):
         shown = show_epsilon(value) if name == "epsilon" else number(value, 3)
-        least = "at least" if name == "utility" else "at most"
-        told.setdefault(name, f"With {name} {least} {shown}, {called(case.policy)} would qualify.")
+        least, best = "at least" if name == "utility" else "at most", choose(fitting(cases, relaxed), relaxed)
+        told.setdefault(name, f"With {name} {least} {shown}, {called(best.policy)} would be chosen.")
     return list(told.values())

@@ -197,7 +197,17 @@ def test_nearest_miss_is_in_words():
     assert "its leakage of up to 0.340 (0.040 too much) and its accuracy of only 0.600 (0.350 too" in both.sentence
     assert both.sentence.endswith("and its epsilon of 30.")
     assert both.sensitivity == ()
-    assert got.sensitivity == ("With leakage at most 0.340, near would qualify.",)
+    assert got.sensitivity == ("With leakage at most 0.340, near would be chosen.",)
+
+
+def test_of_equally_near_misses_the_most_useful_is_named():
+    """All leak what a guess does, and 0.43 is what ten targets allow: the one that learned nothing was named."""
+    rows = [policy(f"dp {k}", 0.43, worth, float(k)) for k, worth in ((1, 0.5), (8, 0.75), (20, 0.78))]
+    got = recommend(board(*rows), max_leakage=0.3, max_epsilon=8)
+    assert "The nearest miss is dp 8, for its leakage of up to 0.430 (0.130 too much)." in got.sentence
+    assert got.sensitivity == ("With leakage at most 0.430, dp 8 would be chosen.",)
+    few = recommend(board(replace(rows[1], leakage=Interval(0.18, 0.12, 0.43, 10))), max_leakage=0.3, max_epsilon=8)
+    assert few.sentence.endswith(" Its mean is 0.180 on 10 targets: more of them narrow the interval.")
 
 
 def test_without_caps_there_is_only_the_frontier():
