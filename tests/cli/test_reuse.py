@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dpguard.study.record import untimed
 from dpguard.study.store import Store
 from tests.cli.conftest import write_study
@@ -12,6 +14,7 @@ def results(folder):
         return {record.cell.id: untimed(record.result) for record in store.records()}
 
 
+@pytest.mark.slow
 def test_a_variation_takes_what_is_the_same_and_gives_the_same_records(home, told, tmp_path):
     path = write_study(home, tmp_path)
     assert told("run", path, "--out", tmp_path / "first", "--workers", "2")[0] == 0
