@@ -100,6 +100,19 @@ def small(n: int, *, freedom: float | None = None, confidence: float = CONFIDENC
     return ratio if freedom else ratio * math.sqrt(n / (n - 1))
 
 
+def joint_freedom(added: float, seeds: int, spread: float, units: int) -> float:
+    """Degrees of freedom of a sum of two variances, at least 1 (Satterthwaite, Biometrics Bulletin 2, 1946).
+
+    Args:
+        added: what the seeds add to the variance, above 0.
+        seeds: how many, at least 2.
+        spread: the variance that comes of the units.
+        units: how many.
+    """
+    parts = added**2 / (seeds - 1) + spread**2 / max(units - 1, 1)
+    return max((added + spread) ** 2 / parts, 1.0)
+
+
 @lru_cache(maxsize=16)
 def resamples(n: int, draws: int, seed: int) -> Floats:
     """How often each of ``n`` things appears in each bootstrap sample: shape (draws, n), rows sum to n."""
@@ -215,8 +228,7 @@ class Drawn:
         freedom: float | None = None
         if self.of_seeds is not None and added > 0:
             spread = float(samples[known].var()) * n / max(n - 1, 1)
-            parts = added**2 / (self.seeds - 1) + spread**2 / max(n - 1, 1)
-            freedom = max((spread + added) ** 2 / parts, 1.0)
+            freedom = joint_freedom(added, self.seeds, spread, n)
             samples = samples + self.of_seeds.shifts(added, 1)
         ends = quantiles(samples if known.all() else samples[known], (tail, 1 - tail))
         ends = self.value + small(n, freedom=freedom, confidence=confidence) * (ends - self.value)

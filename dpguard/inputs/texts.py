@@ -178,7 +178,8 @@ def _assemble(name: str, train: list[Example], test: list[Example] | None, publi
 
 def _apart(items: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """The first ``share`` of the texts with every later copy of them, and the rest."""
-    count, copies = max(1, round(share * len(items))), Counter(_alike(e.text) for e in items)
+    keys = [_alike(e.text) for e in items]
+    count, copies = max(1, round(share * len(items))), Counter(keys)
     chosen: set[str] = set()
     taken = 0
     for key in copies:  # in the order in which they first stand
@@ -186,10 +187,9 @@ def _apart(items: list[Example], share: float) -> tuple[list[Example], list[Exam
             break
         chosen.add(key)
         taken += copies[key]
-    inside = [_alike(item.text) in chosen for item in items]
-    return [e for e, own in zip(items, inside, strict=True) if own], [
-        e for e, own in zip(items, inside, strict=True) if not own
-    ]
+    first = [item for item, key in zip(items, keys, strict=True) if key in chosen]
+    rest = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
+    return first, rest
 
 
 def _alike(text: str) -> str:

@@ -16,6 +16,7 @@ from dpguard.stats import (
     Interval,
     binomial,
     from_counts,
+    joint_freedom,
     quantiles,
     resamples,
     small,
@@ -62,8 +63,7 @@ class Judged:
         if between > 0:
             weights = 1 + np.sqrt(seeds / (seeds - 1)) * (resamples(seeds, draws, seed + 1) - 1)
             samples = (self.samples * weights).mean(axis=1)
-            parts = between**2 / (seeds - 1) + spread**2 / max(self.examples - 1, 1)
-            freedom = (between + spread) ** 2 / parts
+            freedom = joint_freedom(between, seeds, spread, self.examples)
         tail = (1 - confidence) / 2
         ends = quantiles(samples, (tail, 1 - tail))
         ends = value + small(self.examples, freedom=max(freedom, 1.0), confidence=confidence) * (ends - value)
