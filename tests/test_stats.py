@@ -169,17 +169,6 @@ def test_a_lower_limit_holds_as_often_as_it_says():
     assert stats.lower_limit(0.5, 100, 0.05) > 0.35
 
 
-def test_metrics_from_confusion_counts():
-    table = [[50, 10], [5, 35]]
-    assert float(stats.from_confusion(table, "accuracy")) == pytest.approx(0.85)
-    assert float(stats.from_confusion(table, "f1")) == pytest.approx(2 * 35 / (40 + 45))
-    expected = (35 * 50 - 10 * 5) / np.sqrt(45.0 * 40 * 60 * 55)
-    assert float(stats.from_confusion(table, "mcc")) == pytest.approx(expected)
-    assert float(stats.from_confusion([[10, 0], [10, 0]], "mcc")) == 0.0
-    with pytest.raises(ValueError, match="expected one of"):
-        stats.from_confusion(table, "auc")
-
-
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_interval_stays_in_bounds_around_its_value(values):

@@ -5,18 +5,18 @@ Every example remembers its file and line, so that a mistake in the data is told
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.util
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.inputs import fields, tables
 from dpguard.inputs.demo import bundle
 
 SPLIT_SEED = 20
@@ -209,137 +209,19 @@ def examples(
     Raises:
         UserError: see `load`.
     """
-    for where, row in _rows(path, [text, label, *(column for column in (entities, owner) if column)]):
+    for where, row in tables.rows(path, [text, label, *(column for column in (entities, owner) if column)]):
         yield Example(
-            text=_text(row[text], text, where),
-            label=_label(row[label], label, where),
-            entities=_entities(row.get(entities or "entities"), where, asked=entities is not None),
+            text=fields.text(row[text], text, where),
+            label=fields.label(row[label], label, where),
+            entities=fields.entities(row.get(entities or "entities"), where, asked=entities is not None),
             where=where,
-            owner=None if owner is None else _owner(row[owner], owner, where),
+            owner=None if owner is None else fields.owner(row[owner], owner, where),
         )
 
 
 def _texts(path: Path, column: str) -> Iterator[str]:
-    for where, row in _rows(path, [column]):
-        yield _text(row[column], column, where)
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    readers: dict[str, Callable[[Path], Iterable[tuple[int, dict[str, Any]]]]] = {
-        ".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-    }  # fmt: skip
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"is a {path.suffix or 'nameless'} file; expected .jsonl, .csv or .parquet", where=str(path))
-    count = 0
-    for line, row in reader(path):
-        where = f"{path}:{line}"
-        for column in columns:
-            if column not in row:
-                raise UserError(f"no column {column!r}{did_you_mean(column, [str(k) for k in row])}", where=where)
-        count += 1
-        yield where, row
-    if count == 0:
-        raise UserError("has no rows; expected at least one text", where=str(path))
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", type(error).__name__)
-            raise UserError(f"is no JSON ({why}); expected one object a line", where=f"{path}:{number}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"holds {str(row)[:40]!r}; expected one JSON object a line", where=f"{path}:{number}")
-        yield number, row
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the module's own refuses a text of more than 131,072 characters
-    comma = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(_lines(path), delimiter=comma, strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"has two columns {twice!r}; expected each name once", where=f"{path}:1")
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"has more fields than {len(names)} columns; expected quotes around a text that holds {comma!r}",
-                    where=f"{path}:{reader.line_num}",
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(
-            f"is no CSV ({error}); expected quotes that close, or a .jsonl file", where=f"{path}:{reader.line_num}"
-        ) from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 ({error.reason}); expected UTF-8 text", where=str(path)) from None
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror}); expected a file of texts", where=str(path)) from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"is no parquet file that can be read ({why})", where=str(path)) from None
-    yield from enumerate(rows, 1)
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{column} is {value!r}; expected a text", where=where)
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UserError(f"{column} holds half a character; expected both halves of it", where=where)
-    return value
-
-
-def _label(value: Any, column: str, where: str) -> int:
-    digits = value.strip() if isinstance(value, str) else value
-    if isinstance(digits, str) and digits.isdecimal():
-        digits = int(digits)
-    if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits < 10_000:
-        raise UserError(f"{column} is {value!r}; expected a class index (0, 1, 2, ...)", where=where)
-    return digits
-
-
-def _owner(value: Any, column: str, where: str) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of numbers with one missing is one of floats
-    if value is None or value != value or not str(value).strip():
-        raise UserError(f"{column} is {value!r}; expected who the text belongs to", where=where)
-    return str(value)
-
-
-def _entities(value: Any, where: str, *, asked: bool) -> tuple[str, ...] | None:
-    """Marked entities; a column that only happens to be called so may hold anything."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        try:
-            listed = json.loads(value)
-        except ValueError:
-            listed = None
-        value = listed if isinstance(listed, list) else [value]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        if not asked:
-            return None
-        raise UserError(f"entities is {value!r}; expected a list of texts", where=where)
-    return tuple(value)
+    for where, row in tables.rows(path, [column]):
+        yield fields.text(row[column], column, where)
 
 
 def _is_file(path: Path) -> bool:
@@ -397,8 +279,8 @@ def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: st
         for column in (text, label, *([owner] if owner else [])):
             if column not in row:
                 raise UserError(f"no column {column!r}{did_you_mean(column, list(row))}", where=where)
-        whose = None if owner is None else _owner(row[owner], owner, where)
-        yield Example(_text(row[text], text, where), _label(row[label], label, where), None, where, whose)
+        whose = None if owner is None else fields.owner(row[owner], owner, where)
+        yield Example(fields.text(row[text], text, where), fields.label(row[label], label, where), None, where, whose)
 
 
 def too_long(tokens: int, most: int) -> str:

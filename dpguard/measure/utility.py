@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
+from dpguard.confusion import UTILITY_METRICS, from_confusion
 from dpguard.engine.gradients import per_example_losses
 from dpguard.engine.privacy_engine import PrivacyEngine
 from dpguard.engine.private_optimizer import PrivateOptimizer
@@ -20,7 +21,6 @@ from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.texts import Example
 from dpguard.policy.table import Plan
-from dpguard.stats import UTILITY_METRICS, from_confusion
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 PHYSICAL = 64
@@ -209,7 +209,7 @@ def confusion(
 
 
 def scores(predictions: Sequence[int], labels: Sequence[int], loss: float, classes: int = 2) -> dict[str, float]:
-    """Every utility metric (`stats.from_confusion` defines them), and the held-out loss.
+    """Every utility metric (`confusion.from_confusion` defines them), and the held-out loss.
 
     Args:
         predictions, labels: of the same examples; of one client there may be a class alone.

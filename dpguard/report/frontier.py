@@ -15,6 +15,7 @@ from typing import Any
 
 from scipy.special import ndtri
 
+from dpguard.confusion import UTILITY_METRICS, from_confusion
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.gaussian import success_bound
 from dpguard.report.board import (
@@ -31,7 +32,6 @@ from dpguard.report.board import (
 from dpguard.report.result import StudyResult
 from dpguard.report.scores import Scores, position
 from dpguard.report.utility import Judged, judge
-from dpguard.stats import UTILITY_METRICS, from_confusion
 from dpguard.study.record import Cell, Record
 
 __all__ = ["COLUMNS", "CONTROL", "FLOOR", "Frontier", "Gap", "Measure", "Row", "frontier", "judged", "mark_front"]

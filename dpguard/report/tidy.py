@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from dpguard.confusion import UTILITY_METRICS
 from dpguard.errors import UserError, did_you_mean
 from dpguard.report.scores import Scores, position
 from dpguard.report.text import plain
 from dpguard.report.utility import judge
-from dpguard.stats import UTILITY_METRICS, Interval
+from dpguard.stats import Interval
 from dpguard.study.record import Record
 from dpguard.study.store import Store, StudyInfo
 

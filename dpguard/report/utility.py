@@ -9,13 +9,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from dpguard.confusion import from_counts
 from dpguard.stats import (
     CONFIDENCE,
     DRAWS,
     Floats,
     Interval,
     binomial,
-    from_counts,
     joint_freedom,
     quantiles,
     resamples,

@@ -11,16 +11,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpguard.documents import Document
-from dpguard.errors import UserError, did_you_mean
+from dpguard.errors import UserError
 from dpguard.federation.settings import Settings, Split
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan
 from dpguard.study import grid
+from dpguard.study.checks import check
 from dpguard.study.policies import Named, locate, read_policies
-from dpguard.study.record import Cell, canonical
+from dpguard.study.record import Cell
 from dpguard.study.schedule import Schedule
 from dpguard.study.sections import (
-    CEILING,
     Caps,
     CellLimits,
     Federation,
@@ -29,7 +29,6 @@ from dpguard.study.sections import (
     Shared,
     Source,
     StudyFile,
-    ThreatModel,
     Utility,
 )
 
@@ -100,115 +99,10 @@ class Study:
             limits=file.limits,
             cache=file.cache,
         )
-        with document.locating():
-            study._check_legs()
-            study._check_federation()
-            study._check_training()
-            study._check_searches()
+        check(study)
         return study
 
-    def _check_legs(self) -> None:
-        if self.leakage is None and self.utility is None:
-            raise UserError("the study measures nothing, expected a 'leakage' or a 'utility' section")
-        if self.leakage and "end" in self.leakage.at and self.utility is None:
-            raise UserError(
-                "leakage.at: 'end' attacks the weights that the utility leg ends with, expected a 'utility' section",
-                loc=("leakage", "at"),
-            )
-        if self.leakage and "tuned" in self.leakage.at and (self.utility is None or self.federation is not None):
-            raise UserError(
-                "leakage.at: 'tuned' attacks the weights that the undefended control is trained to in one place, "
-                "expected a 'utility' section and no federation",
-                loc=("leakage", "at"),
-            )
-        self._check_trained()
-        self._check_candidates()
-        for cap, leg, given in (
-            ("max_leakage", "leakage", self.leakage),
-            ("min_utility", "utility", self.utility),
-        ):
-            if getattr(self.recommend, cap) is not None and given is None:
-                raise UserError(
-                    f"recommend.{cap}: nothing measures it, expected a {leg!r} section", loc=("recommend", cap)
-                )
-
-    def _check_trained(self) -> None:
-        """``utility.policies`` names policies, and all whose trained weights are asked for."""
-        if self.utility is None or self.utility.policies is None:
-            return
-        loc, given = ("utility", "policies"), self.utility.policies
-        if self.federation is not None:
-            raise UserError("utility.policies: a federation trains every policy, expected no such list", loc=loc)
-        known = [named.name for named in self.policies]
-        for name in given:
-            if name not in known:
-                raise UserError(f"utility.policies: unknown policy {name!r}{did_you_mean(name, known)}", loc=loc)
-        at = self.leakage.at if self.leakage else ()
-        needed = [*(known if "end" in at else ()), *([CEILING] if "tuned" in at else ())]
-        for name in needed:
-            if name not in given:
-                raise UserError(
-                    f"utility.policies: leakage.at attacks weights that {name!r} is trained to, expected it there",
-                    loc=loc,
-                )
-
-    def _check_candidates(self) -> None:
-        """A closed world is about one text in one client's message."""
-        if self.leakage is None or not self.leakage.threat.candidates:
-            return
-        loc, threat = ("leakage", "threat", "candidates"), self.leakage.threat
-        if threat.candidates == 1:
-            raise UserError("leakage.threat.candidates: 1 leaves nothing to find, expected 2 or more", loc=loc)
-        if self.leakage.batch_size > 1 or threat.clients > 1 or self.federation is not None:
-            raise UserError(
-                "leakage.threat.candidates: which of the candidates it was is asked of one text in one message, "
-                "expected batch_size: 1, clients: 1 and no federation",
-                loc=loc,
-            )
-
-    def _check_training(self) -> None:
-        """What a policy sets of the training for itself can be meant, and makes it another policy."""
-        same: dict[str, Named] = {}
-        for named in self.policies:
-            with named.document.locating(*named.loc):
-                self._check_own_training(named)
-                if self.federation is not None or self.utility is None:
-                    continue
-                found = self.utility_of(named)
-                twin = same.setdefault(canonical([named.table, named.epsilon, found and found.model_dump()]), named)
-                if twin is not named:
-                    raise UserError(
-                        f"policies {twin.label!r} and {named.label!r} are the same table in the same training, "
-                        "expected each one once"
-                    )
-
-    def _check_own_training(self, named: Named) -> None:
-        for key in ("utility", "epsilon"):
-            if getattr(named, key) and self.federation is not None:
-                raise UserError(
-                    f"{key}: the federation says how long and with which step is trained, expected "
-                    + ("federation settings of the policy" if key == "utility" else "noise in its rows"),
-                    loc=(key,),
-                )
-        if named.utility and not self._trains(named):
-            raise UserError(
-                f"policy {named.label!r} sets a training of its own, expected a 'utility' section of the study "
-                "that trains it",
-                loc=("utility",),
-            )
-
-    def _check_searches(self) -> None:
-        """What a sweep looks for is measured by a leg of the study."""
-        for named in self.policies:
-            target = named.search.auto.target if named.search else ""
-            measured = {"leakage": self.leakage, "utility": self.utility if self._trains(named) else None}
-            if named.search and target in measured and measured[target] is None:
-                with named.document.locating(*named.loc, "sweep", named.search.auto.variable, "auto"):
-                    raise UserError(
-                        f"auto: nothing measures {target}, expected a {target!r} section of the study with this policy"
-                    )
-
-    def _trains(self, named: Named) -> bool:
+    def trains(self, named: Named) -> bool:
         """Whether the utility leg trains this policy."""
         trained = self.utility.policies if self.utility else ()
         return trained is None or named.name in trained
@@ -219,7 +113,7 @@ class Study:
         Raises:
             UserError: a setting that cannot be meant, with its place.
         """
-        if self.utility is None or not self._trains(named):
+        if self.utility is None or not self.trains(named):
             return None
         if not named.utility:
             return self.utility
@@ -227,70 +121,6 @@ class Study:
             return Utility.model_validate({**self.utility.model_dump(exclude_unset=True), **named.utility})
         except ValidationError as error:
             raise named.document.explained(error, Utility, (*named.loc, "utility")) from None
-
-    def _check_federation(self) -> None:
-        """What a federation takes the place of is not set beside it, and what needs one has one."""
-        if self.federation is None:
-            self._check_alone()
-            return
-        try:
-            Settings.of(self.federation.model_dump())
-        except UserError as error:
-            raise UserError(f"federation.{error.sentence}", loc=("federation", *error.loc)) from None
-        self._check_twins()
-        self._check_rounds(self.federation)
-        self._check_replaced()
-
-    def _check_alone(self) -> None:
-        own = next((named for named in self.policies if named.federation), None)
-        if own is not None:
-            with own.document.locating(*own.loc, "federation"):
-                raise UserError(
-                    f"policy {own.label!r} sets a federation of its own, expected a 'federation' section of the study"
-                )
-        if self.leakage is not None and "rounds" in self.leakage.at:
-            raise UserError(
-                "leakage.at: 'rounds' attacks the rounds of a federation, expected a 'federation' section",
-                loc=("leakage", "at"),
-            )
-
-    def _check_twins(self) -> None:
-        same: dict[str, Named] = {}
-        for named in self.policies:
-            found = self.federation_of(named)
-            twin = same.setdefault(canonical([named.table, found and found.model_dump(mode="json")]), named)
-            if twin is not named:
-                with named.document.locating(*named.loc):
-                    raise UserError(
-                        f"policies {twin.label!r} and {named.label!r} are the same table in the same federation, "
-                        "expected each one once"
-                    )
-
-    def _check_rounds(self, federation: Federation) -> None:
-        rounds = self.leakage is not None and "rounds" in self.leakage.at
-        if rounds != bool(federation.observe):
-            missing, where = ("observe: [1, 2]", "leakage") if rounds else ("leakage.at: rounds", "federation")
-            key = "at" if rounds else "observe"
-            raise UserError(
-                f"{where}.{key}: the same record at several rounds needs both, expected {missing}", loc=(where, key)
-            )
-
-    def _check_replaced(self) -> None:
-        """Settings of one place's training, and of a message of its own, which a federation has itself."""
-        if self.utility is not None:
-            for name in ("epochs", "batch_size", "learning_rate", "optimizer"):
-                if name in self.utility.model_fields_set:
-                    other = "rounds" if name == "epochs" else name
-                    raise UserError(
-                        f"utility.{name}: a federation has its own, expected federation.{other}", loc=("utility", name)
-                    )
-        if self.leakage is not None:
-            for name in ("local_steps", "learning_rate", "clients"):
-                if getattr(self.leakage.threat, name) != getattr(ThreatModel(), name):
-                    raise UserError(
-                        f"leakage.threat.{name}: the message is the federation's, expected none beside a federation",
-                        loc=("leakage", "threat", name),
-                    )
 
     def federation_of(self, named: Named) -> Federation | None:
         """The federation of one policy: the study's, with what the policy sets for itself.

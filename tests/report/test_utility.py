@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from dpguard.confusion import UTILITY_METRICS
 from dpguard.report.utility import judge
-from dpguard.stats import UTILITY_METRICS, binomial
+from dpguard.stats import binomial
 
 
 def interval(predictions, labels, metric="accuracy", **more):
