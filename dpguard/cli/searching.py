@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpguard.study.journal import mark
+from dpguard.study.journal import FINISHED, mark
 from dpguard.study.record import Record
 from dpguard.study.search import advance, searches
 from dpguard.study.spec import Study
@@ -65,10 +65,9 @@ def run(
     with Store.open(folder, create=True) as store:
         total = go(settled.planned, store, True)
         while searches(study) and not total.interrupted:
-            mark(folder, "searching")
             after = settle(settled.study, folder, plan)
             if len(after.study.policies) == len(settled.study.policies):
-                mark(folder, "finished")
+                mark(folder, FINISHED)
                 return after, total
             if total.stopped:
                 return settled, replace(total, interrupted=True)

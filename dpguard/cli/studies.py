@@ -20,7 +20,7 @@ from dpguard.errors import UserError
 from dpguard.study import runner
 from dpguard.study.devices import chosen as chosen_devices
 from dpguard.study.lock import in_use
-from dpguard.study.ray_cells import RayCells, exposed, reach
+from dpguard.study.ray_cells import RayCells, exposed, place_of, reach
 from dpguard.study.record import Cell
 from dpguard.study.resume import check_inputs, check_subset
 from dpguard.study.reuse import known
@@ -83,6 +83,8 @@ class Asked:
             UserError: the first of them.
         """
         runner.check_workers(self.workers)
+        if self.ray is not None:
+            place_of(self.ray)
         if self.ray and self.devices not in ("auto", "none"):
             raise UserError("--devices names GPUs of this machine, expected a run without --ray")
         if self.only and self.out is None:

@@ -19,7 +19,7 @@ from dpguard.report.recommend import Caps, recommend
 from dpguard.report.result import StudyResult
 from dpguard.study.cache import Cache
 from dpguard.study.grid import describe
-from dpguard.study.journal import Journal
+from dpguard.study.journal import FINISHED, INTERRUPTED, SEARCHING, Journal
 from dpguard.study.lock import in_use
 from dpguard.study.progress import picture
 from dpguard.study.record import Cell, Record
@@ -104,11 +104,11 @@ def _state(holder: str, journal: Journal | None, left: int, planned: int) -> str
             f"crashed: process {journal.pid} on {journal.host} ended without a word, last seen {seen}; "
             "run the same command again to go on from there"
         )
-    if journal is not None and journal.ended == "searching":
+    if journal is not None and journal.ended == SEARCHING:
         return "stopped before a sweep's next value; run the same command again to go on"
-    if journal is not None and journal.ended not in ("finished", "interrupted"):
+    if journal is not None and journal.ended not in (FINISHED, INTERRUPTED):
         return f"stopped by an error: {journal.ended}"
-    if left and journal is not None and journal.ended == "finished":
+    if left and journal is not None and journal.ended == FINISHED:
         return f"finished what was its own; {left} of {planned} cells are another shard's"
     return f"stopped with {left} of {planned} cells left; run the same command again to go on" if left else "finished"
 

@@ -14,7 +14,7 @@ from dpguard.study.cache import Cache
 from dpguard.study.executor import Executor
 from dpguard.study.grid import NEEDS, describe
 from dpguard.study.interrupts import Interrupts
-from dpguard.study.journal import Journal, Running
+from dpguard.study.journal import FINISHED, INTERRUPTED, Journal, Running
 from dpguard.study.progress import Event
 from dpguard.study.record import Cell, Record, TextRow
 from dpguard.study.remaining import Pace, kind
@@ -38,7 +38,7 @@ class Driver:
     Attributes:
         finished: cell id -> record, of this run.
         provenance: what every record says besides what its worker knew.
-        listeners, say, best: see `runner.run`.
+        listeners, say, best, ended: see `runner.run`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Driver:
         self.interrupts = interrupts
         self.listeners: list[Callable[[Event], None]] = []
         self.say: Callable[[str], None] = print
+        self.ended = FINISHED
         self.best: Callable[[Store], str] | None = None
         self.provenance: dict[str, Any] = {}
         self.total = len(todo)
@@ -77,7 +78,7 @@ class Driver:
         executor, ended = self.make_executor(), "error"
         try:
             self._drive(executor)
-            ended = "interrupted" if self.pending or self.running else "finished"
+            ended = INTERRUPTED if self.pending or self.running else self.ended
         except UserError as error:
             ended = str(error)
             raise

@@ -20,6 +20,8 @@ from dpguard.study.lock import now
 from dpguard.study.record import canonical, encodable
 
 FILE = "running.json"
+FINISHED, SEARCHING, INTERRUPTED = "finished", "searching", "interrupted"
+"""How a run ended: all has run; all has, and a sweep's next value is looked for; something is left."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Journal:
         at: when this was written, seconds of the epoch.
         remaining: seconds until all is done, as expected then; None = nothing known yet.
         best: the best point so far, in a sentence; "" = none yet.
-        ended: how it ended (``finished``, ``interrupted``, ``searching`` when all has run and a sweep's next value is
-            being looked for, or an error in a sentence); "" while it runs, and for ever when it was killed.
+        ended: how it ended (`FINISHED`, `SEARCHING`, `INTERRUPTED`, or an error in a sentence); "" while it runs, and
+            for ever when it was killed.
     """
 
     pid: int = field(default_factory=os.getpid)
@@ -82,18 +84,18 @@ class Journal:
 
 
 @contextlib.contextmanager
-def kept(folder: str | Path) -> Iterator[None]:
+def kept(folder: str | Path, when_done: str = FINISHED) -> Iterator[None]:
     """Say that a run has begun, in place of what the last one left, and how it ended if nobody else has said so."""
     Journal(at=round(time.time(), 2)).write(folder)
     ended = "error"
     try:
         yield
-        ended = "finished"
+        ended = when_done
     except UserError as error:
         ended = str(error)
         raise
     except KeyboardInterrupt:
-        ended = "interrupted"
+        ended = INTERRUPTED
         raise
     finally:
         found = Journal.read(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from dpguard.engine.client import Client
 from dpguard.engine.local import LocalState
 from dpguard.federation import views
@@ -46,8 +48,7 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
                 attacks=given["panel"]["attacks"], seed=seed, noise_seed=seed, threat=threat,
             )
         )  # fmt: skip
-    result, rows = _attacked(cell, plan, leaks, effect)
-    return result | ({PROVENANCE: {"trained_again": again}} if again else {}), rows
+    return _attacked(cell, plan, leaks, effect, again)
 
 
 def _federated_leakage(
@@ -62,10 +63,13 @@ def _federated_leakage(
     )
     threat = FederatedThreat.within(Threat.of(given["threat"]), settings)
     effect = _effect(model, views.message_plan(plan, settings), corpus, messages[0], threat)
-    by_moment = []
+    by_moment, again = [], ""
     before: list[list[LocalState]] = [[] for _ in messages]
     for moment in federated.moments(cell):
-        state = {} if moment == "start" else federation_weights(context, given["needs"], corpus, moment)
+        state: dict[str, Tensor] = {}
+        if moment != "start":
+            state, device = federation_weights(context, given["needs"], corpus, moment)
+            again = again or device
         at = federated.go_to(model, plan, state, moment, settings)
         seen = [
             federated.observe(
@@ -75,25 +79,27 @@ def _federated_leakage(
         ]
         by_moment.append([leak for leak, _ in seen])
         before = [left for _, left in seen]
-    return _attacked(cell, plan, [federated.together(same) for same in zip(*by_moment, strict=True)], effect)
+    leaks = [federated.together(same) for same in zip(*by_moment, strict=True)]
+    return _attacked(cell, plan, leaks, effect, again)
 
 
-def _attacked(cell: Cell, plan: Plan, leaks: Sequence[leakage.Leak], effect: defence.Effect) -> Result:
-    """The result of a leakage cell."""
+def _attacked(cell: Cell, plan: Plan, leaks: Sequence[leakage.Leak], effect: defence.Effect, again: str) -> Result:
+    """The result of a leakage cell; ``again`` names the device on which its weights had to be trained once more."""
     rows: list[TextRow] = []
     skipped: dict[str, str] = {}
     for leak in leaks:
         rows += [TextRow(t, "truth", text) for t, text in leak.truths.items()]
         rows += [TextRow(s.target, s.attack, s.guess) for s in leak.scores if not s.inherited]
         skipped |= leak.skipped
-    return {
+    result = {
         "at": cell.settings["at"],
         "scores": [score.plain() for leak in leaks for score in leak.scores],
         "skipped": skipped,
         "defence": {"clip": effect.clip, "noise": effect.noise, "judged": effect.judged},
         "shared_fraction": plan.shared_fraction,
         "messages": len(leaks),
-    }, rows
+    }
+    return result | ({PROVENANCE: {"trained_again": again}} if again else {}), rows
 
 
 def _effect(model: LoadedModel, plan: Plan, corpus: Corpus, indices: Sequence[int], threat: Threat) -> defence.Effect:

@@ -229,21 +229,33 @@ def connect(address: str) -> Any:
     return ray
 
 
-def reach(address: str) -> None:
-    """Open a connection to the address, so that a wrong one is told at once: Ray itself would try for minutes.
+def place_of(address: str) -> tuple[str, int] | None:
+    """Host and port of an address; None for ``auto``. Nothing is opened.
 
     Raises:
-        UserError: another form of address, Ray is not installed, or nothing answers there.
+        UserError: another form of address, or Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed; expected pip install 'dpguard[ray]', or a run without --ray")
     if address == "auto":
-        return
+        return None
     host, _, port = address.removeprefix(_CLIENT).rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"--ray is {address!r}, expected host:port such as 10.0.0.1:6379, ray://host:10001 or auto")
+    return host.strip("[]"), int(port)
+
+
+def reach(address: str) -> None:
+    """Open a connection to the address, so that a wrong one is told at once: Ray itself would try for minutes.
+
+    Raises:
+        UserError: as `place_of`, or nothing answers there.
+    """
+    place = place_of(address)
+    if place is None:
+        return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH).close()
+        socket.create_connection(place, timeout=_REACH).close()
     except OSError as error:
         raise UserError(
             f"--ray {address}: nothing answers there ({error.strerror or error}), expected a running cluster's head"

@@ -19,10 +19,11 @@ from dpguard.study.driver import Driver
 from dpguard.study.executor import Executor, Limits
 from dpguard.study.grid import NEEDS, describe
 from dpguard.study.interrupts import Interrupts
-from dpguard.study.journal import kept
+from dpguard.study.journal import FINISHED, SEARCHING, kept
 from dpguard.study.progress import Display, Event
 from dpguard.study.record import Cell
 from dpguard.study.reuse import take
+from dpguard.study.search import searches
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
 from dpguard.study.summary import Summary
@@ -92,6 +93,7 @@ def run(
     check_workers(workers)
     places = max(1, usable_cores() // threads) if workers is None else workers
     _check_needs(cells)
+    ended = SEARCHING if searches(study) else FINISHED
 
     def embedded() -> Executor:
         warm_up(preload, threads)
@@ -99,7 +101,7 @@ def run(
 
     with contextlib.nullcontext(held) if held else Store.open(folder, create=True) as store:
         store.set_study(study.name, study.text, study.plain(), cells, show_text=show_text)
-        with kept(folder):
+        with kept(folder, ended):
             Cache(folder).tidy()
             own = [cell for cell in cells if only is None or cell.id in only]
             taken = take(store, own, reuse, show_text=show_text)
@@ -108,7 +110,7 @@ def run(
                 driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)
                 driver.provenance = provenance.of_run(study.document.path) if todo.cells else {}
                 driver.listeners = [display.show, *([on_event] if on_event else [])]
-                driver.say, driver.best = display.say, best
+                driver.say, driver.best, driver.ended = display.say, best, ended
                 driver.drive()
         unfinished = len(driver.finished) < len(todo.cells)
         return Summary.of(

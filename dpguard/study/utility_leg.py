@@ -75,17 +75,25 @@ def _train(cell: Cell, model: LoadedModel, plan: Plan, corpus: Corpus, device: s
 
 def federation_weights(
     context: Mapping[str, Any], cell_id: str, corpus: Corpus, moment: int | str
-) -> dict[str, Tensor]:
-    """Weights of a federation, which its utility cell kept; trained again (the same) if they are gone."""
+) -> tuple[dict[str, Tensor], str]:
+    """Weights of a federation, which its utility cell kept; trained again (the same) if they are gone.
+
+    Returns:
+        The weights with what victims have at home, and the device on which they were trained again, "" when kept.
+    """
+    again = ""
 
     def make() -> dict[str, Tensor]:
+        nonlocal again
         made: dict[int | str, dict[str, Tensor]] = {}
         cell = Cell(**context["trained"][cell_id])
         model = model_for(cell, context, corpus)
         federated.train(cell, model, plan_for(cell, model), corpus, [moment], made.__setitem__)
+        again = "cpu"  # where clients train here
         return made[moment]
 
-    return shared(cache_of(context), _federation_key(cell_id, moment), make)
+    state = shared(cache_of(context), _federation_key(cell_id, moment), make)
+    return state, again
 
 
 def _federation_key(cell_id: str, moment: int | str) -> dict[str, Any]:

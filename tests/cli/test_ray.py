@@ -263,9 +263,17 @@ def test_an_address_of_another_form(address):
         reach(address)
 
 
+@ray_only
+def test_a_dry_run_refuses_an_address_of_another_form(home, told, tmp_path):
+    status, out, err = told("run", study(home, tmp_path), "--out", tmp_path / "out", "--ray", "here", "--dry-run")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--ray is 'here', expected host:port such as" in err
+
+
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_the_extra_is_named(home, told, tmp_path):
-    status, _out, err = told("run", study(home, tmp_path), "--out", tmp_path / "out", "--ray", "127.0.0.1:6379")
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_without_ray_the_extra_is_named(home, told, tmp_path, dry):
+    status, _out, err = told("run", study(home, tmp_path), "--out", tmp_path / "out", "--ray", "127.0.0.1:6379", *dry)
     assert (status, err.count("\n")) == (2, 1)
     assert "Ray is not installed; expected pip install 'dpguard[ray]'" in err
 

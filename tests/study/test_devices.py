@@ -110,8 +110,20 @@ privacy: {delta: 1.0e-3}
 """
 
 
-def test_an_attack_that_trained_again_says_so_and_gives_the_same_record(tmp_path):
-    planned = plan_study(Study.read(Document.parse(STUDY, "study.yaml")), tmp_path)
+FEDERATED = """\
+name: again
+model: demo
+data: demo
+policies: {none: }
+leakage: {panel: demo, targets: 1, at: end, attacks: [prior]}
+federation: {clients: 4, per_round: 2, rounds: 2, batch_size: 8}
+privacy: {delta: 1.0e-5}
+"""
+
+
+@pytest.mark.parametrize("study", [STUDY, FEDERATED], ids=["one place", "federation"])
+def test_an_attack_that_trained_again_says_so_and_gives_the_same_record(tmp_path, study):
+    planned = plan_study(Study.read(Document.parse(study, "study.yaml")), tmp_path)
     [trained] = [cell for cell in planned.cells if cell.leg == "utility"]
     [attack] = [cell for cell in planned.cells if cell.leg == "leakage"]
     gone, _ = legs.execute(attack, {**planned.context, "cache_gigabytes": 0})

@@ -20,6 +20,7 @@ from dpguard.report.frontier import frontier
 from dpguard.report.result import StudyResult
 from dpguard.study.execution import failed, perform
 from dpguard.study.interrupts import INTERRUPTED
+from dpguard.study.journal import FINISHED, SEARCHING, Journal
 from dpguard.study.lock import in_use
 from dpguard.study.runner import run
 from dpguard.study.search import chosen, searches
@@ -51,6 +52,8 @@ def go(kit, folder, text=TEXT, fail="", most=None, options=None):
     rounds = []
 
     def plan(found):
+        if rounds:  # a run killed here has not finished
+            assert Journal.read(folder).ended == SEARCHING
         return Planned(found, found.cells(kit.model, kit.data), {}, {})
 
     def once(planned, store, first):
@@ -92,6 +95,7 @@ def test_values_are_measured_one_after_the_other_until_the_target_is_bracketed(k
     )
     starts = Counter(line.split()[0] for line in Path(f"{tmp_path / 'out'}.log").read_text().splitlines())
     assert set(starts.values()) == {1}
+    assert Journal.read(tmp_path / "out").ended == FINISHED
 
 
 def test_the_measured_leakage_is_the_reports(kit, tmp_path):
