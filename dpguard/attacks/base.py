@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.inputs.family import predicts_tokens
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Capability:
         cannot: what it cannot do, in words.
         kinds: kinds of message that it can read.
         several: whether it reads messages of several texts (or of an unknown number).
+        tokens: whether it reads messages of models that predict every next token.
         blind: whether it never reads the message.
     """
 
@@ -47,6 +49,7 @@ class Capability:
     cannot: str
     kinds: tuple[str, ...] = ("gradient",)
     several: bool = True
+    tokens: bool = True
     blind: bool = False
 
     def reason(self, seen: Observation) -> str:
@@ -60,6 +63,8 @@ class Capability:
             return f"the message is a {told.kind}; expected a {' or '.join(self.kinds)}"
         if told.texts != 1 and not self.several:
             return "the message holds several texts (or their number is unknown); expected one text"
+        if not self.tokens and predicts_tokens(seen.model):
+            return "the model predicts tokens; expected one that names a class"
         return ""
 
 

@@ -19,12 +19,11 @@ from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.likelihood_replay import frozen_copy
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
-from dpguard.attacks.rows_head import predicts_tokens
 from dpguard.attacks.vocabulary import framed
 from dpguard.engine import wire
 from dpguard.engine.gradients import gradient
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import family_of
+from dpguard.inputs.family import family_of, predicts_tokens
 
 ROUNDING = 1e-3
 """Error of a tensor relative to its size that counts like noise: without any, tensors weigh alike."""
@@ -117,7 +116,7 @@ class _Judge:
         for name, value in targets.items():
             rounding = ROUNDING * float(value.norm()) / math.sqrt(value.numel())
             weights[name] = 1 / max(seen.noise_std(name) ** 2 + rounding**2, 1e-30)
-        classes = 1 if predicts_tokens(seen) else int(getattr(seen.model.config, "num_labels", 1))
+        classes = 1 if predicts_tokens(seen.model) else int(getattr(seen.model.config, "num_labels", 1))
         return _Judge(targets, weights, range(classes), frozen_copy(seen.model, torch.float32).requires_grad_(True))
 
     def correlation(self, seen: Observation, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
@@ -154,7 +153,7 @@ class _Judge:
         """One text's clipped gradient over what is compared."""
         told = seen.disclosed
         batch = Batch(torch.tensor([row]), torch.ones((1, len(row)), dtype=torch.int64), torch.tensor([label]))
-        if predicts_tokens(seen):
+        if predicts_tokens(seen.model):
             batch = Batch(batch.input_ids, batch.attention_mask, batch.input_ids)
         found = gradient(self.model, batch, told.plan.trained)
         sums = wire.clip_and_sum({name: g[None] for name, g in found.items()}, told.plan).sums

@@ -41,8 +41,10 @@ class Likelihood:
 
     capability = Capability(
         "any tensor; candidates, or public texts to grow them from",
-        "several texts, updates, release operations without a likelihood; certainty in the open world under noise",
+        "several texts, updates, models that predict tokens, release operations without a likelihood; certainty in the "
+        "open world under noise",
         several=False,
+        tokens=False,
     )
 
     def __init__(self) -> None:
@@ -60,8 +62,6 @@ class Likelihood:
             return f"the message is a {told.kind}; the likelihood replays one gradient step of one client"
         if told.texts != 1:
             return "the message holds several texts (or their number is unknown); the likelihood scores one text"
-        if not hasattr(seen.model.config, "num_labels") or "LMHead" in type(seen.model).__name__:
-            return "the model predicts tokens; the likelihood scores texts under class labels"
         if not channels(seen)[0]:
             return "nothing to compare: only tensors after release operations without a likelihood, or empty ones"
         if not told.candidates and not any(text.strip() for text in told.public_texts):

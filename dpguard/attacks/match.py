@@ -58,7 +58,9 @@ class Match:
 
     capability = Capability(
         "any tensor but the token embedding",
-        "replay several local steps (it takes an update for one gradient); prove anything under noise",
+        "read models that predict tokens; replay several local steps (it takes an update for one gradient); prove "
+        "anything under noise",
+        tokens=False,
         kinds=("gradient", "delta"),
     )
 
@@ -78,8 +80,6 @@ class Match:
             return f"the message is an {kind}; matching replays one gradient step"
         if kind == "delta" and not without_noise(seen):
             return "the message is a noisy change of weights; matching knows the noise of one gradient step only"
-        if not hasattr(seen.model.config, "num_labels") or "LMHead" in type(seen.model).__name__:
-            return "the model predicts tokens; matching guesses class labels"
         if not targets(seen, aware=False)[0]:
             return "nothing to compare: only token-embedding rows or empty tensors are shared"
         return ""

@@ -21,9 +21,9 @@ from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
-from dpguard.attacks.rows_head import NextTokens, head_tables, next_tokens, predicts_tokens
+from dpguard.attacks.rows_head import NextTokens, head_tables, next_tokens
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
-from dpguard.inputs.family import family_of, slots
+from dpguard.inputs.family import family_of, predicts_tokens, slots
 from dpguard.policy.table import Rule
 
 FALSE_ALARMS = 0.01
@@ -62,7 +62,7 @@ class Rows:
         """
         limit = choose(self.name, self.presets, preset, budget)[1].candidates
         frame = frame_of(seen.disclosed.tokenizer)
-        labels = next_tokens(seen, FALSE_ALARMS) if predicts_tokens(seen) else None
+        labels = next_tokens(seen, FALSE_ALARMS) if predicts_tokens(seen.model) else None
         token = _tokens(seen, frame)
         found = token.rows.tolist() if token else []
         if not found and not (labels and labels.counts):
@@ -76,7 +76,7 @@ class Rows:
         text, residual, tried = _assign(token, places, frame, limit)
         clean = all(not read.std and seen.disclosed.plan[read.name].whole for read in (token, position))
         certain = clean and residual < EXACT and len(places.rows) > frame.size
-        if predicts_tokens(seen):  # the last token is read by nobody: it is only a label
+        if predicts_tokens(seen.model):  # the last token is read by nobody: it is only a label
             last = _last(text, labels)
             text, certain = [*text, *last], certain and len(last) == 1
         notes = {"tokens": len(token.rows), "positions": len(places.rows), "residual": residual}

@@ -39,11 +39,6 @@ class NextTokens:
         return [token for token, count in self.counts.items() for _ in range(count)]
 
 
-def predicts_tokens(seen: Observation) -> bool:
-    """Whether the public model has a head over its vocabulary."""
-    return bare(seen.model).get_output_embeddings() is not None  # type: ignore[operator]
-
-
 def head_tables(seen: Observation) -> tuple[str | None, str | None]:
     """Names on the wire of the vocabulary head's weight (maybe that of the token table) and bias."""
     head = bare(seen.model).get_output_embeddings()  # type: ignore[operator]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dpguard.attacks.observation import Observation
 from dpguard.attacks.span_rank import resolution_of
-from dpguard.attacks.span_sites import predicts_tokens
 from dpguard.engine.gradients import forward_arguments
 from dpguard.inputs.batch import Batch
+from dpguard.inputs.family import predicts_tokens
 
 MOST = 8
 """Copies of one text that are looked for."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpguard.attacks.observation import Observation
 from dpguard.attacks.span_rank import RESOLUTION, Span, span_of
-from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites, predicts_tokens
-from dpguard.inputs.family import slots
+from dpguard.attacks.span_sites import LINEAR, Probe, Site, Sites
+from dpguard.inputs.family import predicts_tokens, slots
 
 COVERAGE = 0.05
 """Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""

@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_picture import Album, Picture, View
-from dpguard.attacks.span_rows import ruler
+from dpguard.attacks.span_rows import Rows
+from dpguard.attacks.span_ruler import ruler
 from dpguard.attacks.span_sites import Probe, Site, Sites
 from dpguard.attacks.vocabulary import Frame
 
@@ -69,7 +70,7 @@ def guess(
     tokens: Tensor,
     *,
     picture: Picture | None = None,
-    states: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Guess | None:
     """Hold every token at every position against the evidence; None when the weight allows no such test.
 
@@ -80,20 +81,19 @@ def guess(
         length: tokens of the text.
         tokens: (n,) tokens that a text can contain.
         picture: use this one instead of the album's.
-        states: (k, d) states found by `span_rows`, for the weight that gives them.
+        rows: states found by `span_rows`, for the weight that gives them.
     """
     probe = album.probe
     seat = seat_of(evidence, sites, probe)
     if seat is None:
         return None
     seen = picture or album.picture(seat.name, seat.layer, length)
-    rows = probe.positions(length)
     if evidence.site.role == "mlp_out":
-        return None if states is None else _named(probe, seen, states, length, tokens, album.frame)
+        return None if rows is None else _named(probe, seen, rows, length, tokens, album.frame)
     view = view_of(evidence, seat, seen, probe)
     if view is None:
         return None
-    share = seen.table(view, probe.embedding[tokens], rows)
+    share = seen.table(view, probe.embedding[tokens], probe.positions(length))
     return Guess(share.clamp_min(1e-9).log(), tokens)
 
 
@@ -148,14 +148,14 @@ def _heads(evidence: Evidence, seat: Site, probe: Probe) -> View | None:
     return View(matrix, torch.cat(offsets), weight, bias) if len(matrix) else None
 
 
-def _named(probe: Probe, picture: Picture, states: Tensor, length: int, tokens: Tensor, frame: Frame) -> Guess | None:
+def _named(probe: Probe, picture: Picture, rows: Rows, length: int, tokens: Tensor, frame: Frame) -> Guess | None:
     """Tokens and positions by their distance from known states; each state is given one position."""
-    if not len(states):
+    if not len(rows.states):
         return None
-    scale = ruler(probe, picture, tokens, length)
+    scale = rows.scale if picture is rows.picture else ruler(probe, picture, tokens, length)
     nearest = torch.full((len(tokens), length), torch.inf, device=probe.device)
     costs, names = [], []
-    for state in states:
+    for state in rows.states:
         near = scale.distances(state[None])[0]
         nearest = torch.minimum(nearest, near)
         cost, name = near.min(dim=0)
@@ -164,8 +164,8 @@ def _named(probe: Probe, picture: Picture, states: Tensor, length: int, tokens: 
     misfit = nearest.clamp_min(1e-9).log()
     text = tokens[misfit.argmin(dim=0)]
     inner = slice(len(frame.prefix), length - len(frame.suffix))
-    rows, places = linear_sum_assignment(torch.stack(costs)[:, inner].clamp_min(1e-9).log().cpu().numpy())
-    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+    which, places = linear_sum_assignment(torch.stack(costs)[:, inner].clamp_min(1e-9).log().cpu().numpy())
+    for row, place in zip(which.tolist(), places.tolist(), strict=True):
         position = place + len(frame.prefix)
         text[position] = tokens[names[row][position]]
     return Guess(misfit, tokens, known=text)

@@ -14,7 +14,7 @@ from dpguard.attacks.span_exact import first_block, is_context_free, left_to_rig
 from dpguard.attacks.span_guess import Guess, activation, guess, seat_of
 from dpguard.attacks.span_picture import Album, fit
 from dpguard.attacks.span_relax import relax
-from dpguard.attacks.span_rows import RowSolver
+from dpguard.attacks.span_rows import Rows, RowSolver
 from dpguard.attacks.span_search import Search, Trail
 from dpguard.attacks.span_shift import realign
 from dpguard.attacks.span_sites import Probe, Sites
@@ -74,14 +74,14 @@ def solve(case: Case, evidence: Evidence, length: int) -> Trail:
     search = Search(case.probe, evidence, held, case.limit, case.common)
     if is_context_free(evidence, case.frame):
         return _embeddings(case, evidence, search, length)
-    states = _states(case, evidence, length)
-    first = guess(evidence, case.sites, case.album, length, case.tokens, states=states)
+    rows = _rows(case, evidence, length)
+    first = guess(evidence, case.sites, case.album, length, case.tokens, rows=rows)
     if evidence.causal and evidence.first == 0:
         ids = left_to_right(case.probe, evidence, length, case.tokens, case.frame, first, case.limit)
         trail = search.start(ids[None])
         if trail.done:
             return trail
-    return _hunt(case, evidence, search, length, first, states)
+    return _hunt(case, evidence, search, length, first, rows)
 
 
 def _embeddings(case: Case, evidence: Evidence, search: Search, length: int) -> Trail:
@@ -107,7 +107,7 @@ def _take(trail: Trail, other: Trail) -> None:
         trail.move(other)
 
 
-def _states(case: Case, evidence: Evidence, length: int) -> Tensor | None:
+def _rows(case: Case, evidence: Evidence, length: int) -> Rows | None:
     """The text's hidden states, where the weight gives them one by one and a decoder is not quicker without."""
     seat = seat_of(evidence, case.sites, case.probe)
     if evidence.site.role != "mlp_out" or seat is None or (evidence.causal and len(case.tokens) < FEW_TOKENS):
@@ -119,9 +119,7 @@ def _states(case: Case, evidence: Evidence, length: int) -> Tensor | None:
     return found
 
 
-def _hunt(
-    case: Case, evidence: Evidence, search: Search, length: int, table: Guess | None, states: Tensor | None
-) -> Trail:
+def _hunt(case: Case, evidence: Evidence, search: Search, length: int, table: Guess | None, rows: Rows | None) -> Trail:
     """Guess and search, then refine the picture around the best text, then relax, until certain or spent."""
     held = case.fixed(length)[0]
     if table is not None:
@@ -136,7 +134,7 @@ def _hunt(
         trail, likely, bag = _repeated(case, evidence, search, trail, likely, bag)
     for turn in range(ROUNDS):
         if turn or length > SHORT:
-            refined = None if trail.done else _refined(case, evidence, trail, likely, length, states)
+            refined = None if trail.done else _refined(case, evidence, trail, likely, length, rows)
             if refined is not None:
                 likely, bag = refined.best(SUBSTITUTES), refined.bag(2 * length)
                 other = search.start(case.framed(torch.stack([refined.text(), likely[:, 0]])))
@@ -194,22 +192,22 @@ def _repeated(
 
 
 def _refined(
-    case: Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int, states: Tensor | None
+    case: Case, evidence: Evidence, trail: Trail, likely: Tensor, length: int, rows: Rows | None
 ) -> Guess | None:
     """A guess from a picture of texts near the best one: same length, mostly the same words."""
     seat = seat_of(evidence, case.sites, case.probe)
     if seat is None:
         return None
-    rows = likely[:, : min(24, likely.shape[1])]
-    pick = torch.randint(rows.shape[1], (NEARBY, length), generator=case.rng)
-    other = rows[torch.arange(length), pick]
+    words = likely[:, : min(24, likely.shape[1])]
+    pick = torch.randint(words.shape[1], (NEARBY, length), generator=case.rng)
+    other = words[torch.arange(length), pick]
     stay = torch.rand((NEARBY, length), generator=case.rng) < 0.6
     texts = case.framed(torch.where(stay, trail.ids, other))
     scored = case.probe.scored
     prior = case.album.picture(seat.name, seat.layer, length)
     picture = fit(case.probe, seat.layer, texts.tolist(), case.album.table, prior)
     case.probe.scored = scored + NEARBY
-    return guess(evidence, case.sites, case.album, length, case.tokens, picture=picture, states=states)
+    return guess(evidence, case.sites, case.album, length, case.tokens, picture=picture, rows=rows)
 
 
 def _relaxed(

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpguard.attacks.observation import Observation
-from dpguard.attacks.span_sites import Site, predicts_tokens
+from dpguard.attacks.span_sites import Site
 from dpguard.engine.gradients import forward_arguments
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import bare
+from dpguard.inputs.family import bare, predicts_tokens
 
 ITERATIONS, LOOK = 96, 6
 """Steps of the solver, and after how many of them its answer is looked at."""

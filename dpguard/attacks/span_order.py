@@ -20,11 +20,11 @@ from dpguard.attacks.labels import labels_of
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.span_cache import Extender
 from dpguard.attacks.span_evidence import Evidence, gather, usable
-from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, Sites, predicts_tokens
+from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, Sites
 from dpguard.attacks.vocabulary import Frame
 from dpguard.engine.gradients import per_example_losses
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import slots
+from dpguard.inputs.family import predicts_tokens, slots
 
 EQUAL = 1e-9
 """Squared sine between the message's grades and a text's that rounding explains (measured: at most 1e-14)."""

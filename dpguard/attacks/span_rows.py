@@ -17,12 +17,15 @@ from torch import Tensor
 
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_picture import Picture
+from dpguard.attacks.span_ruler import Ruler, ruler
 from dpguard.attacks.span_sites import Probe, Site
 from dpguard.attacks.vocabulary import Frame
 
 STARTS = 192
-FIRST, SECOND = 50, 100
-"""Adam steps from all starts, and then from the best of them."""
+FIRST, HALF, SECOND, MORE = 20, 30, 40, 60
+"""Adam steps from all starts, then from the better part of them, then from the best, and more where few arrive."""
+PART = 0.4
+"""The better part."""
 LAST = 200
 """Steps that all states found take together in the end."""
 FINALISTS = 3
@@ -44,43 +47,27 @@ SPREAD = 0.5
 
 
 @dataclass(frozen=True)
-class Ruler:
-    """A picture in units in which context has unit covariance.
+class Rows:
+    """Hidden states of a text.
 
     Attributes:
-        out: (d, d) maps a state to those units.
-        back: (d, d) maps them back.
-        tokens: (n, d) contribution of each token, in states.
-        places: (L, d) contribution of each position and the constant, in states.
-        fine_tokens: ``tokens`` in those units.
-        fine_places: ``places`` in those units.
+        states: (k, d), in no order.
+        picture: what they were looked for with.
+        scale: its ruler.
     """
 
-    out: Tensor
-    back: Tensor
-    tokens: Tensor
-    places: Tensor
-    fine_tokens: Tensor
-    fine_places: Tensor
-
-    def distances(self, states: Tensor) -> Tensor:
-        """(k, n, L) mean squared distance of each state from each token at each position."""
-        gap = (states @ self.out)[:, None] - self.fine_places[None]
-        cross = self.fine_tokens @ gap.flatten(0, 1).T
-        square = self.fine_tokens.pow(2).sum(1)[:, None] - 2 * cross + gap.pow(2).sum(2).flatten()
-        table: Tensor = square.reshape(len(square), len(states), -1).transpose(0, 1) / states.shape[1]
-        return table
+    states: Tensor
+    picture: Picture
+    scale: Ruler
 
 
-def ruler(probe: Probe, picture: Picture, tokens: Tensor, length: int) -> Ruler:
-    """The ruler of a picture for texts of ``length`` tokens."""
-    size, axes = torch.linalg.eigh(picture.scatter)
-    deviation = size.clamp_min(float(size.max()) * 1e-7 + 1e-12).sqrt()
-    width = probe.embedding.shape[1]
-    out = (axes / deviation).float()
-    words = probe.embedding[tokens] @ picture.weights[:width].float()
-    places = picture.constant(probe.positions(length)).float()
-    return Ruler(out, (axes * deviation).T.float(), words, places, words @ out, places @ out)
+@dataclass(frozen=True)
+class _Ends:
+    """Where descents from k states stand: residuals and goals (k,), displacements (k, d)."""
+
+    residual: Tensor
+    goal: Tensor
+    shift: Tensor
 
 
 class RowSolver:
@@ -107,8 +94,8 @@ class RowSolver:
         self.probe, self.evidence, self.seat, self.act, self.frame, self.rng = probe, evidence, seat, act, frame, rng
         self.steps = 0
 
-    def solve(self, picture: Picture, tokens: Tensor, length: int, budget: int) -> Tensor:
-        """(k, d) states of the text's content tokens, in no order; k is at most their number.
+    def solve(self, picture: Picture, tokens: Tensor, length: int, budget: int) -> Rows:
+        """States of the text's content tokens, at most one each.
 
         Args:
             picture: of the seat.
@@ -127,15 +114,15 @@ class RowSolver:
                 break
             states = self._starts(scale, found, known, length, typical)
             found = self._round(states, scale, length, self._noise(len(states)), found, budget)
-        return self._polished(found[known:], scale, budget)
+        return Rows(self._polished(found[known:], scale, budget), picture, scale)
 
     def _polished(self, found: Tensor, scale: Ruler, budget: int) -> Tensor:
         """The same states, closer: flat directions of the activation need longer."""
         if not len(found):
             return found
         shift = torch.zeros_like(found)
-        shift = self._descend(found, scale, shift, None, min(LAST, budget - self.steps), 0.05, 0.0)[1]
-        return found + shift @ scale.back
+        ends = self._descend(found, scale, shift, None, min(LAST, budget - self.steps), 0.05, 0.0)
+        return found + ends.shift @ scale.back
 
     def _noise(self, count: int) -> Tensor:
         width = self.evidence_width
@@ -202,12 +189,17 @@ class RowSolver:
         """The states found before and the new ones that a batch of starts leads to."""
         if not len(states):
             return found
-        taken = self._taken(found)
-        residual, shift = self._descend(states, scale, noise, taken, min(FIRST, budget - self.steps), 0.3, 0.01)
-        keep = residual.argsort()[: max(FEWEST, FINALISTS * length)]
-        states, shift = states[keep], shift[keep]
-        residual, shift = self._descend(states, scale, shift, None, min(SECOND, budget - self.steps), 0.1, 0.0)
-        ends = states + shift @ scale.back
+        taken, few = self._taken(found), max(FEWEST, FINALISTS * length)
+        last = self._descend(states, scale, noise, taken, min(FIRST, budget - self.steps), 0.3, 0.01)
+        keep = last.goal.argsort()[: max(few, int(PART * len(states)))]
+        states = states[keep]
+        last = self._descend(states, scale, last.shift[keep], taken, min(HALF, budget - self.steps), 0.3, 0.01)
+        keep = last.residual.argsort()[:few]
+        states = states[keep]
+        last = self._descend(states, scale, last.shift[keep], None, min(SECOND, budget - self.steps), 0.1, 0.0)
+        if int((last.residual < SOLVED).sum()) < len(states) / 2:
+            last = self._descend(states, scale, last.shift, None, min(MORE, budget - self.steps), 0.1, 0.0)
+        ends, residual = states + last.shift @ scale.back, last.residual
         for index in residual.argsort().tolist():
             if float(residual[index]) > SOLVED or len(found) >= self.evidence.span.rank:
                 break
@@ -228,8 +220,8 @@ class RowSolver:
 
     def _descend(
         self, states: Tensor, scale: Ruler, start: Tensor, taken: Tensor | None, steps: int, rate: float, hold: float
-    ) -> tuple[Tensor, Tensor]:
-        """Residuals and displacements after Adam from (k, d) states, all side by side.
+    ) -> _Ends:
+        """Adam from (k, d) states, all side by side.
 
         Args:
             states: what the picture predicts.
@@ -242,7 +234,7 @@ class RowSolver:
         """
         shift = start.clone().requires_grad_(True)
         optimiser = torch.optim.Adam([shift], lr=rate, betas=(0.9, 0.99))
-        residual = torch.ones(len(states), device=states.device)
+        residual = goal = torch.ones(len(states), device=states.device)
         for step in range(steps):
             left = 1 - step / steps
             optimiser.param_groups[0]["lr"] = rate * (0.05 + 0.95 * left)
@@ -256,7 +248,7 @@ class RowSolver:
             self.steps += 1
             if float(residual.detach().max()) < ZERO:
                 break
-        return residual.detach(), shift.detach()
+        return _Ends(residual.detach(), goal.detach(), shift.detach())
 
 
 def _open_share(inside: Tensor, taken: Tensor | None) -> Tensor:

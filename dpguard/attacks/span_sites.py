@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpguard.engine.gradients import forward_arguments
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import Family, bare, family_of, slots
+from dpguard.inputs.family import Family, family_of, slots
 from dpguard.policy.layers import Slot
 
 LINEAR = ("value", "qkv", "query", "mlp_in", "mlp_gate", "key", "attention_output", "mlp_out")
@@ -153,13 +153,6 @@ def reached(model: nn.Module, layer: nn.Module, arguments: dict[str, Any]) -> Te
     finally:
         handle.remove()
     return kept[0]
-
-
-def predicts_tokens(model: nn.Module) -> bool:
-    """Whether the model's loss is the prediction of every next token."""
-    inner = bare(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
-    return head is not None
 
 
 @contextmanager

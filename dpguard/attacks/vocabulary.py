@@ -67,11 +67,14 @@ def allowed_tokens(tokenizer: Any, rows: int) -> Tensor:
         tokenizer: the public tokenizer.
         rows: rows of the model's token-embedding table (often more than there are tokens).
     """
-    allowed = torch.zeros(rows, dtype=torch.bool)
     special = set(tokenizer.all_special_ids)
-    for token, index in tokenizer.get_vocab().items():
-        if index < rows and index not in special and not _UNUSED.match(token):
-            allowed[index] = True
+    found = [
+        index
+        for token, index in tokenizer.get_vocab().items()
+        if index < rows and index not in special and not _UNUSED.match(token)
+    ]
+    allowed = torch.zeros(rows, dtype=torch.bool)
+    allowed[torch.tensor(found, dtype=torch.int64)] = True
     return allowed
 
 

@@ -161,6 +161,13 @@ def bare(model: nn.Module) -> nn.Module:
     return inside() if callable(inside) else model
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether the model has a head over its vocabulary: its loss is the prediction of every next token."""
+    inner = bare(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    return head is not None
+
+
 def _unknown(name: str, family: Family) -> UserError:
     if _PEFT.search(name):
         return UserError(

@@ -14,11 +14,11 @@ from dpguard.attacks.span_cache import Extender
 from dpguard.attacks.span_last import last_tokens
 from dpguard.attacks.span_rank import Span
 from dpguard.attacks.span_screen import Screen
-from dpguard.attacks.span_sites import Probe, left_as_found, predicts_tokens, sites_of
+from dpguard.attacks.span_sites import Probe, left_as_found, sites_of
 from dpguard.attacks.span_spectrum import by_gap
 from dpguard.engine.client import Client
 from dpguard.inputs.batch import Batch, collate
-from dpguard.inputs.family import slots
+from dpguard.inputs.family import predicts_tokens, slots
 from dpguard.policy.table import Policy
 from tests import messages, tiny
 

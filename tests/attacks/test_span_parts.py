@@ -10,7 +10,8 @@ from dpguard.attacks.span_evidence import gather
 from dpguard.attacks.span_guess import activation, guess
 from dpguard.attacks.span_rank import floor, span_of
 from dpguard.attacks.span_relax import relax
-from dpguard.attacks.span_rows import RowSolver, _open_share, ruler
+from dpguard.attacks.span_rows import RowSolver, _open_share
+from dpguard.attacks.span_ruler import ruler
 from dpguard.attacks.span_sites import left_as_found, sites_of
 from tests import messages, tiny
 
@@ -106,7 +107,7 @@ def test_the_states_found_one_by_one_are_the_clients_own(family: str) -> None:
         solver.act = activation(seen.model.config)
     with left_as_found(seen.model):
         picture = case.album.picture(seat.name, seat.layer, len(ids))
-        found = solver.solve(picture, case.tokens, len(ids), 3000)
+        found = solver.solve(picture, case.tokens, len(ids), 3000).states
         true = case.probe.states(seat.layer, ids[None])[0]
     distance = torch.cdist(found, true) / true.norm(dim=1)
     assert len(found) >= len(ids) - case.frame.size - 1

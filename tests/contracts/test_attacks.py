@@ -162,6 +162,7 @@ def test_its_row_of_capabilities_decides_with_a_reason(name: str) -> None:
         (replace(told, sequences=None, batch_size=2), row.several),
     ):
         assert able or attack.applicable(replace(seen, disclosed=changed))
+    assert row.tokens or "predicts tokens" in attack.applicable(_seen("gpt2-lm"))
 
 
 def test_the_documented_table_of_capabilities_is_the_one_that_decides() -> None:
