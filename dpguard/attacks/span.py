@@ -43,7 +43,7 @@ from dpguard.attacks.span_search import Trail
 from dpguard.attacks.span_sites import Probe, Site, left_as_found, sites_of
 from dpguard.attacks.span_tree import TreeReader, tree_sites
 from dpguard.attacks.vocabulary import TokenTable, allowed_tokens, frame_of
-from dpguard.inputs.family import slots
+from dpguard.inputs.family import predicts_tokens, slots
 
 KINDS = ("gradient", "delta")
 WITNESSES = 3
@@ -96,8 +96,9 @@ class Span:
                 return PairReader(seen, case.probe, case.sites, case.tokens, case.frame).read()
             if contextual:
                 found = TreeReader(seen, case.probe, case.sites, case.tokens, case.frame, budget, rng).read()
-                if seen.disclosed.texts != 1 or any(found.certain):
+                if seen.disclosed.texts != 1 or any(found.certain) or found.notes.get("complete"):
                     return found
+                case.probe.scored = found.candidates  # the search goes on with what the budget has left
             ordered = read_order(seen, case.probe, case.sites, case.tokens, case.frame, budget)
             if ordered is not None:
                 return ordered
@@ -106,7 +107,8 @@ class Span:
                     return BatchReader(seen, rng, budget).read()
                 alone = replace(seen, disclosed=replace(seen.disclosed, lengths=None))
                 single = partial(_single, case, alone)
-                return MiddleReader(seen, case.probe, case.sites, rng, budget, single).read()
+                read = MiddleReader(seen, case.probe, case.sites, rng, budget, single).read()
+                return replace(read, steps=max(read.steps, case.steps))
             sites = usable(seen, case.sites)[0]
             evidence = gather(seen, sites, causal=case.probe.family.causal, most=WITNESSES)
             return (
@@ -126,10 +128,11 @@ def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> Case:
     probe = Probe(seen.model)
     tokenizer = seen.disclosed.tokenizer
     allowed = allowed_tokens(tokenizer, len(probe.embedding))
-    if tokenizer.unk_token_id is not None:
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < len(allowed):
         allowed[tokenizer.unk_token_id] = True  # what the tokenizer makes of a word it cannot spell
     tokens, frame = allowed.nonzero().flatten().to(probe.device), frame_of(tokenizer)
-    public = [tokenizer(text)["input_ids"] for text in seen.disclosed.public_texts[:PUBLIC]]
+    encoded = [tokenizer(text)["input_ids"] for text in seen.disclosed.public_texts[:PUBLIC]]
+    public = [ids for ids in encoded if ids and max(ids) < len(allowed)]
     album = Album(probe, tokens, frame, public, _positions(probe))
     return Case(
         probe, sites_of(seen.model), album, tokens, TokenTable(probe.embedding, tokenizer), frame, rng, budget,
@@ -155,7 +158,8 @@ def _judge(case: Case, seen: Observation, evidence: list[Evidence]) -> Reconstru
     """Read the weights one after the other until one is certain; let the others confirm."""
     best: tuple[Trail, Evidence] | None = None
     for index, witness in enumerate(evidence[:2]):
-        case.limit = case.budget.candidates if index or len(evidence) == 1 else case.budget.candidates // 2
+        rest = max(0, case.budget.candidates - case.probe.scored)
+        case.limit = case.probe.scored + (rest if index or len(evidence) == 1 else rest // 2)
         trail = _read(case, seen, witness)
         if trail is not None and (best is None or trail.certain or trail.energy < best[0].energy):
             best = trail, witness
@@ -184,9 +188,9 @@ def _or_middle(first: str, middle: str) -> str:
     return middle and f"{first}; {middle}"
 
 
-def _single(case: Case, seen: Observation, evidence: Evidence, limit: int) -> Trail | None:
-    """One text of a batch, from evidence about it alone, up to a number of candidates."""
-    case.limit = limit
+def _single(case: Case, seen: Observation, evidence: Evidence, limit: int, steps: int) -> Trail | None:
+    """One text of a batch, from evidence about it alone, up to a number of candidates, after steps spent before."""
+    case.limit, case.steps = limit, max(case.steps, steps)
     return _read(case, seen, evidence)
 
 
@@ -207,8 +211,8 @@ def _order_unproven(model: nn.Module) -> bool:
 
 def _read(case: Case, seen: Observation, evidence: Evidence) -> Trail | None:
     """The best text for one weight over the lengths that its rank allows."""
-    told = seen.disclosed.lengths
-    lengths = list(told) if told else evidence.lengths
+    unseen = 1 if predicts_tokens(seen.model) else 0  # no layer sees the last token, which is only predicted
+    lengths = [length - unseen for length in seen.disclosed.lengths or ()] or evidence.lengths
     most = case.probe.family.max_tokens(case.probe.config)
     best: Trail | None = None
     for length in lengths:

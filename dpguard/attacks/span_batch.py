@@ -107,7 +107,7 @@ class BatchReader:
         self.probe, self.sites = Probe(seen.model), sites_of(seen.model)
         tokenizer = seen.disclosed.tokenizer
         allowed = allowed_tokens(tokenizer, len(self.probe.embedding))
-        if tokenizer.unk_token_id is not None:
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < len(allowed):
             allowed[tokenizer.unk_token_id] = True
         self.tokens = allowed.nonzero().flatten().to(self.probe.device)
         self.frame: Frame = frame_of(tokenizer)
@@ -130,7 +130,7 @@ class BatchReader:
         self.judge = by_role["mlp_out"]
         self.witnesses = [e for e in evidence if not any(e is r for r in readers)]  # these made the pool
         self.pool = pool_of(block, readers, self.tokens, self.frame, self.rng)
-        if not len(self.pool):
+        if not bool((self.pool.places >= len(self.frame.prefix)).any()):
             return Reconstruction([], [], notes={"reason": "no token's embedding lies in the first block's span"})
         self.repairs = Repairs(self.probe, self.judge, self.frame)
         self.solver = MemberSolver(block, self.pool)
@@ -300,7 +300,7 @@ class BatchReader:
         ids = torch.tensor(text, device=self.probe.device)
         states = self.probe.states(self.judge.site.layer, ids[None])[0]
         misfit = float(self.judge.span.outside(states)[0].mean())
-        proven = self.judge.span.holds(states) and not any(
+        proven = self.judge.proves(self.probe, ids) and not any(
             e.contradicts(self.probe, ids, self.dimensions) for e in self.witnesses
         )
         return _Found(text, proven, proven or bool(self._in_span(states).all()), misfit)

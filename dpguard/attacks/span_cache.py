@@ -13,6 +13,9 @@ from transformers import DynamicCache
 from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe, reached
 from dpguard.inputs.family import bare
 
+LONG = 16
+"""Cached positions of a prefix that weigh as much as one position that is computed."""
+
 
 class Extender:
     """What enters one layer of a decoder at the last position of a prefix plus one token.
@@ -36,7 +39,7 @@ class Extender:
         self.probe.scored += len(tokens)
         with torch.no_grad():
             past = self._past(prefix) if len(prefix) else []
-            parts = tokens.split(max(1, CHUNK_TOKENS // 2))  # type: ignore[no-untyped-call]
+            parts = tokens.split(max(1, CHUNK_TOKENS // (2 + len(prefix) // LONG)))  # type: ignore[no-untyped-call]
             return torch.cat([self._run(part[:, None], past, len(prefix))[0][:, -1] for part in parts])
 
     def _past(self, prefix: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

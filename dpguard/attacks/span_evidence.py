@@ -14,6 +14,8 @@ from dpguard.inputs.family import predicts_tokens, slots
 
 COVERAGE = 0.05
 """Weight of the log-volume that a candidate's rows take up in the span: two rows may not share a direction."""
+TWINS, ALIKE = 8, 0.05
+"""Nearest words of each word that a proof has to tell it from, and their distance relative to its embedding."""
 FINAL_BLOCK = (
     "only the final block's weights are shared, and a classification head reads one state of a text: "
     "the gradients of the query, attention output and MLP have the rank of the texts (those of key and value at most "
@@ -85,8 +87,18 @@ class Evidence:
         if len(ids) not in self.lengths:
             return False, 1.0
         rows = self.vectors(probe.states(self.site.layer, ids[None])[0])
-        worst = float(self.span.outside(rows)[0].max())
-        return self.span.holds(rows), worst
+        if not len(rows):
+            return False, 1.0
+        return self.proves(probe, ids), float(self.span.outside(rows)[0].max())
+
+    def proves(self, probe: Probe, ids: Tensor) -> bool:
+        """Whether the span holds a text of (L,) token ids, and no text with a word of nearly the same embedding in
+        place of one of its own (rows that were added to a vocabulary lie that close).
+        """
+        return self._holds(probe, ids) and not any(self._holds(probe, other) for other in twins(probe.embedding, ids))
+
+    def _holds(self, probe: Probe, ids: Tensor) -> bool:
+        return self.span.holds(self.vectors(probe.states(self.site.layer, ids[None])[0]))
 
     def contradicts(self, probe: Probe, ids: Tensor, tokens: int | None = None) -> bool:
         """Whether a text of (L,) token ids has a state that cannot be in the span, however imprecise it is.
@@ -107,6 +119,24 @@ class Evidence:
     def basis(self) -> Tensor:
         """The span's basis in the model's precision."""
         return self.span.basis.float()
+
+
+def twins(embedding: Tensor, ids: Tensor) -> list[Tensor]:
+    """Texts with one word of (L,) token ids exchanged for another whose embedding is nearly the same."""
+    words = torch.unique(ids)
+    rows = embedding[words].float()
+    apart = torch.cdist(rows, embedding.float())
+    near = apart.topk(min(TWINS + 1, len(embedding)), largest=False)
+    close = near.values < ALIKE * rows.norm(dim=1, keepdim=True)
+    found = {int(word): near.indices[k][close[k]].tolist() for k, word in enumerate(words)}
+    out = []
+    for place, word in enumerate(ids.tolist()):
+        for twin in found[word]:
+            if twin != word:
+                other = ids.clone()
+                other[place] = twin
+                out.append(other)
+    return out
 
 
 def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:

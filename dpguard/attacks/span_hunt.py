@@ -126,7 +126,7 @@ def _hunt(case: Case, evidence: Evidence, search: Search, length: int, table: Gu
         likely, bag = table.best(SUBSTITUTES), table.bag(2 * length)
         trail = search.start(case.framed(torch.stack([table.text(), likely[:, 0]])))
     else:
-        likely = case.tokens[torch.randint(len(case.tokens), (length, 1), generator=case.rng)]
+        likely = case.tokens[torch.randint(len(case.tokens), (length, 1), generator=case.rng).to(case.tokens.device)]
         bag = likely[:, 0]
         trail = search.start(case.framed(likely[:, 0][None]))
         likely, bag = _relaxed(case, evidence, search, trail, likely, held)
@@ -199,9 +199,9 @@ def _refined(
     if seat is None:
         return None
     words = likely[:, : min(24, likely.shape[1])]
-    pick = torch.randint(words.shape[1], (NEARBY, length), generator=case.rng)
-    other = words[torch.arange(length), pick]
-    stay = torch.rand((NEARBY, length), generator=case.rng) < 0.6
+    pick = torch.randint(words.shape[1], (NEARBY, length), generator=case.rng).to(words.device)
+    other = words[torch.arange(length, device=words.device), pick]
+    stay = (torch.rand((NEARBY, length), generator=case.rng) < 0.6).to(words.device)
     texts = case.framed(torch.where(stay, trail.ids, other))
     scored = case.probe.scored
     prior = case.album.picture(seat.name, seat.layer, length)
@@ -218,7 +218,7 @@ def _relaxed(
     size = case.budget.restarts
     unit = case.table.mean_norm / embedding.shape[1] ** 0.5
     shaky = (trail.rows / trail.rows.max().clamp_min(1e-9)).clamp(0.1, 1)[None, :, None]
-    noise = torch.randn((size, len(trail.ids), embedding.shape[1]), generator=case.rng)
+    noise = torch.randn((size, len(trail.ids), embedding.shape[1]), generator=case.rng).to(embedding.device)
     start = embedding[trail.ids] * (1 - shaky * JITTER) + noise * unit * shaky * 2 * JITTER
     start = torch.where(held[None, :, None], embedding[trail.ids], start)
     steps = min(200, case.budget.steps - case.steps)

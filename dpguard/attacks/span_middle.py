@@ -213,7 +213,7 @@ class MiddleReader:
         sites: its layers.
         rng: source of every draw.
         budget: steps and candidates.
-        single: reads one text from evidence about it alone, up to a value of ``probe.scored``.
+        single: reads one text from evidence about it alone, up to a value of ``probe.scored``, after so many steps.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class MiddleReader:
         sites: Sites,
         rng: torch.Generator,
         budget: Budget,
-        single: Callable[[Evidence, int], Trail | None],
+        single: Callable[[Evidence, int, int], Trail | None],
     ) -> None:
         self.seen, self.probe, self.sites, self.rng, self.budget, self.single = seen, probe, sites, rng, budget, single
 
@@ -251,14 +251,13 @@ class MiddleReader:
         for number, group in enumerate(groups):
             share = (self.budget.candidates - self.probe.scored) // (len(groups) - number)
             span = _span_of_rows(rows.inputs[group], blurred=not whole)
-            trail = self.single(replace(reader, span=span), self.probe.scored + max(0, share))
+            trail = self.single(replace(reader, span=span), self.probe.scored + max(0, share), finder.steps)
             if trail is not None:
                 found.append((trail.ids.tolist(), self._proven(trail.ids)))
         return self._answer(found, len(rows.states), finder.steps)
 
     def _proven(self, ids: Tensor) -> bool:
-        states = self.judge.vectors(self.probe.states(self.judge.site.layer, ids[None])[0])
-        return self.judge.span.holds(states) and not any(e.contradicts(self.probe, ids) for e in self.witnesses)
+        return self.judge.proves(self.probe, ids) and not any(e.contradicts(self.probe, ids) for e in self.witnesses)
 
     def _answer(self, found: list[tuple[list[int], bool]], rows: int, steps: int) -> Reconstruction:
         """Proven texts first, no text twice, no more than there are."""

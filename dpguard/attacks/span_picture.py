@@ -157,7 +157,8 @@ class Album:
         self.probe, self.tokens, self.frame, self.public, self.table = probe, tokens, frame, public, table
         with torch.no_grad():
             marks = [float(torch.linalg.vector_norm(p, dtype=torch.float64)) for p in probe.model.parameters()]
-        self.state = (tuple(marks), hash(tuple(map(tuple, public))))
+        known = (tuple(map(tuple, public)), tuple(tokens.tolist()), frame)
+        self.state = (tuple(marks), str(probe.device), hash(known))
 
     def picture(self, name: str, layer: nn.Module, length: int) -> Picture:
         """The picture of a layer for texts of about ``length`` tokens."""

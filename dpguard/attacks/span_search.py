@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpguard.attacks.span_evidence import Evidence
-from dpguard.attacks.span_sites import Probe
+from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe
 
 WIDTHS = (16, 32, 80)
 """Substitutes tried a position, wider when nothing improves."""
@@ -74,8 +74,10 @@ class Search:
         self.free = (~fixed).nonzero().flatten().tolist()
 
     def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) energies and (B, L) residuals of (B, L) texts."""
-        return self.evidence.energy(self.probe.states(self.evidence.site.layer, ids))
+        """(B,) energies and (B, L) residuals of (B, L) texts; in pieces, for states are wide."""
+        parts = ids.split(max(1, CHUNK_TOKENS // max(1, ids.shape[1])))  # type: ignore[no-untyped-call]
+        found = [self.evidence.energy(self.probe.states(self.evidence.site.layer, part)) for part in parts]
+        return torch.cat([energy for energy, _ in found]), torch.cat([rows for _, rows in found])
 
     def start(self, ids: Tensor) -> Trail:
         """The best of (B, L) texts."""
@@ -97,7 +99,7 @@ class Search:
         """
         level = 0
         while not trail.done and level < min(levels, len(WIDTHS)) and self.probe.scored < self.limit:
-            edits = self._new(trail, list(self._edits(trail, substitutes, bag, level)))
+            edits = self._new(trail, self._edits(trail, substitutes, bag, level))
             level = 0 if self._improve(trail, edits) else level + 1
         return trail
 
@@ -114,14 +116,14 @@ class Search:
         for _ in range(rounds):
             if trail.done or self.probe.scored >= self.limit:
                 break
-            edits = self._new(trail, [((p, token),) for p in self.free for token in words[p]])
+            edits = self._new(trail, (((p, token),) for p in self.free for token in words[p]))
             if not self._improve(trail, edits):
                 break
         return trail
 
     def relocate(self, trail: Trail) -> bool:
         """Move several neighbouring words elsewhere; whether that helped."""
-        return self._improve(trail, self._new(trail, list(_segments(trail.ids.tolist(), self.free))))
+        return self._improve(trail, self._new(trail, _segments(trail.ids.tolist(), self.free)))
 
     def _edits(self, trail: Trail, substitutes: Tensor, bag: Tensor, level: int) -> Iterator[Edit]:
         order = sorted(self.free, key=lambda p: -float(trail.rows[p]))
@@ -147,17 +149,22 @@ class Search:
             for token in self.common[:CLOSING]:
                 yield _move([*words[:p], token, *words[p + 1 :]], p, self.free[-1])
 
-    def _new(self, trail: Trail, edits: list[Edit]) -> list[tuple[Edit, Tensor]]:
-        out = []
-        for edit in edits:
-            changed = trail.ids.clone()
+    def _new(self, trail: Trail, edits: Iterable[Edit]) -> list[tuple[Edit, Tensor]]:
+        """Edits that lead to texts not tried yet, as many as the budget allows; they count as tried from now on."""
+        words, room = trail.ids.tolist(), self.limit - self.probe.scored
+        out: list[Edit] = []
+        texts: list[list[int]] = []
+        for edit in edits if room > 0 else ():
+            changed = list(words)
             for position, token in edit:
                 changed[position] = token
-            key = tuple(changed.tolist())
-            if key not in trail.tried:
-                trail.tried.add(key)
-                out.append((edit, changed))
-        return out[: self.limit - self.probe.scored]
+            if tuple(changed) not in trail.tried:
+                trail.tried.add(tuple(changed))
+                out.append(edit)
+                texts.append(changed)
+                if len(out) >= room:
+                    break
+        return list(zip(out, torch.tensor(texts, device=trail.ids.device), strict=True)) if out else []
 
     def _improve(self, trail: Trail, edits: list[tuple[Edit, Tensor]]) -> bool:
         """Take the best edit, together with as many other good ones as help, and check where that leads."""

@@ -151,6 +151,8 @@ class TreeReader:
             for token in found:
                 if place + 1 < longest:
                     heapq.heappush(waiting, (0, False, place + 1, (*prefix, token)))
+                else:  # as long as a text can be
+                    self.nodes.setdefault((*prefix, token), _Node())
             again = self._again(prefix)
             if again and again not in self.repeated and place + 1 < longest:
                 self.repeated.add(again)
@@ -235,7 +237,7 @@ class TreeReader:
         texts, certain = with_last_tokens(
             self.seen, self.judge.site, [list(leaf) for leaf in leaves], certain, self.tokens, notes
         )
-        return Reconstruction(texts, certain, 0, self.probe.scored, notes)
+        return Reconstruction(texts, certain, 0, -(-self.probe.scored // PIECES), notes)
 
     def _is_leaf(self, prefix: Prefix, node: _Node) -> bool:
         """Whether a text ends here: nothing follows, not even once its only token was repeated."""
@@ -251,7 +253,7 @@ class TreeReader:
     def _proven(self, leaf: Prefix, others: list[Evidence]) -> bool:
         """Whether all states of a text lie in the span, and those of the same words in another order do not."""
         ids = self.tokens.new_tensor(leaf)
-        if not self._holds(ids) or any(e.contradicts(self.probe, ids) for e in others):
+        if not self.judge.proves(self.probe, ids) or any(e.contradicts(self.probe, ids) for e in others):
             return False
         return not any(self._holds(other) for other in _swapped(ids))
 

@@ -31,18 +31,25 @@ def _only(selector: str) -> list[dict]:
     return [{"layers": "all", "share": False}, {"layers": selector, "share": True}]
 
 
-def _seen(family: str, selector: str, texts=TEXTS, *, told: bool = True) -> tuple[Observation, list[list[int]]]:
+def _seen(
+    family: str, selector: str, texts=TEXTS, *, told: bool = True, lengths: bool = False, clip: float = 0.0, **options
+) -> tuple[Observation, list[list[int]]]:
     """A message of a decoder, classifier or language model, and the true token ids."""
-    model = tiny.loaded(family, width=WIDTH)
+    model = tiny.loaded(family, width=WIDTH, **options)
     batch = collate(list(texts), [i % 2 for i in range(len(texts))], model.tokenizer)
     if family.endswith("-lm"):
         following = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         batch = Batch(batch.input_ids, batch.attention_mask, following)
-    plan = Policy(_only(selector)).plan(slots(model.module))
+    rows = _only(selector)
+    rows[1] |= {"clip": clip} if clip else {}
+    plan = Policy(rows).plan(slots(model.module))
     update = Client(model.module, plan, seed=0).observe(batch)
-    known = Disclosed(model.tokenizer, plan, update.batch_size, sequences=len(texts) if told else None)
-    lengths = batch.attention_mask.sum(1).tolist()
-    true = [ids[:n].tolist() for ids, n in zip(batch.input_ids, lengths, strict=True)]
+    counts = batch.attention_mask.sum(1).tolist()
+    known = Disclosed(
+        model.tokenizer, plan, update.batch_size, sequences=len(texts) if told else None,
+        lengths=tuple(counts) if lengths else None,
+    )  # fmt: skip
+    true = [ids[:n].tolist() for ids, n in zip(batch.input_ids, counts, strict=True)]
     return Observation(update.tensors, model.module, known), true
 
 
@@ -98,6 +105,51 @@ def test_last_tokens_are_only_proven_by_the_gradient(family: str) -> None:
         few = last_tokens(seen, site, inputs, torch.tensor([i for i in tokens.tolist() if i != true[0][-1]]))
         assert not few.certain
         assert not site.layer.get_parameter("weight").requires_grad
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one text", "three"])
+@pytest.mark.parametrize("family", ["gpt2-lm", "llama-lm"])
+def test_last_tokens_are_found_where_every_text_was_clipped(family: str, texts) -> None:
+    seen, true = _seen(family, f"block[1].{_sites(family)}.weight", texts, clip=1e-3)
+    found = _run(seen)
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True] * len(true)
+
+
+def test_last_tokens_of_a_mean_of_clients() -> None:
+    (one, mine), (two, theirs) = (_seen("gpt2-lm", "block[1].attention.qkv.weight", (text,)) for text in TEXTS[:2])
+    mean = {name: (value + two.message[name]) / 2 for name, value in one.message.items()}
+    found = _run(replace(one, message=mean, disclosed=replace(one.disclosed, clients=2, sequences=2)))
+    assert sorted(found.sequences) == sorted([*mine, *theirs])
+    assert found.certain == [True, True]
+
+
+def test_a_last_token_is_not_proven_where_another_one_predicts_the_same() -> None:
+    seen, true = _seen("gpt2-lm", "block[1].attention.qkv.weight", TEXTS[:1])
+    site = next(s for s in sites_of(seen.model).all if s.name in seen.message)
+    tokens = torch.arange(5, len(tiny.SPECIAL) + len(tiny.WORDS))
+    head = seen.model.get_output_embeddings().weight.data
+    other = 6 if true[0][-1] != 6 else 7
+    with left_as_found(seen.model):
+        assert last_tokens(seen, site, [true[0][:-1]], tokens).certain
+        head[other] = head[true[0][-1]] * (1 + 1e-6)
+        assert not last_tokens(seen, site, [true[0][:-1]], tokens).certain
+
+
+def test_told_lengths_count_the_token_that_no_layer_sees() -> None:
+    seen, true = _seen("llama-lm", "block[1].attention.query.weight", TEXTS[:1], lengths=True)
+    assert _run(seen).sequences == true
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_texts_as_long_as_the_model_reads(family: str) -> None:
+    longest = len(TEXTS[0].split())
+    option = {"gpt2": "n_positions", "llama": "max_position_embeddings"}[family]
+    seen, true = _seen(family, f"block[1].{_sites(family)}.weight", **{option: longest})
+    assert max(map(len, true)) == longest
+    found = _run(seen)
+    assert sorted(found.sequences) == sorted(true)
+    assert found.certain == [True] * 3
 
 
 def test_which_models_predict_tokens() -> None:

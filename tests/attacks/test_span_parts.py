@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from dpguard.attacks import span, span_rows
-from dpguard.attacks.span_evidence import gather
+from dpguard.attacks.span_evidence import gather, twins
 from dpguard.attacks.span_guess import activation, guess
 from dpguard.attacks.span_rank import floor, span_of
 from dpguard.attacks.span_relax import relax
 from dpguard.attacks.span_rows import RowSolver, _open_share
 from dpguard.attacks.span_ruler import ruler
-from dpguard.attacks.span_sites import left_as_found, sites_of
+from dpguard.attacks.span_search import Search
+from dpguard.attacks.span_sites import Probe, left_as_found, sites_of
 from tests import messages, tiny
 
 TEXT = tiny.SENTENCES[0]
@@ -77,9 +78,12 @@ def test_claimed_noise_hides_what_is_below_its_edge() -> None:
             assert (residual <= allowed).all()
 
 
+def _shared(selector: str) -> list[dict]:
+    return [{"layers": "all", "share": False}, {"layers": selector, "share": True}]
+
+
 def _case(family: str, selector: str, text: str = TEXT):
-    rows = [{"layers": "all", "share": False}, {"layers": selector, "share": True}]
-    seen, batch = messages.observe(tiny.loaded(family), rows, [text], [1], tell=())
+    seen, batch = messages.observe(tiny.loaded(family), _shared(selector), [text], [1], tell=())
     case = span._case(seen, torch.Generator().manual_seed(0), span.PLUGIN.presets["default"])
     shared = [site for site in sites_of(seen.model).all if site.name in seen.message]
     (evidence,) = gather(seen, shared, causal=case.probe.family.causal, most=1)
@@ -147,6 +151,44 @@ def test_descents_start_where_tokens_explain_what_is_left_of_the_span(monkeypatc
         share = _open_share(solver._inside(true), known)
     assert share.max() < 1e-3
     assert _open_share(typical, known).median() > 0.1
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_nothing_is_proven_where_two_words_have_nearly_the_same_embedding(family: str) -> None:
+    """Words that were added to a vocabulary start close to one another."""
+    model = tiny.loaded(family)
+    table = model.module.get_input_embeddings().weight.data
+    ids = model.tokenizer(TEXT)["input_ids"]
+    word = ids[len(ids) // 2]
+    twin = next(token for token in range(len(tiny.SPECIAL), len(table)) if token not in ids)
+    seen, _ = messages.observe(model, _shared("block[1].mlp.in.weight"), [TEXT], [1], tell=())
+    assert _certain(seen, ids) == [True]
+    table[twin] = table[word] * (1 + 1e-7)
+    assert _certain(seen, ids) == [False]
+    other = [twin if token == word else token for token in ids]
+    assert [token.tolist() for token in twins(table, torch.tensor(ids))] == [other] * ids.count(word)
+
+
+def _certain(seen, ids) -> list[bool]:
+    with left_as_found(seen.model):
+        shared = [site for site in sites_of(seen.model).all if site.name in seen.message]
+        found = gather(seen, shared, causal=Probe(seen.model).family.causal, most=1)
+        return [e.certifies(Probe(seen.model), torch.tensor(ids))[0] for e in found]
+
+
+def test_what_the_budget_cuts_off_is_tried_later() -> None:
+    seen, case, evidence, ids = _case("bert", "block[1].attention.value")
+    with left_as_found(seen.model):
+        search = Search(case.probe, evidence, case.fixed(len(ids))[0], 100)
+        trail = search.start(ids[None])
+        search.limit = case.probe.scored + 2
+        edits = [((1, token),) for token in range(len(tiny.SPECIAL), len(tiny.SPECIAL) + 9)]
+        first = search._new(trail, iter(edits))
+        assert len(first) == 2
+        search.limit += 100
+        later = search._new(trail, iter(edits))
+    changed = {int(text[1]) for _, text in (*first, *later)} | {int(ids[1])}
+    assert changed >= {token for ((_, token),) in edits}
 
 
 def test_the_continuous_search_leads_back_to_the_text() -> None:
