@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/five-sentences.md"))
+PAGES = [ROOT / "README.md", ROOT / "docs" / "reference-studies.md"]
 QUOTED = re.compile(r"(1\.00|\.\d\d+)\s+\[(\.\d\d+|1\.00),\s+(\.\d\d+|1\.00)\]")
 
 
@@ -30,6 +32,46 @@ def intervals(folder: Path) -> list[tuple[float, float, float]]:
     for value, low, high in re.findall(rf"\| {number} \| {number} – {number} (?=\|)", page):
         found += [(float(value), float(low), float(high)), (-float(value), -float(high), -float(low))]
     return found
+
+
+def utility_metric(folder: Path) -> str:
+    """What the report's study judges a training by, as its page prints the study file."""
+    study = re.search(r"(?ms)^```yaml\n(.*?)^```", (folder / "report.md").read_text("utf-8"))[1]
+    return (yaml.safe_load(study).get("utility") or {}).get("metric", "accuracy")
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
+def test_the_frontier_is_the_records(folder):
+    table = pd.read_csv(folder / "frontier.csv").set_index("policy")
+    scores = pd.read_parquet(folder / "scores.parquet")
+    [metric] = set(table.leakage_metric)
+    means = scores[scores.metric == metric].groupby(["policy", "attack", "at"]).value.mean()
+    strongest = means.groupby("policy").max()
+    assert set(strongest.index) == set(table.index[table.leakage.notna()])
+    for policy, row in table[table.leakage.notna()].iterrows():
+        assert row.leakage == pytest.approx(strongest[policy], abs=1e-6), policy
+        assert means[policy, row.attack].max() == pytest.approx(row.leakage, abs=1e-6), (policy, row.attack)
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    judged = metrics[(metrics.leg == "utility") & (metrics.metric == utility_metric(folder))]
+    worth = judged.groupby("policy").value.mean()
+    assert set(worth.index) == set(table.index[table.utility.notna()])
+    assert table.utility.dropna().to_dict() == pytest.approx(worth.to_dict(), abs=1e-6)
+    epsilons = metrics[metrics.metric == "epsilon"].set_index("policy").value
+    assert table.epsilon.to_dict() == pytest.approx(epsilons.to_dict(), rel=1e-5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_interval_of_a_page_is_a_committed_report_s(page):
+    """Where a line or paragraph names reports, it is one of theirs."""
+    everywhere = {folder.name: intervals(folder) for folder in REPORTS}
+    text = page.read_text("utf-8")
+    blocks = re.split(r"\n(?=\| )|\n\n", text)
+    for block in blocks:
+        named = [name for name in everywhere if re.search(rf"reports/{name}\b(?!-)", block)]
+        held = [row for name in named or everywhere for row in everywhere[name]]
+        for figures in QUOTED.findall(block):
+            assert any(all(map(near, figures, row)) for row in held), (figures, named)
+    assert len(QUOTED.findall(text)) >= 10
 
 
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
@@ -54,24 +96,56 @@ def test_the_table_of_the_identification_study_is_its_frontier():
             assert near(epsilon, held.epsilon)
 
 
-def test_the_counts_of_the_map_study_are_its_records():
-    scores = pd.read_parquet(ROOT / "reports/which-part-leaks-cola/scores.parquet")
+def counted(folder: str) -> pd.DataFrame:
+    """Exact or not, for every reconstruction that was made from a message of a committed study."""
+    scores = pd.read_parquet(ROOT / "reports" / folder / "scores.parquet")
     # an answer that a later attack took over is the same reconstruction
-    exact = scores[(scores.metric == "exact_match") & (scores.attack != "prior") & ~scores.inherited.astype(bool)]
-    one = exact[exact.sweep_part.notna()].groupby("at").value.agg(["sum", "count"])
+    own = (scores.attack != "prior") & ~scores.inherited.astype(bool)
+    return scores[own & (scores.metric == "exact_match")]
+
+
+def counts() -> dict[str, tuple[int, int]]:
+    """What the map and its headline say in counts: (how many, of how many)."""
+    exact = counted("which-part-leaks-cola")
+    one = exact[exact.sweep_part.notna()].groupby("at").value
     sure = exact[exact.certain.astype(bool)]
-    counts = {
-        "pretrained": f"{one.loc['start', 'sum']:.0f} of {one.loc['start', 'count']:.0f}",
-        "fine-tuned": f"{one.loc['tuned', 'sum']:.0f} of {one.loc['tuned', 'count']:.0f}",
-        "certain": f"{len(sure):,} of {len(exact):,}",
-    }
     assert (sure.value == 1).all()
-    said = (ROOT / "reports/which-part-leaks-cola/five-sentences.md").read_text("utf-8")
-    assert all(count in said for count in counts.values()), counts
-    for page in ("README.md", "docs/reference-studies.md"):
-        text = " ".join((ROOT / page).read_text("utf-8").split())
-        assert counts["pretrained"] in text
-        assert counts["fine-tuned"] in text
+    found = {
+        "pretrained": (one.sum()["start"], one.size()["start"]),
+        "fine-tuned": (one.sum()["tuned"], one.size()["tuned"]),
+        "certain": (len(sure), len(exact)),
+    }
+    for size in (1, 2, 4):
+        exact = counted(f"which-part-leaks-headline-cola-batch-{size}")
+        best = exact.groupby(["policy", "attack"]).value.agg(["sum", "size"]).groupby("policy").max()
+        read = best[best["sum"] > 0]
+        found[f"batch {size}"] = (read["sum"].sum(), read["size"].sum())
+    return {name: (int(some), int(every)) for name, (some, every) in found.items()}
+
+
+COUNT = re.compile(r"\b([\d,]*\d) of (?:all |the |its )?([\d,]*\d)\b|\b[Aa]ll ([\d,]*\d)\b")
+
+
+def quoted_counts(page: Path) -> set[tuple[int, int]]:
+    """Every "297 of 300" and "all 500" of a page, as (how many, of how many)."""
+    found = COUNT.findall(" ".join(page.read_text("utf-8").split()))
+    return {tuple(int(n.replace(",", "")) for n in (some or every, of or every)) for some, of, every in found}
+
+
+def test_the_counts_of_the_map_study_are_its_records():
+    held = counts()
+    said = {page.name: quoted_counts(page) for page in PAGES}
+    for page, found in said.items():
+        known = {(some, of) for some, of in found if of in {of for _, of in held.values()}}
+        assert known <= set(held.values()), page
+        assert held["pretrained"] in found, page
+    assert set(held.values()) <= said["reference-studies.md"]
+    assert re.search(rf"\b{held['fine-tuned'][0]}\b", PAGES[0].read_text("utf-8"))
+    five = quoted_counts(ROOT / "reports/which-part-leaks-cola/five-sentences.md")
+    assert {held[name] for name in ("pretrained", "fine-tuned", "certain")} <= five
+    for size in (1, 4):
+        path = ROOT / f"reports/which-part-leaks-headline-cola-batch-{size}/five-sentences.md"
+        assert held[f"batch {size}"] in quoted_counts(path)
 
 
 def test_the_eleven_messages_without_noise_are_read_whole_in_the_records():
