@@ -216,7 +216,7 @@ def test_published_distances_are_those_of_gradients_written_out(distance, absolu
     assert found == pytest.approx(wanted, rel=1e-3)
 
 
-def test_published_presets_have_their_papers_settings() -> None:
+def test_the_published_presets_are_plain_gradient_matching_and_run() -> None:
     for name, distance, starts in (("dlg", "l2", 1), ("tag", "l1", 1), ("lamp", "cosine", 500)):
         setting, budget = match.SETTINGS[name], match.PLUGIN.presets[name]
         assert (setting.distance, setting.starts, setting.aware, setting.soft) == (distance, starts, False, False)
