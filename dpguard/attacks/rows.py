@@ -10,7 +10,7 @@ al., NeurIPS 2022) starts from it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ FALSE_ALARMS = 0.01
 """Expected number of rows that pure noise lets through, over a whole table."""
 EXACT = 1e-4
 """Largest relative residual of a reading that float32 rounding explains."""
+SETTLED = 0.1
+"""Largest share of any one position's vector that a certain reading may leave unexplained."""
 
 
 class Rows:
@@ -39,7 +41,7 @@ class Rows:
     cite = "Melis et al., IEEE S&P 2019 (arXiv 1805.04049); Gupta et al., NeurIPS 2022 (arXiv 2205.08514)"
     capability = Capability(
         "rows of the token embedding (positions put them in order) or of a head over the vocabulary",
-        "read anything without them; several texts come as one bag",
+        "read anything without them; several texts come as one bag; prove more tokens than the width",
         kinds=("gradient", "delta"),
     )
     presets = {"default": Budget(steps=0, candidates=20_000)}  # noqa: RUF012
@@ -57,8 +59,9 @@ class Rows:
     ) -> Reconstruction:
         """Read off the text; with position rows in order, else as a bag put in the likeliest order.
 
-        Certain when, without noise, every position's vector is accounted for by its token's row. Several
-        texts in one message give one bag. ``notes``: ``tokens``, ``positions`` seen, ``residual``.
+        Certain when, without noise, every position's vector is accounted for by its token's row and no other text
+        would do. Several texts in one message give one bag. ``candidates``: texts whose fit was computed, the starts
+        and one a move. ``notes``: ``tokens``, ``positions`` seen, ``residual``.
         """
         limit = choose(self.name, self.presets, preset, budget)[1].candidates
         frame = frame_of(seen.disclosed.tokenizer)
@@ -73,14 +76,16 @@ class Rows:
             text = _chain(bag, seen, frame)
             return Reconstruction([text], [False], notes={"tokens": len(set(bag)), "positions": 0})
         places = _places(_as_clipped(position, token, seen), seen)
-        text, residual, tried = _assign(token, places, frame, limit)
         clean = all(not read.std and seen.disclosed.plan[read.name].whole for read in (token, position))
-        certain = clean and residual < EXACT and len(places.rows) > frame.size
         if predicts_tokens(seen.model):  # the last token is read by nobody: it is only a label
-            last = _last(text, labels)
-            text, certain = [*text, *last], certain and len(last) == 1
-        notes = {"tokens": len(token.rows), "positions": len(places.rows), "residual": residual}
-        return Reconstruction([text], [certain], candidates=tried, notes=notes)
+            best = _assign(token, places, replace(frame, suffix=frame.suffix[:-1]), limit, clean)
+            last = _last(best.text, labels)
+            text, certain = [*best.text, *(last or frame.suffix[-1:])], best.proven and len(last) == 1
+        else:
+            best = _assign(token, places, frame, limit, clean)
+            text, certain = best.text, best.proven
+        notes = {"tokens": len(token.rows), "positions": len(places.rows), "residual": best.residual}
+        return Reconstruction([text], [certain], candidates=best.tried, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,23 @@ class Read:
     def only(self, keep: Tensor) -> Read:
         """The rows at ``keep`` (a mask or indices)."""
         return Read(self.name, self.rows[keep], self.vectors[keep], self.std)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text for the position vectors.
+
+    Attributes:
+        text: token ids.
+        residual: of the token rows, relative to them.
+        proven: whether no other text explains them.
+        tried: texts whose fit was computed.
+    """
+
+    text: list[int]
+    residual: float
+    proven: bool
+    tried: int
 
 
 def _tokens(seen: Observation, frame: Frame) -> Read | None:
@@ -196,11 +218,14 @@ def _as_clipped(position: Read, token: Read, seen: Observation) -> Read:
 
 
 def _places(position: Read, seen: Observation) -> Read:
-    """Position rows from the first on, gaps filled with zero vectors (their token is still to be guessed)."""
+    """Position rows from the first on, gaps filled with zero vectors (their token is still to be guessed).
+
+    A model that predicts tokens reads every token but the last, whose position gets no gradient.
+    """
     offset = int(family_of(seen.model).positions(torch.ones(1, 1), seen.model.config)[0, 0])
     last = int(position.rows.max())
     if seen.disclosed.lengths:
-        last = offset + seen.disclosed.lengths[0] - 1
+        last = offset + seen.disclosed.lengths[0] - (2 if predicts_tokens(seen.model) else 1)
     rows = torch.arange(offset, last + 1)
     vectors = torch.zeros((len(rows), position.vectors.shape[1]), dtype=torch.float64)
     for row, vector in zip(position.rows.tolist(), position.vectors, strict=True):
@@ -209,40 +234,66 @@ def _places(position: Read, seen: Observation) -> Read:
     return Read(position.name, rows, vectors, position.std)
 
 
-def _assign(token: Read, places: Read, frame: Frame, limit: int) -> tuple[list[int], float, int]:
+def _assign(token: Read, places: Read, frame: Frame, limit: int, clean: bool) -> Reading:
     """A token for every position so that the position vectors add up to the token rows.
 
-    Starts from the most similar row, then moves single positions while the squared residual falls. The
-    special tokens stand where the tokenizer puts them.
-
-    Returns:
-        (token ids, relative residual, candidates tried).
+    Starts from the most similar row, or without noise (``clean``) from the solution of token rows = A @ position
+    vectors, which is the only one while the vectors are independent, if that leaves less. Then moves single positions
+    while the squared residual falls. The special tokens stand where the tokenizer puts them.
     """
     seats = _seats(token, places, frame)
-    similarity = (_unit(places.vectors) @ _unit(token.vectors).T).masked_fill(~seats, -2.0)
-    chosen = similarity.argmax(1)
-    tried = similarity.numel()
-    left = token.vectors - _sums(chosen, places, len(token.rows))
-    for _ in range(2 * len(places.rows)):
-        # moving position p from a to b changes |left_a + P|^2 - |left_a|^2 + |left_b - P|^2 - |left_b|^2
-        inner = places.vectors @ left.T
-        size = places.vectors.pow(2).sum(1)
-        away = 2 * inner.gather(1, chosen[:, None])[:, 0] + size
-        gain = away[:, None] - 2 * inner + size[:, None]
-        gain[torch.arange(len(chosen)), chosen] = 0.0
-        gain[~seats] = torch.inf
-        tried += gain.numel()
-        best = int(gain.argmin())
-        p, b = divmod(best, gain.shape[1])
-        if gain[p, b] >= -1e-12 * float(size.sum()) or tried > limit * 50:
-            break
-        left[chosen[p]] += places.vectors[p]
-        left[b] -= places.vectors[p]
-        chosen[p] = b
+    inverse = torch.linalg.pinv(places.vectors) if clean else None
+    scores = [_unit(places.vectors) @ _unit(token.vectors).T]
+    scores += [] if inverse is None else [(token.vectors @ inverse).T]
+    starts = [score.masked_fill(~seats, -torch.inf).argmax(1) for score in scores][-limit:]
+    start = min(starts, key=lambda chosen: float(_left(chosen, token, places).norm()))
+    chosen, moves = _descend(start, token, places, seats, min(2 * len(start), limit - len(starts)))
+    left = _left(chosen, token, places)
     residual = float(left.norm() / token.vectors.norm())
     words = token.rows[chosen].tolist()
-    middle = words[len(frame.prefix) : len(words) - len(frame.suffix)]
-    return frame.wrap(middle), residual, tried
+    text = frame.wrap(words[len(frame.prefix) : len(words) - len(frame.suffix)])
+    whole = residual < EXACT and text == words and len(words) > frame.size
+    proven = whole and inverse is not None and _settled(left, places, inverse)
+    return Reading(text, residual, proven, len(starts) + moves)
+
+
+def _descend(chosen: Tensor, token: Read, places: Read, seats: Tensor, most: int) -> tuple[Tensor, int]:
+    """Move single positions to other tokens while the squared residual falls; the tokens chosen and how many moves.
+
+    A move changes two rows of the residual, so what all next ones gain costs about as much as the fit of one text.
+    """
+    chosen = chosen.clone()
+    products = places.vectors @ places.vectors.T
+    size = products.diagonal()[:, None]
+    inner = places.vectors @ _left(chosen, token, places).T
+    for done in range(most):
+        # moving position p from a to b changes |left_a + P|^2 - |left_a|^2 + |left_b - P|^2 - |left_b|^2
+        gain = 2 * inner.gather(1, chosen[:, None]) + size - 2 * inner + size
+        gain.scatter_(1, chosen[:, None], 0.0)
+        gain[~seats] = torch.inf
+        p, b = divmod(int(gain.argmin()), gain.shape[1])
+        if gain[p, b] >= -1e-12 * float(size.sum()):
+            return chosen, done
+        inner[:, chosen[p]] += products[:, p]
+        inner[:, b] -= products[:, p]
+        chosen[p] = b
+    return chosen, max(0, most)
+
+
+def _settled(left: Tensor, places: Read, inverse: Tensor) -> bool:
+    """Whether no other text fits: what is left unexplained is far from a whole vector of any position.
+
+    Another text differs by whole numbers of position vectors, so it would show there, were they independent. A vector
+    of zero, and more vectors than their width, leave several texts.
+
+    Args:
+        left: (tokens, d) residual.
+        places: the position vectors.
+        inverse: (d, positions) their pseudo-inverse.
+    """
+    if int(torch.linalg.matrix_rank(places.vectors)) < len(places.rows):
+        return False
+    return float((left @ inverse).abs().max()) < SETTLED
 
 
 def _seats(token: Read, places: Read, frame: Frame) -> Tensor:
@@ -259,9 +310,9 @@ def _seats(token: Read, places: Read, frame: Frame) -> Tensor:
     return out
 
 
-def _sums(chosen: Tensor, places: Read, tokens: int) -> Tensor:
-    out = torch.zeros((tokens, places.vectors.shape[1]), dtype=torch.float64)
-    return out.index_add_(0, chosen, places.vectors)
+def _left(chosen: Tensor, token: Read, places: Read) -> Tensor:
+    """(tokens, d) token rows without the vectors of the positions that chose them."""
+    return token.vectors.index_add(0, chosen, places.vectors, alpha=-1)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
+from dpguard.attacks.base import Budget
 from dpguard.attacks.rows import PLUGIN, _filtered, _read
 from dpguard.attacks.rows_head import _counts, next_tokens
 from dpguard.inputs.batch import Batch, collate
@@ -86,15 +88,17 @@ def test_where_it_cannot_work_it_says_so():
     assert PLUGIN.applicable(seen) == "neither the token embedding nor a head over the vocabulary is shared"
 
 
-def language_message(family, text, hide=(), *, noise=0.0, local_steps=0):
+def language_message(family, text, hide=(), *, noise=0.0, local_steps=0, seed=0, bits=None, lengths=False, **config):
     """A language model's message of one text, and its token ids."""
-    model = tiny.loaded(family)
-    rows = [{"layers": "all", "clip": 1.0, "noise": noise}] if noise else []
+    model = tiny.loaded(family, **config)
+    rows = [{"layers": "all", "clip": 1.0, "noise": noise, **({"bits": bits} if bits else {})}] if noise else []
     plan = Policy([*rows, *({"layers": name, "share": False} for name in hide)]).plan(slots(model.module))
     batch = collate([text], [0], model.tokenizer)
     batch = Batch(batch.input_ids, batch.attention_mask, batch.input_ids)
-    update = Threat(local_steps=local_steps, learning_rate=1e-3).message(model, plan, [batch], noise_seed=0)
-    return observation(model, plan, update, sequences=1), batch.input_ids[0].tolist()
+    threat = Threat(local_steps=local_steps, learning_rate=1e-3)
+    update = threat.message(model, plan, [batch], noise_seed=seed)
+    told = [batch.input_ids.shape[1]] if lengths else None
+    return observation(model, plan, update, sequences=1, lengths=told), batch.input_ids[0].tolist()
 
 
 WITHOUT = "block[*]"
@@ -154,3 +158,48 @@ def test_position_rows_find_words_that_energy_alone_misses():
         found[1] += len(true & set(both.rows.tolist()))
         assert set(both.rows.tolist()) <= true
     assert found[1] > found[0] > 0
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize(("text", "certain"), [(REPEATED, True), ("the nurse asked the nurse", False)])
+def test_a_language_model_reads_every_token_but_the_last_which_is_a_label(text, certain, lengths):
+    """The last token has no gradient: a disclosed length must not make its empty place a word."""
+    seen, true = language_message("gpt2-lm", text, lengths=lengths, tie_word_embeddings=False)
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator())
+    assert found.sequences == [true if certain else true[:-1]]
+    assert found.certain == [certain]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_a_position_whose_vector_no_token_accounts_for_forbids_certainty(size):
+    """However small it is beside that of [CLS]: half of it is missing, so its word is a guess."""
+    model = tiny.loaded("bert")
+    seen, batch = observe(model, [], [TEXTS[1]], [0], tell=())
+    names = {slot.role: slot.name for slot in slots(model.module)}
+    token, position = names["token_embedding"], names["position_embedding"]
+    first, second = batch.input_ids[0, 1:3]
+    message = {name: value.clone() for name, value in seen.message.items()}
+    message[position][1] *= size
+    message[token][first] = 0
+    message[token][second] += message[position][1] / 2
+    found = PLUGIN.reconstruct(replace(seen, message=message), rng=torch.Generator())
+    assert found.notes["residual"] < 1e-4
+    assert found.certain == [False]
+
+
+def test_long_texts_whose_words_repeat_are_read_to_the_end():
+    """One solution while the tokens are no more than the width; moves of single positions alone miss it."""
+    model, draw = tiny.loaded("gpt2", blocks=2), random.Random(0)
+    for _ in range(6):
+        text = " ".join(draw.choice(tiny.WORDS) for _ in range(42))
+        _seen, found = read(model, text, [])
+        assert found.sequences == [ids(model, text)]
+        assert found.certain == [True]
+
+
+@pytest.mark.parametrize("most", [1, 3, 20_000])
+def test_the_candidates_stay_within_the_budget(most):
+    model = tiny.loaded("bert", blocks=1)
+    seen, _batch = observe(model, [{"layers": "all", "clip": 1.0, "noise": 0.003}], [TEXTS[0]], [0], tell=())
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator(), budget=Budget(steps=0, candidates=most))
+    assert 1 <= found.candidates <= most
