@@ -10,11 +10,11 @@ al., NeurIPS 2022) starts from it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from scipy.stats import chi2, gamma, norm
+from scipy.stats import norm
 from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
@@ -22,9 +22,9 @@ from dpguard.attacks.language import Corpus, bigram
 from dpguard.attacks.observation import Observation, Reconstruction
 from dpguard.attacks.presets import choose
 from dpguard.attacks.rows_head import NextTokens, head_tables, next_tokens
+from dpguard.attacks.rows_noise import Noise
 from dpguard.attacks.vocabulary import Frame, allowed_tokens, frame_of
 from dpguard.inputs.family import family_of, predicts_tokens, slots
-from dpguard.policy.table import Rule
 
 FALSE_ALARMS = 0.01
 """Expected number of rows that pure noise lets through, over a whole table."""
@@ -66,11 +66,12 @@ class Rows:
         limit = choose(self.name, self.presets, preset, budget)[1].candidates
         frame = frame_of(seen.disclosed.tokenizer)
         labels = next_tokens(seen, FALSE_ALARMS) if predicts_tokens(seen.model) else None
-        token = _tokens(seen, frame)
+        matched = _filtered(seen)
+        token = _tokens(seen, frame, matched)
         found = token.rows.tolist() if token else []
         if not found and not (labels and labels.counts):
             return Reconstruction([], [], notes={"tokens": 0})
-        position = _read(seen, "position_embedding")
+        position = _read(seen, "position_embedding", matched)
         if token is None or not found or position is None or not len(position.rows) or seen.disclosed.texts != 1:
             bag = [*(labels.bag if labels else []), *(t for t in found if not labels or t not in labels.counts)]
             text = _chain(bag, seen, frame)
@@ -126,16 +127,25 @@ class Reading:
     tried: int
 
 
-def _tokens(seen: Observation, frame: Frame) -> Read | None:
-    """The token table's rows, of tokens that a text can hold; None when it is not shared or is the head as well."""
+def _tokens(seen: Observation, frame: Frame, matched: Mapping[str, Tensor]) -> Read | None:
+    """The token table's rows, of tokens that a text can hold and the loudest of them if they are more than the texts
+    can hold; None when it is not shared or is the head as well."""
     name = _table(seen, "token_embedding")
-    token = None if name is None or name in head_tables(seen) else _read(seen, "token_embedding", _filtered(seen))
+    token = None if name is None or name in head_tables(seen) else _read(seen, "token_embedding", matched)
     if token is None:
         return None
     allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
     unknown = seen.disclosed.tokenizer.unk_token_id
     allowed[[*frame.prefix, *frame.suffix, *([] if unknown is None else [unknown])]] = True
-    return token.only(allowed[token.rows])
+    token = token.only(allowed[token.rows])
+    loudest = token.vectors.norm(dim=1).topk(min(_room(seen), len(token.rows))).indices
+    return token.only(loudest.sort().values)
+
+
+def _room(seen: Observation) -> int:
+    """How many tokens the texts of the message can hold."""
+    told = seen.disclosed
+    return sum(told.lengths or ()) or told.texts * family_of(seen.model).max_tokens(seen.model.config)
 
 
 def _last(text: list[int], labels: NextTokens | None) -> list[int]:
@@ -153,55 +163,44 @@ def _table(seen: Observation, role: str) -> str | None:
     return None
 
 
-def _filtered(seen: Observation) -> Tensor | None:
-    """(V,) bool, token rows that match a position's row: each position's vector is in its token's row again.
+def _filtered(seen: Observation) -> dict[str, Tensor]:
+    """Role -> (rows,) bool, rows of the two tables that match: each position's vector is in its token's row again.
 
-    The two tables have noise of their own, so under no signal every inner product is Gaussian and the number of
-    rows that pass is `FALSE_ALARMS` in all. None without noise or without position rows.
+    The two tables have noise of their own, so under no signal every inner product is Gaussian, or of lighter tails,
+    and the number of rows that pass is `FALSE_ALARMS` in all. Where positions arrive as signs, whose energy says
+    nothing, all of them are tried. Empty without noise, without position rows, or where rounding made tails heavier.
     """
     name, position = _table(seen, "token_embedding"), _read(seen, "position_embedding")
-    if name is None or position is None or not len(position.rows) or not (std := seen.noise_std(name)):
-        return None
-    match = seen.message[name].double() @ _unit(position.vectors).T / std
-    passed: Tensor = (match > norm.isf(FALSE_ALARMS / match.numel())).any(1)
-    return passed
+    if name is None or position is None or not (std := seen.noise_std(name)):
+        return {}
+    table, places = seen.message[name].double() / std, seen.message[position.name].double()
+    rows = position.rows
+    if position.std and seen.disclosed.plan[position.name].bits == 1:
+        rows = torch.arange(len(places))
+    noise = Noise.of(seen, name)
+    if not len(rows) or not noise.light:
+        return {}
+    match = table @ _unit(places[rows]).T / noise.scale
+    passed = match > norm.isf(FALSE_ALARMS / match.numel())
+    positions = torch.zeros(len(places), dtype=torch.bool)
+    positions[rows] = passed.any(0)
+    return {"token_embedding": passed.any(1), "position_embedding": positions}
 
 
-def _read(seen: Observation, role: str, also: Tensor | None = None) -> Read | None:
-    """Rows whose energy noise alone would exceed in `FALSE_ALARMS` rows of the whole table, and those of ``also``."""
+def _read(seen: Observation, role: str, matched: Mapping[str, Tensor] | None = None) -> Read | None:
+    """Rows whose energy noise alone would exceed in `FALSE_ALARMS` rows of the whole table, and those that matched."""
     name = _table(seen, role)
     if name is None:
         return None
-    table = seen.message[name].double()
-    std = seen.noise_std(name)
-    energy: Tensor = table.pow(2).sum(1)
+    table, std = seen.message[name].double(), seen.noise_std(name)
     if std == 0:
-        found = (energy > 0).nonzero()[:, 0]
+        found = table.any(1)
     else:
-        loud = energy / std**2 > _quiet(table / std, seen.disclosed.plan[name]).isf(FALSE_ALARMS / len(table))
-        found = (loud if also is None else loud | also).nonzero()[:, 0]
-    return Read(name, found, table[found], std)
-
-
-def _quiet(table: Tensor, rule: Rule) -> Any:
-    """The law of a row's energy where there is noise alone: chi-squared, or the gamma law of the same mean and variance
-    where entries were pruned, by chance or below a size.
-
-    Args:
-        table: (rows, d) entries in units of the noise.
-        rule: of the tensor.
-    """
-    width, kept = table.shape[1], table[table != 0].abs()
-    if rule.keep == 1 or not kept.numel():
-        return chi2(width)
-    if rule.prune == "magnitude":
-        cut = float(kept.min())
-        second = 2 * (cut * norm.pdf(cut) + norm.sf(cut))
-        fourth = 2 * ((cut**3 + 3 * cut) * norm.pdf(cut) + 3 * norm.sf(cut))
-    else:
-        second, fourth = rule.keep, 3 * rule.keep
-    mean, variance = width * second, width * (fourth - second**2)
-    return gamma(mean**2 / variance, scale=variance / mean)
+        found = Noise.of(seen, name).loud(table / std, FALSE_ALARMS)
+        if matched and role in matched:
+            found = found | matched[role]
+    rows = found.nonzero()[:, 0]
+    return Read(name, rows, table[rows], std)
 
 
 def _as_clipped(position: Read, token: Read, seen: Observation) -> Read:
@@ -321,8 +320,8 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def _chain(bag: list[int], seen: Observation, frame: Frame) -> list[int]:
-    """The bag in the order that a bigram model of the public texts finds likeliest, word by word."""
-    bag = [t for t in bag if t not in {*frame.prefix, *frame.suffix}]
+    """The bag, as far as texts can hold it, in the order that a bigram model of the public texts finds likeliest."""
+    bag = [t for t in bag if t not in {*frame.prefix, *frame.suffix}][: _room(seen)]
     model = bigram(Corpus.of(seen.disclosed), int(seen.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     if model is None:
         return frame.wrap(bag)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import chi2, norm
+from scipy.stats import norm
 from torch import Tensor
 
 from dpguard.attacks.observation import Observation
+from dpguard.attacks.rows_noise import Noise
 from dpguard.inputs.family import bare
 
 TURNS = 8
@@ -59,14 +60,15 @@ def next_tokens(seen: Observation, false_alarms: float) -> NextTokens | None:
     weight, bias = head_tables(seen)
     way = 1 if seen.disclosed.kind == "gradient" else -1  # a step goes against the gradient
     if bias is not None:
-        value = way * seen.message[bias].double()
-        std = seen.noise_std(bias)
-        marked = -value / std > norm.isf(false_alarms / len(value)) if std else value < 0
+        value, std = way * seen.message[bias].double(), seen.noise_std(bias)
+        marked = value < 0
+        if std:
+            marked &= Noise.of(seen, bias).before(value.abs() / std) > norm.isf(false_alarms / len(value))
         return NextTokens(_counts(-value, marked.nonzero()[:, 0]), _exact(seen, bias))
     if weight is None:
         return None
     table, std = way * seen.message[weight].double(), seen.noise_std(weight)
-    marked = _loud(table, std, seen.disclosed.plan[weight].keep, false_alarms) if std else _against(table)
+    marked = _loud(table, Noise.of(seen, weight).loud(table / std, false_alarms)) if std else _against(table)
     tied = any(seen.model.get_parameter(weight) is p for p in _inputs(seen))
     return NextTokens(dict.fromkeys(marked.nonzero()[:, 0].tolist(), 1), _exact(seen, weight) and not tied)
 
@@ -102,10 +104,8 @@ def _against(table: Tensor) -> Tensor:
     return marked
 
 
-def _loud(table: Tensor, std: float, keep: float, false_alarms: float) -> Tensor:
-    """(V,) bool, rows of more energy than noise has, as far as they point one way."""
-    energy = table.pow(2).sum(1) / std**2
-    loud = energy > float(chi2.isf(false_alarms / len(table), max(1.0, table.shape[1] * keep)))
+def _loud(table: Tensor, loud: Tensor) -> Tensor:
+    """(V,) bool, the rows of more energy than noise has (``loud``) that point one way."""
     against: Tensor = table @ table[loud].sum(0) > 0
     both: Tensor = loud & against
     return both

@@ -9,6 +9,7 @@ import torch
 from dpguard.attacks.base import Budget
 from dpguard.attacks.rows import PLUGIN, _filtered, _read
 from dpguard.attacks.rows_head import _counts, next_tokens
+from dpguard.attacks.rows_noise import Noise
 from dpguard.inputs.batch import Batch, collate
 from dpguard.inputs.family import slots
 from dpguard.measure.leakage import observation
@@ -203,3 +204,48 @@ def test_the_candidates_stay_within_the_budget(most):
     seen, _batch = observe(model, [{"layers": "all", "clip": 1.0, "noise": 0.003}], [TEXTS[0]], [0], tell=())
     found = PLUGIN.reconstruct(seen, rng=torch.Generator(), budget=Budget(steps=0, candidates=most))
     assert 1 <= found.candidates <= most
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("keep", [{}, {"keep": 0.3}, {"keep": 0.3, "prune": "random"}])
+def test_rounded_noise_lets_no_more_rows_through_than_it_should(bits, keep):
+    """On messages as they leave: the law of a rounded entry, not that of the noise before it was rounded."""
+    model, alarms, passed, found = tiny.loaded("bert", width=32, blocks=1), 3.0, [], []
+    table = next(s.name for s in slots(model.module) if s.role == "token_embedding")
+    for seed in range(8):
+        rows = [{"layers": "all", "clip": 1e-6, "noise": 1e6, "bits": bits, **keep}]
+        seen, _batch = observe(model, rows, [TEXTS[1]], [0], tell=(), seed=seed)
+        passed.append(int(Noise.of(seen, table).loud(seen.message[table] / seen.noise_std(table), alarms).sum()))
+        found.append(PLUGIN.reconstruct(seen, rng=torch.Generator()).notes["tokens"])
+    assert sum(passed) <= 8 * alarms + 3 * (8 * alarms) ** 0.5
+    assert (sum(passed) > 0) == (bits > 1 or bool(keep)), "signs of a whole table have one energy"
+    assert sum(found) <= 1
+
+
+def test_one_bit_under_small_noise_is_read_by_the_rows_that_match():
+    """Energy says nothing about signs, but a token's row still agrees with its position's."""
+    model = tiny.loaded("bert", width=256)
+    seen, batch = observe(model, [{"layers": "all", "clip": 1.0, "noise": 1e-4, "bits": 1}], [TEXTS[0]], [0], tell=())
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator())
+    true = set(batch.input_ids[0].tolist())
+    assert len(true & set(found.sequences[0])) >= len(true) - 2
+    assert len(set(found.sequences[0]) - true) <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_rounded_noise_on_a_head_lets_about_no_row_through(bits):
+    counts = []
+    for seed in range(8):
+        seen, _ = language_message("llama-lm", REPEATED, noise=1e6, seed=seed, bits=bits, width=32, blocks=1)
+        counts.append(len(next_tokens(seen, 0.01).counts))
+    assert sum(counts) <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_rounded_entry_counts_for_the_least_that_it_can_have_been(bits):
+    seen, _ = language_message("llama-lm", REPEATED, noise=1e6, bits=bits, width=32, blocks=1)
+    seen_whole, _ = language_message("llama-lm", REPEATED, noise=1e6, width=32, blocks=1)
+    for name, value in seen.message.items():
+        least = Noise.of(seen, name).before(value.abs().double() / seen.noise_std(name))
+        assert (least <= seen_whole.message[name].abs() / seen.noise_std(name) + 1e-5).all()
+        assert float(least.max()) == pytest.approx(0) if bits == 1 else float(least.max()) > 0
