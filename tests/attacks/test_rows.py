@@ -91,7 +91,7 @@ def test_where_it_cannot_work_it_says_so():
 
 def language_message(family, text, hide=(), *, noise=0.0, local_steps=0, seed=0, bits=None, lengths=False, **config):
     """A language model's message of one text, and its token ids."""
-    model = tiny.loaded(family, **config)
+    model = tiny.loaded(family, **config) if isinstance(family, str) else family
     rows = [{"layers": "all", "clip": 1.0, "noise": noise, **({"bits": bits} if bits else {})}] if noise else []
     plan = Policy([*rows, *({"layers": name, "share": False} for name in hide)]).plan(slots(model.module))
     batch = collate([text], [0], model.tokenizer)
@@ -239,6 +239,16 @@ def test_rounded_noise_on_a_head_lets_about_no_row_through(bits):
         seen, _ = language_message("llama-lm", REPEATED, noise=1e6, seed=seed, bits=bits, width=32, blocks=1)
         counts.append(len(next_tokens(seen, 0.01).counts))
     assert sum(counts) <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_rounded_noise_on_the_bias_of_a_head_is_no_label_but_labels_are(bits):
+    model = tiny.loaded("llama-lm", width=32, blocks=1)
+    model.module.lm_head = torch.nn.Linear(32, model.module.config.vocab_size)
+    seen, text = language_message(model, REPEATED, noise=1e-4, bits=bits)
+    assert set(next_tokens(seen, 0.01).counts) == (set() if bits == 1 else set(text[1:])), "a sign alone says nothing"
+    drawn = [language_message(model, REPEATED, noise=1e6, seed=seed, bits=bits)[0] for seed in range(6)]
+    assert sum(len(next_tokens(seen, 0.01).counts) for seen in drawn) <= 1
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
