@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from dpguard.attacks.likelihood_channels import channels
-from dpguard.attacks.likelihood_replay import Replay, Terms
+from dpguard.attacks import match_proof
+from dpguard.attacks.likelihood_replay import Replay, Terms, frozen_copy
 from dpguard.attacks.observation import Observation
-from dpguard.engine import wire
-from dpguard.engine.gradients import gradient
 from dpguard.inputs.batch import Batch
-
-EXACT = 1e-4
-"""Largest relative residual that float32 rounding explains."""
-ENTRIES = 1000
-"""Fewest entries that can prove a text without noise."""
 
 
 def score(replay: Replay, texts: Sequence[Sequence[int]], label: int, padding: int) -> Terms:
@@ -43,24 +37,13 @@ def batch_of(texts: Sequence[Sequence[int]], label: int, padding: int) -> Batch:
 
 
 def is_message(seen: Observation, text: Sequence[int], label: int) -> bool:
-    """Without noise: whether a text's own message is the one that was seen, on every tensor that can tell.
+    """Whether a text is proven by the tensors without noise, see `match_proof`; on a private copy of the model.
 
     Args:
         seen: the message.
         text: token ids with special tokens.
         label: class index.
     """
-    told = seen.disclosed
-    clean = {c.name: c for c in channels(seen)[0] if c.clean and told.plan[c.name].bits is None}
-    if told.mode != "eval" or sum(int((c.value != 0).sum()) for c in clean.values()) < ENTRIES:
-        return False
-    model = Replay(seen).model.requires_grad_(True)
-    found = gradient(model, batch_of([list(text)], label, told.tokenizer.pad_token_id), told.plan.trained)
-    sums = wire.clip_update(
-        wire.clip_and_sum({name: g[None] for name, g in found.items()}, told.plan).sums, told.plan, told.batch_size
-    )
-    for name, channel in clean.items():
-        sent = sums[name] if channel.kept is None else sums[name] * channel.kept
-        if not float((sent - channel.value).norm()) <= EXACT * float(channel.value.norm()):
-            return False
-    return True
+    if not match_proof.provable(seen):
+        return False  # spares the copy
+    return match_proof.is_message(replace(seen, model=frozen_copy(seen.model, torch.float32)), text, label)
