@@ -3,14 +3,18 @@
 An answer that is certain of every text wins; else the one whose own message, replayed under the policy, has the
 largest whitened correlation with what was seen: the Gaussian likelihood with its scale left open, so that it also
 ranks answers to updates and means of several clients. The truth plays no part.
+
+Each text's gradient is clipped as the client clips it, and one client's message is pruned and, where no noise came
+before, rounded as on the wire. What an update's clip (``unit: update``) does to a group depends on tensors that are
+not held and on which client a text is from; such a group has a scale of its own, also left open.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +33,8 @@ ROUNDING = 1e-3
 """Error of a tensor relative to its size that counts like noise: without any, tensors weigh alike."""
 ENTRIES = 3_000_000
 """Entries compared for several texts, whose gradients are held side by side; one text is compared on all."""
+HELD = 100_000_000
+"""Entries held at once, over all texts and labels: with many of them fewer tensors are compared, the smallest."""
 FLOOR = ("prior",)
 """Attacks that never read the message; their proposals are weighed like any other."""
 
@@ -92,12 +98,14 @@ class _Judge:
     Attributes:
         targets: tensor -> what arrived, in the direction of a gradient.
         weights: tensor -> one over the variance of an entry.
+        sizes: tensor -> its weighted squared norm.
         classes: labels that a text may have.
         model: a private copy of the public model.
     """
 
     targets: Mapping[str, Tensor]
     weights: Mapping[str, float]
+    sizes: Mapping[str, float]
     classes: Sequence[int]
     model: nn.Module
 
@@ -105,49 +113,51 @@ class _Judge:
     def of(seen: Observation) -> _Judge:
         told = seen.disclosed
         way = 1.0 if told.kind == "gradient" else -1.0
+        classes = range(1 if predicts_tokens(seen.model) else int(getattr(seen.model.config, "num_labels", 1)))
         largest = max(float(value.float().norm()) for value in seen.message.values())
         names = [n for n, v in seen.message.items() if n in told.plan and float(v.float().norm()) > 1e-6 * largest]
         if told.sequences != 1:
+            room = min(ENTRIES, HELD // (told.texts * len(set(told.labels or classes))))
             names = sorted(names, key=lambda n: seen.message[n].numel())
             totals = itertools.accumulate(seen.message[n].numel() for n in names)
-            names = [n for n, total in zip(names, totals, strict=True) if total <= ENTRIES] or names[:1]
+            names = [n for n, total in zip(names, totals, strict=True) if total <= room] or names[:1]
         targets = {n: way * seen.message[n].float() for n in names}
-        weights = {}
+        weights, sizes = {}, {}
         for name, value in targets.items():
-            rounding = ROUNDING * float(value.norm()) / math.sqrt(value.numel())
-            weights[name] = 1 / max(seen.noise_std(name) ** 2 + rounding**2, 1e-30)
-        classes = 1 if predicts_tokens(seen.model) else int(getattr(seen.model.config, "num_labels", 1))
-        return _Judge(targets, weights, range(classes), frozen_copy(seen.model, torch.float32).requires_grad_(True))
+            rounding, std = ROUNDING * float(value.norm()) / math.sqrt(value.numel()), seen.noise_std(name)
+            # noise of unknown size: tensors weigh alike
+            weights[name] = 1 / max((std if math.isfinite(std) else 0.0) ** 2 + rounding**2, 1e-30)
+            sizes[name] = weights[name] * float(value.pow(2).sum())
+        model = frozen_copy(seen.model, torch.float32).requires_grad_(True)
+        return _Judge(targets, weights, sizes, classes, model)
 
     def correlation(self, seen: Observation, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
         """Whitened correlation of an answer's message with the one seen, and how many candidates that took.
 
-        Labels that are not disclosed are chosen one text after the other, twice round.
+        An attack's texts come in any order, so that disclosed labels say how many texts each class has, not which
+        text is whose: from the order given they are swapped wherever that explains more. Labels that are not
+        disclosed are chosen one text after the other. Both go twice round.
         """
         most = family_of(seen.model).max_tokens(seen.model.config)
         rows = [row for row in (framed(seen.disclosed.tokenizer, text, most) for text in texts) if row]
         if not rows:
             return -1.0, 0
         known = seen.disclosed.labels
-        told = known if known is not None and len(known) == len(rows) else None
-        options = [[told[i]] if told else list(self.classes) for i in range(len(rows))]
+        told = list(known) if known is not None and len(known) >= len(rows) else None
+        options = sorted(set(told)) if told else list(self.classes)
         if len(rows) == 1:  # one label's gradient at a time: each is as large as all that was sent
-            found = max(self._score(seen, [self._clipped(seen, rows[0], label)]) for label in options[0])
-            return found, len(options[0])
-        table = [
-            {label: self._clipped(seen, row, label) for label in labels}
-            for row, labels in zip(rows, options, strict=True)
-        ]
-        labels = [each[0] for each in options]
-        best = self._score(seen, [table[i][label] for i, label in enumerate(labels)])
+            found = max(self._score(seen, [self._clipped(seen, rows[0], label)]) for label in options)
+            return found, len(options)
+        table = [{label: self._clipped(seen, row, label) for label in options} for row in rows]
+        labels = told or [options[0]] * len(rows)
+        best = self._score(seen, [each[label] for each, label in zip(table, labels, strict=False)])
         for _ in range(2):
-            for i, each in enumerate(options):
-                for label in each:
-                    trial = [*labels[:i], label, *labels[i + 1 :]]
-                    value = self._score(seen, [table[k][name] for k, name in enumerate(trial)])
+            for i in range(len(rows)):
+                for trial in _swapped(labels, i) if told else _relabelled(labels, i, options):
+                    value = self._score(seen, [each[label] for each, label in zip(table, trial, strict=False)])
                     if value > best:
                         best, labels = value, trial
-        return best, sum(map(len, options))
+        return best, len(rows) * len(options)
 
     def _clipped(self, seen: Observation, row: list[int], label: int) -> dict[str, Tensor]:
         """One text's clipped gradient over what is compared."""
@@ -160,15 +170,43 @@ class _Judge:
         return {name: sums[name].detach() for name in self.targets}
 
     def _score(self, seen: Observation, parts: Sequence[Mapping[str, Tensor]]) -> float:
-        dot, square = 0.0, 0.0
+        """Whitened correlation of a sum of texts' gradients with the message; each open scale at its best."""
+        dots: dict[str, float] = {}
+        squares: dict[str, float] = {}
         for name, target in self.targets.items():
-            sent = sum((part[name] for part in parts[1:]), parts[0][name])
-            if seen.disclosed.plan[name].keep < 1:
-                sent = sent * (target != 0)
-            dot += self.weights[name] * float((sent * target).sum())
-            square += self.weights[name] * float(sent.pow(2).sum())
-        size = sum(self.weights[n] * float(t.pow(2).sum()) for n, t in self.targets.items())
-        return dot / math.sqrt(max(square * size, 1e-30))
+            sent = self._released(seen, name, sum((part[name] for part in parts[1:]), parts[0][name]))
+            rule = seen.disclosed.plan[name]
+            key = rule.group if rule.unit == "update" else ""
+            dots[key] = dots.get(key, 0.0) + self.weights[name] * float((sent * target).sum())
+            squares[key] = squares.get(key, 0.0) + self.weights[name] * float(sent.pow(2).sum())
+        explained = sum(math.copysign(dot**2, dot) / max(squares[key], 1e-30) for key, dot in dots.items())
+        return math.copysign(math.sqrt(abs(explained) / max(sum(self.sizes.values()), 1e-30)), explained)
+
+    def _released(self, seen: Observation, name: str, total: Tensor) -> Tensor:
+        """What leaves of a sum: the entries that arrived; rounded, where one client rounded without noise."""
+        told = seen.disclosed
+        rule = told.plan[name]
+        sent = total * (self.targets[name] != 0) if rule.keep < 1 else total
+        if rule.bits is None or told.clients != 1 or seen.noise_std(name):
+            return sent
+        alone = replace(told.plan, rules={name: replace(rule, keep=1.0, release=())})
+        return wire.released_tensor(name, sent, alone)
+
+
+def _swapped(labels: list[int], place: int) -> Iterator[list[int]]:
+    """The same labels with the one at ``place`` and a later, different one swapped."""
+    for other in range(place + 1, len(labels)):
+        if labels[other] != labels[place]:
+            trial = list(labels)
+            trial[place], trial[other] = labels[other], labels[place]
+            yield trial
+
+
+def _relabelled(labels: list[int], place: int, options: Sequence[int]) -> Iterator[list[int]]:
+    """The labels with each other option at ``place``."""
+    for label in options:
+        if label != labels[place]:
+            yield [*labels[:place], label, *labels[place + 1 :]]
 
 
 PLUGIN = Combined()

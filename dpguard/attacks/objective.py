@@ -1,7 +1,8 @@
 """How far candidate texts are from the message: per-tensor cosine, or whitened distance under noise.
 
 The message is compared as the policy made it: groups are clipped, entries that were pruned are left
-out, quantised tensors are compared after the same rounding (straight-through gradient).
+out, quantised tensors are compared after the same rounding (straight-through gradient). The mean over several clients
+is taken as if it had been pruned and rounded once, and a change of weights as one step's gradient.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Objective:
         self.taps = find_taps(seen.model, [rule.slot for name, rule in self.plan.items() if name in names])
         self.batch_size = seen.disclosed.batch_size
         self.mask_seed = seen.disclosed.mask_seed
+        # each client clips its own update; consecutive texts of a candidate are one client's
+        clients = seen.disclosed.clients
+        self.together = texts // clients if texts % clients == 0 else texts
         self.scale = 1.0
 
     def parts(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Parts:
@@ -151,7 +155,7 @@ class Objective:
             self.scale = float((squares / stds[:, None].pow(2)).sum(0).mean().clamp(min=1e-30))
 
     def _clip(self, rows: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
-        return clip_rows(rows, self.taps, self.plan, texts=self.texts, batch_size=self.batch_size)
+        return clip_rows(rows, self.taps, self.plan, texts=self.together, batch_size=self.batch_size)
 
     def _compare(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> tuple[Tensor, Tensor]:
         tap = target.tap

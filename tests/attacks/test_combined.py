@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpguard.attacks import combined
 from dpguard.attacks.combined import PLUGIN
 from dpguard.attacks.observation import Reconstruction
 from dpguard.inputs.batch import collate
@@ -101,3 +102,31 @@ def test_answers_with_missing_or_odd_texts_are_ranked_last_not_refused() -> None
     odd = Reconstruction([[2, 3], []], [False, False])
     long = Reconstruction([[7] * 500], [False])
     assert _chosen(model, seen, {"a": odd, "b": _offer(model, TRUTH), "c": long}) == "b"
+
+
+def test_disclosed_labels_are_the_batchs_in_any_order() -> None:
+    model, seen = _seen(texts=2)
+    seen = replace(seen, disclosed=replace(seen.disclosed, labels=(1, 0)))
+    for side in (TRUTH, TRUTH[::-1]):
+        offers = (("near", _offer(model, NEAR)), ("truth", _offer(model, side)))
+        found = PLUGIN.reconstruct(replace(seen, earlier=offers), rng=torch.Generator())
+        assert found.notes["attack"] == "truth"
+        assert found.notes["correlation"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "row", [{"clip": 1e-3, "per": "tensor", "unit": "update"}, {"clip": 1e-3, "per": "tensor"}, {"bits": 1}]
+)
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_truth_replays_to_what_was_seen(row, texts) -> None:
+    model, seen = _seen([{"layers": "all", **row}], texts)
+    seen = replace(seen, earlier=(("a", _offer(model, TRUTH[:texts])),))
+    found = PLUGIN.reconstruct(seen, rng=torch.Generator())
+    assert found.notes["correlation"] == pytest.approx(1, abs=1e-3)
+
+
+def test_gradients_of_many_texts_and_classes_are_held_within_bounds(monkeypatch) -> None:
+    _, seen = _seen(texts=2)
+    monkeypatch.setattr(combined, "HELD", 8_000)
+    entries = sum(target.numel() for target in combined._Judge.of(seen).targets.values())
+    assert 0 < entries * 2 * 2 <= 8_000

@@ -7,6 +7,11 @@ import torch
 
 from dpguard.attacks.objective import Objective
 from dpguard.engine.gradients import running_as
+from dpguard.inputs.batch import collate
+from dpguard.inputs.family import slots
+from dpguard.measure.leakage import observation
+from dpguard.measure.threat import Threat
+from dpguard.policy.table import Policy
 from tests import messages, tiny
 
 CLEAN = {
@@ -53,6 +58,17 @@ def test_replaying_the_clip_is_what_makes_a_batch_exact() -> None:
     _, aware, _ = _distances(seen, batch, 2)
     _, blind, _ = _distances(seen, batch, 2, aware=False)
     assert aware < 2e-5 < 100 * 2e-5 < blind
+
+
+def test_every_client_clips_an_update_of_its_own() -> None:
+    model = tiny.loaded("bert")
+    plan = Policy([{"layers": "all", "clip": 1e-2, "unit": "update", "per": "block"}]).plan(slots(model.module))
+    batches = [collate([text], [label], model.tokenizer) for text, label in zip(tiny.SENTENCES, (1, 0), strict=False)]
+    update = Threat(clients=2).message(model, plan, batches, noise_seed=0)
+    batch = collate(list(tiny.SENTENCES[:2]), [1, 0], model.tokenizer)
+    _, true, wrong = _distances(observation(model, plan, update, sequences=2), batch, 2)
+    assert true == pytest.approx(0, abs=2e-5)
+    assert wrong > 2e-4
 
 
 def test_under_noise_the_distance_is_the_log_likelihood() -> None:
