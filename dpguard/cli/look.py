@@ -13,7 +13,7 @@ from rapidfuzz.distance import Opcodes
 from rapidfuzz.distance.Levenshtein import opcodes
 from rich.text import Text
 
-from dpguard.attacks.panel import LATEST, PANELS
+from dpguard.attacks.panel import FLOOR, LATEST, PANELS, in_order
 from dpguard.cli.console import console, table
 from dpguard.cli.progress import bar
 from dpguard.errors import UserError
@@ -60,8 +60,7 @@ def attack_once(
     texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
     if sum(p.numel() for p in loaded.module.parameters()) < SMALL:
         torch.set_num_threads(1)
-    panel = PANELS["demo" if model == "demo" else LATEST]
-    names = list(attacks) if attacks else [name for name in panel if name != "prior"]
+    names = attacks_of(model, attacks)
     if not as_json:
         console().print(f"{policy} on {model}: {100 * plan.shared_fraction:.3g} % of the parameters leave\n")
     best = []
@@ -78,6 +77,19 @@ def attack_once(
         print(json.dumps(as_plain(best), indent=2))
     else:
         _print_means(best)
+
+
+def attacks_of(model: str, asked: Sequence[str] | None) -> list[str]:
+    """The attacks of a look: those asked for, each with its own preset, in the panel's order, else the panel's.
+
+    Without any asked for, the demo model gets its quicker panel; ``match`` alone is the whole of it there too.
+
+    >>> attacks_of("demo", ["combined", "match"]), attacks_of("demo", None)
+    (['match', 'combined'], ['rows', 'span', 'match:demo', 'combined'])
+    """
+    if asked:
+        return in_order(LATEST, asked)
+    return [name for name in PANELS["demo" if model == "demo" else LATEST] if name != FLOOR]
 
 
 def best_of(leak: Leak, names: Sequence[str]) -> dict[int, Score]:
