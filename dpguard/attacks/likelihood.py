@@ -6,8 +6,8 @@ from public text by a discrete search on likelihood plus a bigram prior, see `li
 Certain of a candidate when the evidence could not have come about otherwise at level `ALPHA`: in the closed world by
 likelihood ratios, against every other candidate and (Markov: a ratio of r has probability at most 1 / r without a
 signal) against no text at all, together with a residual that the noise explains; without noise when the
-candidate's gradient is the message, entry by entry. In the open world under noise it is never certain, because a
-text that was never scored may be likelier.
+candidate's gradient is the message, entry by entry, and no neighbour's is (`match_proof`). In the open world under
+noise it is never certain, because a text that was never scored may be likelier.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpguard.attacks.base import Budget, Capability
 from dpguard.attacks.labels import labels_of
+from dpguard.attacks.language import Corpus, content_ids
 from dpguard.attacks.likelihood_channels import channels
 from dpguard.attacks.likelihood_replay import Replay, Terms
 from dpguard.attacks.likelihood_texts import is_message, score
@@ -64,8 +65,8 @@ class Likelihood:
             return "the message holds several texts (or their number is unknown); the likelihood scores one text"
         if not channels(seen)[0]:
             return "nothing to compare: only tensors after release operations without a likelihood, or empty ones"
-        if not told.candidates and not any(text.strip() for text in told.public_texts):
-            return "neither candidates nor public texts to grow candidates from"
+        if not told.candidates and not any(content_ids(Corpus.of(told))):
+            return "neither candidates nor public texts (with a word of the tokenizer's) to grow candidates from"
         return ""
 
     def reconstruct(

@@ -23,8 +23,8 @@ class Disclosed:
     Attributes:
         tokenizer: the public tokenizer (Hugging Face fast tokenizer).
         plan: the policy resolved against the model.
-        batch_size: the public batch size, the divisor of the message.
-        sequences: how many texts were in the batch (batch 1 attacks need it), or None when unknown.
+        batch_size: the public batch size, the divisor of the message; always known.
+        sequences: how many texts were in the batch (batch 1 attacks need it), or None when not disclosed.
         kind: "gradient" (one step) or "delta" (weights after some local steps minus weights before them).
         mode: "eval" (dropout off) or "train", as the client ran.
         public_texts: texts of the same kind that anybody has; decontaminated by whoever builds the panel.
@@ -85,13 +85,18 @@ class Observation:
     earlier: tuple[tuple[str, Reconstruction], ...] = ()
 
     def noise_std(self, name: str) -> float:
-        """Standard deviation of the noise on one entry of a tensor of the message, as it arrived; 0 = none."""
+        """Standard deviation of the noise on one entry of a tensor of the message, as it arrived; 0 = none.
+
+        inf = there is noise of unknown size: Adam's local steps rescale each entry's by what is private.
+        """
         told = self.disclosed
         rule = told.plan[name]
         if told.kind == "gradient":
             std = rule.std(told.batch_size) / told.batch_size
         elif rule.unit == "update" or not rule.noise:
             std = rule.std(1) if rule.noise else rule.noise_std
+        elif told.learning_rate is None:
+            return math.inf
         else:
             std = told.noise_gain * rule.std(told.batch_size) / told.batch_size
         return std / math.sqrt(told.clients)

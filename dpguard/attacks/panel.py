@@ -213,11 +213,12 @@ def panel_hash(name: str) -> str:
 def source_files(path: Path) -> frozenset[Path]:
     """A module of this room and every module of it that it imports, directly or not; nothing is imported."""
     found, waiting = {path}, [path]
+    files = set(path.parent.iterdir())  # a disk that ignores case would find observation.py under Observation.py too
     while waiting:
         tree = ast.parse(waiting.pop().read_text("utf-8"))
         for module in _imported(tree):
             other = path.with_name(f"{module.rpartition('.')[2]}.py")
-            if module.startswith(f"{PACKAGE}.") and other.is_file() and other not in found:
+            if module.startswith(f"{PACKAGE}.") and other in files - found:
                 found.add(other)
                 waiting.append(other)
     return frozenset(found)

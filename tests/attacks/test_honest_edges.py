@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,24 @@ def test_the_noise_of_a_change_after_steps_with_momentum_is_known(momentum) -> N
     assert float(update.tensors[name].std()) == pytest.approx(seen.noise_std(name), rel=0.03)
 
 
+def test_noise_behind_adams_steps_is_of_unknown_size_and_not_none() -> None:
+    seen, _ = messages.observe(
+        tiny.loaded("bert", width=16, blocks=1), [{"layers": "all", "clip": 1.0, "noise": 1.0}], ["yes"], [1]
+    )
+    told = replace(seen.disclosed, kind="delta", learning_rate=None)
+    assert seen.noise_std(next(iter(seen.message))) == 1.0
+    assert replace(seen, disclosed=told).noise_std(next(iter(seen.message))) == math.inf
+    assert replace(seen, disclosed=replace(told, learning_rate=0.1)).noise_std(next(iter(seen.message))) == 0.1
+
+
+def test_public_texts_without_a_word_are_a_reason_to_skip_and_no_crash() -> None:
+    seen, _ = messages.observe(tiny.loaded("bert", width=16, blocks=1), [], ["yes"], [1], public=("\u200b",), tell=())
+    likelihood = panel.attack("likelihood:quick")
+    told = replace(seen.disclosed, tokenizer=_Wordless(seen.disclosed.tokenizer))
+    assert "public texts" in likelihood.applicable(replace(seen, disclosed=told))
+    assert likelihood.applicable(replace(seen, disclosed=replace(seen.disclosed, public_texts=("yes",)))) == ""
+
+
 def test_labels_of_many_classes_are_drawn_and_not_cut_off() -> None:
     seen = messages.observe(tiny.loaded("bert", labels=10), [], ["yes"], [1], tell=())[0]
     found = guesses.label_guesses(seen, 8, torch.Generator().manual_seed(0))
@@ -112,6 +131,19 @@ def test_a_bag_of_all_words_recovers_no_more_than_its_first_ones() -> None:
 def test_entities_without_words_are_no_entities() -> None:
     assert metrics.entity_recall("", ["***", ""]) is None
     assert metrics.entity_recall("the ward", ["***", "ward"]) == 1.0
+
+
+class _Wordless:
+    """The tokenizer around it, but that it makes nothing of any list of texts."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, given, **options):
+        return {"input_ids": [[] for _ in given]} if isinstance(given, list) else self.inner(given, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
 
 
 class _Silent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,14 @@ def test_the_sources_of_match_are_all_its_parts() -> None:
     files = {path.name for path in panel.source_files(registry.names(panel.PACKAGE)["match"])}
     assert files >= {"match.py", "objective.py", "replay.py", "reorder.py", "guesses.py", "language.py", "base.py"}
     assert "prior.py" not in files
+
+
+def test_sources_do_not_depend_on_whether_a_disk_tells_case(monkeypatch, tmp_path) -> None:
+    (tmp_path / "one.py").write_text("from dpguard.attacks.helper import Helper\nPLUGIN = 1\n")
+    (tmp_path / "helper.py").write_text("Helper = 1\n")
+    lower = {"one.py", "helper.py"}
+    monkeypatch.setattr(Path, "is_file", lambda self, **_: self.name.lower() in lower)
+    assert {path.name for path in panel.source_files(tmp_path / "one.py")} == lower
 
 
 def test_an_unknown_panel_names_the_nearest() -> None:
