@@ -100,6 +100,7 @@ def test_only_the_true_text_and_label_are_proven(rows) -> None:
     swapped = [true[0], true[2], true[1], *true[3:]]
     with running_as(model.module, "eval"):
         assert is_message(seen, true, 1)
+        assert likelihood_texts.is_message(seen, true, 1)
         assert not is_message(seen, true, 0)
         assert not is_message(seen, swapped, 1)
         assert not is_message(messages.shuffled(seen), true, 1)
