@@ -118,7 +118,7 @@ def test_reasons_not_to_run() -> None:
     update = replace(seen, disclosed=replace(seen.disclosed, kind="update"))
     assert "update" in match.PLUGIN.applicable(update)
     language_model = replace(seen, model=tiny.module("gpt2-lm"))
-    assert "tokens" in match.PLUGIN.applicable(language_model)
+    assert "predicts tokens" in match.PLUGIN.capability.reason(language_model)
     assert match.PLUGIN.applicable(seen) == ""
 
 
