@@ -61,7 +61,8 @@ def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned
     Raises:
         UserError: anything in the study, the data or the model that cannot be meant, with its place.
     """
-    return plan_on(read_ground(study), study, folder, epsilons=epsilons)
+    ground = read_ground(study)
+    return plan_on(ground, study.on(ground.slots), folder, epsilons=epsilons)
 
 
 def read_ground(study: Study) -> Ground:
@@ -112,7 +113,7 @@ def overlap(ground: Ground) -> str:
 
 
 def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
-    """As `plan_study`, with model and texts in hand.
+    """As `plan_study`, with model and texts in hand, and the study on that model (`Study.on`).
 
     Raises:
         UserError: as `plan_study`.

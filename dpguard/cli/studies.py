@@ -108,6 +108,7 @@ def run_study(path: Path, asked: Asked) -> int:
         _make_ready(folder, asked)
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         ground = read_ground(study)
+    study = study.on(ground.slots)
     for warning in filter(None, (unkept(study, ground), overlap(ground))):
         print(warning, file=sys.stderr)
     if asked.only:

@@ -120,6 +120,28 @@ def select(selector: str, slots: Sequence[Slot]) -> list[Slot]:
     return found
 
 
+def blocks(selector: str, slots: Sequence[Slot]) -> list[int]:
+    """Indices of the blocks that ``block[*]`` or ``block[:-1]`` selects, lowest first.
+
+    Raises:
+        UserError: as `select`.
+    """
+    return sorted({s.block for s in select(selector, slots) if s.block is not None})
+
+
+def check_blocks(selector: str) -> str:
+    """What stands between the brackets of ``block[...]``.
+
+    Raises:
+        UserError: a text that does not select whole blocks.
+    """
+    block = _BLOCK.fullmatch(selector)
+    if block is None or block["inside"]:
+        raise UserError(f"{selector!r} names no blocks; expected a list of values, or 'block[*]' for every block")
+    check(selector)
+    return block["index"]
+
+
 def check(selector: str) -> None:
     """Raise a UserError when a selector could match no model at all (misspelt, bad index)."""
     if not isinstance(selector, str):

@@ -90,4 +90,6 @@ def _from_file(path: Path) -> Policy:
         policies = expand(str(document.data.get("name", path.stem)), document.data)
         if len(policies) > 1:
             raise UserError("sweep makes several policies; expected one (sweeps belong in a study)", loc=("sweep",))
+        if policies[0].open:
+            raise UserError("blocks in a sweep and optional rows depend on the model; expected them in a study")
         return policies[0].policy

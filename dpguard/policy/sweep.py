@@ -1,17 +1,22 @@
 """Sweeps: one table with ``$name`` placeholders becomes one policy for every combination of values.
 
-A variable that is to be looked for (`auto`) stands for the two ends of its range.
+A variable that is to be looked for (`auto`) stands for the two ends of its range. One whose values are ``block[*]``
+stands for the number of every such block of the model, and a row that is ``optional`` for those of its layers that
+the model has; both wait for the model.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.policy import layers
 from dpguard.policy.auto import Auto, read_auto
+from dpguard.policy.layers import Slot
+from dpguard.policy.optional import fitting, waits
 from dpguard.policy.table import Policy
 
 _KEYS = ("name", "rows", "sweep")
@@ -27,27 +32,32 @@ class Variant(NamedTuple):
         policy: the table.
         values: variable -> value; empty without a sweep.
         settings: what the entry sets besides rows and sweep, filled in.
+        open: blocks or optional rows still wait for a model: it stands for what they will come to.
     """
 
     label: str
     policy: Policy
     values: dict[str, Any]
     settings: dict[str, Any]
+    open: bool = False
 
 
-def expand(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) -> list[Variant]:
+def expand(
+    name: str, entry: Mapping[str, Any], settings: Sequence[str] = (), slots: Sequence[Slot] | None = None
+) -> list[Variant]:
     """Every policy of ``{rows: [...], sweep: {noise: [...]}}``, labelled ``name noise=0.3``.
 
     A placeholder is a whole value (``noise: $noise``) or stands inside a text (``layers: block[$b].attention.$role``).
 
     Args:
         name: the policy's name in the study.
-        entry: ``rows`` and, optionally, ``sweep`` (variable -> list of values; all combinations).
+        entry: ``rows`` and, optionally, ``sweep`` (variable -> list of values, or ``block[*]``; all combinations).
         settings: further keys that ``entry`` may have and that sweeps may fill.
+        slots: the model's; None = not known yet, and what depends on it stays open.
 
     Raises:
-        UserError: unknown key, a sweep variable that no row uses, a placeholder that no sweep sets, or a
-            mistake in a row; ``loc`` is relative to ``entry``.
+        UserError: unknown key, a sweep variable that no row uses, a placeholder that no sweep sets, blocks that the
+            model does not have, or a mistake in a row; ``loc`` is relative to ``entry``.
 
     >>> [variant.label for variant in expand("dp", {"rows": [{"layers": "all", "clip": "$c"}], "sweep": {"c": [1, 2]}})]
     ['dp c=1', 'dp c=2']
@@ -57,9 +67,11 @@ def expand(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) ->
     """
     body, sweep = _read(name, entry, settings)
     ends = {auto.variable: [auto.plain(auto.low), auto.plain(auto.high)] for auto in _autos(body, sweep)}
+    blocks = {variable: _blocks(variable, text, slots) for variable, text in sweep.items() if isinstance(text, str)}
     out = []
-    for values in itertools.product(*{**sweep, **ends}.values()):
-        out.append(_variant(name, body, dict(zip(sweep, values, strict=True))))
+    for values in itertools.product(*{**sweep, **ends, **blocks}.values()):
+        found = _variant(name, body, dict(zip(sweep, values, strict=True)), slots)
+        out.append(found._replace(open=found.open or (slots is None and bool(blocks))))
     return out
 
 
@@ -73,20 +85,37 @@ def auto_of(name: str, entry: Mapping[str, Any], settings: Sequence[str] = ()) -
     return found[0] if found else None
 
 
-def variant(name: str, entry: Mapping[str, Any], values: Mapping[str, Any], settings: Sequence[str] = ()) -> Variant:
+def variant(
+    name: str,
+    entry: Mapping[str, Any],
+    values: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    slots: Sequence[Slot] | None = None,
+) -> Variant:
     """The policy of an entry with one value for each sweep variable, in the entry's order.
 
     Raises:
         UserError: as `expand`.
     """
     body, sweep = _read(name, entry, settings)
-    return _variant(name, body, {key: values[key] for key in sweep})
+    return _variant(name, body, {key: values[key] for key in sweep}, slots)
 
 
-def _variant(name: str, body: Mapping[str, Any], chosen: dict[str, Any]) -> Variant:
+def _variant(name: str, body: Mapping[str, Any], chosen: dict[str, Any], slots: Sequence[Slot] | None) -> Variant:
     label = " ".join([name, *(f"{key}={_short(value)}" for key, value in chosen.items())])
     filled = _fill(body, chosen)
-    return Variant(label, Policy(filled.pop("rows"), label), chosen, filled)
+    rows = filled.pop("rows")
+    return Variant(label, Policy(fitting(rows, slots), label), chosen, filled, slots is None and waits(rows))
+
+
+def _blocks(variable: str, text: str, slots: Sequence[Slot] | None) -> list[Any]:
+    """The numbers of the model's blocks that a sweep asks for; what it says itself while there is no model."""
+    if slots is None:
+        return [layers.check_blocks(text)]
+    try:
+        return layers.blocks(text, slots)
+    except UserError as error:
+        raise UserError(f"sweep {variable!r}: {error.sentence}", loc=("sweep", variable)) from None
 
 
 def _read(name: str, entry: Mapping[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -144,7 +173,9 @@ def _check_sweep(body: Mapping[str, Any], sweep: Any) -> None:
                 f"'${variable}' stands inside a text and cannot be looked for; expected a list of values",
                 loc=("sweep", variable),
             )
-        if not isinstance(values, Mapping) and (not isinstance(values, list) or not values):
+        if isinstance(values, str):
+            _check_blocks(variable, values, inside)
+        elif not isinstance(values, Mapping) and (not isinstance(values, list) or not values):
             raise UserError(f"sweep {variable!r} is {values!r}; expected a list of values", loc=("sweep", variable))
         if isinstance(values, list) and len(set(map(repr, values))) < len(values):
             raise UserError(
@@ -167,6 +198,19 @@ def _check_sweep(body: Mapping[str, Any], sweep: Any) -> None:
         raise UserError(
             f"'${variable}' is set by no sweep{did_you_mean(variable, sweep) or '; expected a sweep: entry for it'}",
             loc=_locate(body, variable),
+        )
+
+
+def _check_blocks(variable: str, text: str, inside: Collection[str]) -> None:
+    """A text in the place of values names blocks, and stands where a block's number does."""
+    try:
+        layers.check_blocks(text)
+    except UserError as error:
+        raise UserError(f"sweep {variable!r}: {error.sentence}", loc=("sweep", variable)) from None
+    if variable not in inside:
+        raise UserError(
+            f"'${variable}' is a block's number; expected it inside a selector, such as block[${variable}]",
+            loc=("sweep", variable),
         )
 
 

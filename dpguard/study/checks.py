@@ -93,7 +93,7 @@ def _training(study: Study) -> None:
     for named in study.policies:
         with named.document.locating(*named.loc):
             _own_training(study, named)
-            if study.federation is not None or study.utility is None:
+            if study.federation is not None or study.utility is None or named.open:
                 continue
             found = study.utility_of(named)
             twin = same.setdefault(canonical([named.table, named.epsilon, found and found.model_dump()]), named)
@@ -165,7 +165,7 @@ def _twins(study: Study) -> None:
     for named in study.policies:
         found = study.federation_of(named)
         twin = same.setdefault(canonical([named.table, found and found.model_dump(mode="json")]), named)
-        if twin is not named:
+        if twin is not named and not (twin.open or named.open):
             with named.document.locating(*named.loc):
                 raise UserError(
                     f"policies {twin.label!r} and {named.label!r} are the same table in the same federation, "

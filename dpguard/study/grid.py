@@ -41,6 +41,8 @@ def cells(study: Study, model: dict[str, Any], data: dict[str, Any], panel: dict
         named = study.policies[index]
         if named.epsilon is not None:
             raise ValueError(f"policy {named.label!r} still has a target epsilon; the study is not calibrated")
+        if named.open:
+            raise ValueError(f"policy {named.label!r} still waits for the model's blocks; expected Study.on(slots)")
         return Cell(leg, named.label, named.table, model, data, settings, seed)
 
     out = [cell("guarantee", index, _exposure(study, named, texts)) for index, named in enumerate(study.policies)]

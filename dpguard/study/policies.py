@@ -31,6 +31,7 @@ class Search:
         others: the other sweep variables' values.
         entry: the entry as read.
         document, loc: where it stands.
+        slots: the model's, None while they are not known.
     """
 
     auto: Auto
@@ -39,6 +40,7 @@ class Search:
     entry: Mapping[str, Any]
     document: Document
     loc: Loc
+    slots: Sequence[Slot] | None = None
 
     @property
     def label(self) -> str:
@@ -53,7 +55,7 @@ class Search:
         """
         values = {**self.others, self.auto.variable: self.auto.plain(value)}
         with self.document.locating(*self.loc):
-            found = variant(self.name, self.entry, values, _SETTINGS)
+            found = variant(self.name, self.entry, values, _SETTINGS, self.slots)
             return _named(found, self.name, self.document, self.loc, self)
 
 
@@ -73,6 +75,7 @@ class Named:
         epsilon: what its noise still has to be scaled to (`Study.calibrated`); None when the rows are as they will run.
         search: what its value was or will be found by, None when it was given.
         note: something to tell the user about how its value was found.
+        open: it stands for what the model's blocks and layers will make of it (`Study.on`).
     """
 
     label: str
@@ -86,6 +89,7 @@ class Named:
     epsilon: float | None = None
     search: Search | None = None
     note: str = ""
+    open: bool = False
 
     @property
     def name(self) -> str:
@@ -112,8 +116,12 @@ class Named:
             return self.policy.plan(slots)
 
 
-def read_policies(document: Document) -> tuple[Named, ...]:
+def read_policies(document: Document, slots: Sequence[Slot] | None = None) -> tuple[Named, ...]:
     """The entries of ``policies``, expanded, with the undefended control first when it was left out.
+
+    Args:
+        document: the study's.
+        slots: the model's; None = not known yet, and policies that depend on them stay open.
 
     Raises:
         UserError: what cannot be meant, or the same policy twice; with its place.
@@ -123,7 +131,7 @@ def read_policies(document: Document) -> tuple[Named, ...]:
         found.append(Named(CEILING, ready(CEILING), document, ("policies",)))
     for name, entry in document.data["policies"].items():
         with document.locating("policies", name):
-            found.extend(_expanded(name, entry, document))
+            found.extend(_expanded(name, entry, document, slots))
     labels: dict[str, Named] = {}
     tables: dict[str, Named] = {}
     for named in found:
@@ -131,7 +139,7 @@ def read_policies(document: Document) -> tuple[Named, ...]:
             if named.label in labels:
                 raise UserError(f"two policies are called {named.label!r}, expected a name of its own for each")
             twin = tables.get(named.identity)
-            if twin is not None:
+            if twin is not None and not (twin.open or named.open):
                 raise UserError(
                     f"policies {twin.label!r} and {named.label!r} are the same table, expected each one once"
                 )
@@ -139,7 +147,7 @@ def read_policies(document: Document) -> tuple[Named, ...]:
     return tuple(found)
 
 
-def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
+def _expanded(name: str, entry: Any, document: Document, slots: Sequence[Slot] | None) -> list[Named]:
     loc: Loc = ("policies", name)
     if name == CEILING and entry not in (None, CEILING):
         raise UserError(f"{CEILING!r} is the undefended control of every study, expected another name for this")
@@ -155,18 +163,20 @@ def _expanded(name: str, entry: Any, document: Document) -> list[Named]:
     with document.locating(*loc):
         auto = auto_of(name, entry, _SETTINGS)
         if auto is None:
-            return [_named(found, name, document, loc, None) for found in expand(name, entry, _SETTINGS)]
-        return _searched(auto, name, entry, document, loc)
+            return [_named(found, name, document, loc, None) for found in expand(name, entry, _SETTINGS, slots)]
+        return _searched(auto, name, entry, document, loc, slots)
 
 
-def _searched(auto: Auto, name: str, entry: Mapping[str, Any], document: Document, loc: Loc) -> list[Named]:
+def _searched(
+    auto: Auto, name: str, entry: Mapping[str, Any], document: Document, loc: Loc, slots: Sequence[Slot] | None
+) -> list[Named]:
     """The ends of every search's range; one stand-in for what is computed before anything is planned."""
     if auto.computed and "epsilon" in entry:
         raise UserError("epsilon is set beside a sweep that looks for one; expected one of them", loc=("epsilon",))
     found: dict[str, tuple[Search, list[Named]]] = {}
-    for one in expand(name, entry, _SETTINGS):
+    for one in expand(name, entry, _SETTINGS, slots):
         others = {key: value for key, value in one.values.items() if key != auto.variable}
-        fresh = Search(auto, name, others, entry, document, loc)
+        fresh = Search(auto, name, others, entry, document, loc, slots)
         search, own = found.setdefault(canonical(others), (fresh, []))
         own.append(_named(one, name, document, loc, search))
     if not auto.computed:
@@ -179,8 +189,9 @@ def _searched(auto: Auto, name: str, entry: Mapping[str, Any], document: Documen
 
 def _named(found: Variant, name: str, document: Document, loc: Loc, search: Search | None) -> Named:
     return Named(
-        found.label, found.policy, document, loc, entry=name, values=found.values, search=search, **_own(found.settings)
-    )
+        found.label, found.policy, document, loc, entry=name, values=found.values, search=search, open=found.open,
+        **_own(found.settings),
+    )  # fmt: skip
 
 
 def _own(more: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Study:
         question: what it answers, in words.
         model: ``demo``, a folder or a hub name.
         data: where the texts come from.
-        policies: in the file's order, sweeps expanded, the undefended control ``none`` always among them.
+        policies: in the file's order, sweeps expanded (over a model's blocks by `on`), the undefended control ``none``
+            always among them.
         leakage, utility: settings of the two legs; None = the study has no such leg.
         federation: the utility leg is a federation of these settings; None = it trains in one place.
         privacy, recommend: delta and caps.
@@ -191,6 +192,18 @@ class Study:
     def locating(self, *loc: str | int) -> AbstractContextManager[None]:
         """A context in which every UserError gets its place under ``loc`` of this file."""
         return self.document.locating(*loc)
+
+    def on(self, slots: Sequence[Slot]) -> Study:
+        """The study on a model: a policy for each of its blocks where a sweep asks for them, without rows it lacks.
+
+        Raises:
+            UserError: blocks that the model does not have; two policies that come to the same; with their place.
+        """
+        if not any(named.open for named in self.policies):
+            return self
+        found = replace(self, policies=read_policies(self.document, slots))
+        check(found)
+        return found
 
     def plans(self, slots: Sequence[Slot]) -> dict[str, Plan]:
         """Every policy resolved against a model: label -> Plan.

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from dpguard.cli.main import main
+from dpguard.documents import Document
+from dpguard.policy.calibrate import with_some_noise
+from dpguard.policy.reasons import why_infinite
 from dpguard.study.schedule import REACH, public_learning_rate
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -53,20 +56,54 @@ def test_every_question_has_its_smoke_version():
     assert sorted(p.stem for p in SMOKE) == sorted(QUESTIONS)
 
 
-def test_the_map_has_every_block_and_role(monkeypatch):
+ATTENTION = ("qkv", "query", "key", "value", "output")
+ROLES = (*(f"attention.{part}" for part in ATTENTION), "mlp.in", "mlp.out")
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """The slots of a BERT of so many blocks; its width is no matter here."""
+    from dpguard.inputs.family import slots
+    from tests import tiny
+
+    return {blocks: slots(tiny.module("bert", width=16, blocks=blocks)) for blocks in (6, 12)}
+
+
+@pytest.mark.parametrize("blocks", [6, 12])
+@pytest.mark.parametrize("name", ["which-part-leaks", "which-part-leaks.full"])
+def test_the_map_has_every_block_and_role(name, blocks, bert, monkeypatch):
     monkeypatch.setenv("DPGUARD_DATA", "/data")
-    labels = {named.label for named in Study.load(ROOT / "studies" / "which-part-leaks.yaml").policies}
-    roles = (
-        "attention.qkv",
-        "attention.query",
-        "attention.key",
-        "attention.value",
-        "attention.output",
-        "mlp.in",
-        "mlp.out",
-    )
-    expected = {f"part block={b} part={r}" for b in range(6) for r in roles}
-    assert labels == {"none", "encoder", *(f"block block={b}" for b in range(6)), *expected}
+    labels = {named.label for named in Study.load(ROOT / "studies" / f"{name}.yaml").on(bert[blocks]).policies}
+    expected = {f"part block={b} part={r}" for b in range(blocks) for r in ROLES}
+    assert labels == {"none", "encoder", *(f"block block={b}" for b in range(blocks)), *expected}
+
+
+@pytest.mark.parametrize("path", [p for p in STUDIES if p not in SMOKE], ids=lambda p: p.stem)
+def test_a_study_plans_a_model_of_twelve_blocks(path, bert, monkeypatch):
+    monkeypatch.setenv("DPGUARD_DATA", "/data")
+    study = Study.load(path).on(bert[12])
+    for named in study.policies:
+        plan = with_some_noise(named.policy).plan(bert[12]) if named.epsilon else named.plan(bert[12])
+        if named.epsilon:  # all that leaves is clipped and noised, or there is no noise that reaches it
+            assert why_infinite(plan, 100) == (), named.label
+
+
+def test_six_blocks_are_the_cells_they_were(bert, monkeypatch):
+    """Records of MiniLM are found by ids that hold the rows: as if each block were written out, and no row more."""
+    monkeypatch.setenv("DPGUARD_DATA", "/data")
+    text = (ROOT / "studies" / "which-part-leaks.yaml").read_text()
+    listed = Study.read(Document.parse(text.replace('"block[*]"}', "[0, 1, 2, 3, 4, 5]}").replace(
+        'block: "block[*]"\n', "block: [0, 1, 2, 3, 4, 5]\n")))  # fmt: skip
+    data = {"name": "d", "hash": "2", "train": 8000, "test": 1000}
+    found = Study.read(Document.parse(text)).on(bert[6])
+    assert len(listed.policies) == 2 + 6 + 42
+    assert found.cells({"hash": "1"}, data) == listed.cells({"hash": "1"}, data)
+    for name in ("fixed-budget", "fixed-budget.full"):
+        fitted = [n for n in Study.load(ROOT / "studies" / f"{name}.yaml").on(bert[6]).policies if "fitted" in n.label]
+        layers = ["embeddings", *(f"block[{b}]" for b in range(6)), "pooler", "head"]
+        assert fitted
+        assert all([row["layers"] for row in n.table] == layers for n in fitted)
+        assert all(set(row) == {"layers", "clip", "noise"} for n in fitted for row in n.table)
 
 
 def test_the_public_rule():
