@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
+from dpguard.study.corpora import corpus_of
 from dpguard.study.grid import NEEDS
 from dpguard.study.record import Cell
 from dpguard.study.spec import Study
@@ -71,13 +72,13 @@ def read_ground(study: Study) -> Ground:
     Raises:
         UserError: what cannot be read, with its place in the study.
     """
-    from dpguard.inputs import models, texts
-    from dpguard.inputs.family import slots
-    from dpguard.study.ground import corpus_of
-
     data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
     with study.locating("data"), _asked_by_split(study):
         corpus = corpus_of({"data": data})
+    # torch comes with these: the texts are read, and their mistakes told, before
+    from dpguard.inputs import models, texts
+    from dpguard.inputs.family import slots
+
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)

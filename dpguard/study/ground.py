@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +10,12 @@ import torch
 from dpguard.errors import UserError
 from dpguard.federation import views
 from dpguard.federation.settings import Settings
-from dpguard.inputs import models, texts
+from dpguard.inputs import models
 from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Corpus
 from dpguard.policy.table import Plan, Policy
+from dpguard.study.corpora import corpus_of
 from dpguard.study.record import Cell, TextRow
 
 Result = tuple[dict[str, Any], list[TextRow]]
@@ -27,19 +26,6 @@ PROVENANCE = "provenance"
 
 class SkippedError(Exception):
     """A cell that has no answer by its nature; the reason goes on record."""
-
-
-@lru_cache(maxsize=1)
-def load_corpus(key: tuple[tuple[str, str], ...]) -> Corpus:
-    """The study's texts, once a process."""
-    arguments: dict[str, Any] = dict(key)
-    root = Path(arguments.pop("beside", "."))
-    return texts.load(locate=lambda name: root / name if (root / name).exists() else Path(name), **arguments)
-
-
-def corpus_of(context: Mapping[str, Any]) -> Corpus:
-    """The corpus that a context names."""
-    return load_corpus(tuple(sorted((k, v) for k, v in context["data"].items() if v is not None)))
 
 
 def corpus_for(cell: Cell, context: Mapping[str, Any]) -> Corpus:

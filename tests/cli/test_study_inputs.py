@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from dpguard.cli.planning import plan_study
 from dpguard.errors import UserError
-from dpguard.study import ground
+from dpguard.study import corpora
 from dpguard.study.resume import check_inputs
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
@@ -54,13 +56,35 @@ def test_a_study_resumed_with_other_texts_or_weights(home, told, tmp_path):
     check_inputs(study, out, cells)
     rows = (tmp_path / "texts.jsonl").read_text().splitlines()
     (tmp_path / "texts.jsonl").write_text("\n".join(rows[1:]) + "\n")
-    ground.load_corpus.cache_clear()  # another process reads the file again
+    corpora.load_corpus.cache_clear()  # another process reads the file again
     one_sentence(told("run", path, "--out", out), "study.yaml:", "other texts", "expected the same, or another --out")
     others = [replace(cell, model={**cell.model, "hash": "else"}) for cell in cells]
     with pytest.raises(UserError, match="other weights"):
         check_inputs(study, out, others)
     path.write_text(path.read_text().replace("targets: 2", "targets: 3"))
     check_inputs(Study.load(path), out, others)  # another study: its cells are new ones
+
+
+READ = """
+import sys
+from dpguard.cli.planning import read_ground
+from dpguard.errors import UserError
+from dpguard.study.spec import Study
+try:
+    read_ground(Study.load(sys.argv[1]))
+except UserError as error:
+    print(error, "torch" in sys.modules)
+"""
+
+
+def test_a_mistake_in_the_texts_is_told_before_torch_is_there(tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"sentence": "a nurse called", "label": 0}) + "\n")
+    text = "name: s\nmodel: demo\ndata: {path: texts.jsonl}\npolicies: {none: }\nutility: {}\n"
+    (tmp_path / "study.yaml").write_text(text)
+    command = [sys.executable, "-c", READ, str(tmp_path / "study.yaml")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "no column 'text'" in done.stdout
+    assert done.stdout.endswith(" False\n")
 
 
 def test_where_the_texts_lie_is_no_part_of_a_cell(home, tmp_path, monkeypatch):
