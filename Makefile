@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check study docs clean
+.PHONY: help demo test test-slow check study study-asked docs clean
 
 help:
 	@echo "make demo       install into .venv, run studies/demo.yaml, print the decision (about 3 minutes)"
 	@echo "make test       install into .venv, then ruff, mypy, import-linter and pytest"
 	@echo "make test-slow  the same with the long tests"
 	@echo "make study      run studies/NAME.yaml on the texts in DATA: make study NAME=which-part-leaks DATA=../shared/data"
+	@echo "                and one policy of it alone: ... ONLY=\"part block=3 part=attention.query\""
 	@echo "make docs       build the documentation into build/site, without network; links are checked"
 	@echo "make clean      remove .venv, caches and the demo's records"
 
@@ -35,13 +36,20 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name), BATCH and TARGETS as the study's header says; again to resume
-study: .venv/.installed-minilm
+# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name), BATCH and TARGETS as the study's header says; ONLY
+# one policy as the report names it, with the control, in a folder of its own; again to resume
+DATA ?= $(DPGUARD_DATA)
+task = $(or $(TASK),$(shell sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" 2>/dev/null | head -1))
+
+study-asked:
 	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
+	@test -n "$(DATA)" || ! grep -q '{DPGUARD_DATA}' "studies/$(NAME).yaml" || { echo "DATA=FOLDER is missing; expected the folder with $(or $(task),TASK).train.jsonl and $(or $(task),TASK).validation.jsonl"; exit 2; }
+
+study: study-asked .venv/.installed-minilm
 	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" DPGUARD_TARGETS="$(TARGETS)"; \
-	task=$$(sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" | head -1); task="$(or $(TASK),$$task)"; \
-	out="$(or $(OUT),reports/$(NAME)$${task:+-$$task}$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL))))"; \
-	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" && \
+	only="$(ONLY)"; part=$$(printf %s "$$only" | tr -cs 'A-Za-z0-9.' -); \
+	out="$(or $(OUT),reports/$(NAME)$(addprefix -,$(task))$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL)))$(if $(ONLY),-only-$$part))"; \
+	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" $${only:+--only "$$only"} && \
 	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores
 
 docs: .venv/.installed-docs

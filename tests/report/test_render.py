@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -235,6 +236,15 @@ def test_hostile_names_break_neither_csv_nor_markdown(hostile):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
     assert not [line for line in lines if re.search(r"(?<!\\)<script", line) and not line.startswith("<script")]
     assert "# e" in lines[lines.index(next(line for line in lines if line.endswith("yaml"))) :]
+
+
+def test_every_policy_has_the_command_that_runs_it_alone(folder, page, hostile):
+    commands = re.findall(r"^Again, with the control: `(.*)`$", (folder / "report.md").read_text("utf-8"), re.MULTILINE)
+    asked = [shlex.split(command) for command in commands]
+    assert [words[words.index("--only") + 1] for words in asked] == list(POLICIES)
+    assert all(words[:2] == ["dpguard", "run"] and "--out" in words for words in asked)
+    assert all(command in page.text for command in commands)
+    assert "--only '<" not in (hostile / "report.html").read_text("utf-8")
 
 
 def test_nothing_concluded_is_said_in_place_of_a_decision(tmp_path):

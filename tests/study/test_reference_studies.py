@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,42 @@ def test_a_smoke_version_runs(path, tmp_path, monkeypatch):
     for name in ("flat", "per-block", "more-noise-below"):
         if path.stem == "fixed-budget":
             assert 2.97 <= float(rows[name]["epsilon"]) <= 3
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """``make study`` with a dpguard that only says what it was asked."""
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    monkeypatch.delenv("DPGUARD_DATA", raising=False)
+    (tmp_path / "dpguard").write_text('#!/bin/sh\nprintf \'<%s>\' "$DPGUARD_DATA" "$@"; echo\n')
+    (tmp_path / "dpguard").chmod(0o755)
+
+    def make(*words):
+        command = ["make", "-s", "-o", ".venv/.installed-minilm", "study", "PYTHON=false", f"BIN={tmp_path}", *words]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    return make
+
+
+def test_one_point_is_one_command(make):
+    status, said = make("NAME=which-part-leaks", "DATA=/d", "ONLY=part block=3 part=attention.query")
+    out = "reports/which-part-leaks-cola-only-part-block-3-part-attention.query"
+    assert (status, said[0]) == (
+        0,
+        f"</d><run><studies/which-part-leaks.yaml><--out><{out}><--only><part block=3 part=attention.query>",
+    )
+    status, said = make("NAME=which-part-leaks", "DATA=/d", "TASK=sst2", "MODEL=models/base")
+    assert said[0] == "</d><run><studies/which-part-leaks.yaml><--out><reports/which-part-leaks-sst2-base>"
+
+
+def test_texts_that_were_not_named_are_asked_for_by_the_word_that_the_user_types(make):
+    told = "DATA=FOLDER is missing; expected the folder with rotten_tomatoes.train.jsonl and rotten_tomatoes.validation"
+    assert make("NAME=fixed-budget") == (2, [f"{told}.jsonl"])
+    assert make("NAME=smoke/fixed-budget")[0] == 0
+    status, [said] = make("NAME=fixed")
+    assert (status, said.split(";")[0]) == (2, "no studies/fixed.yaml")
 
 
 PRIVATE = """\
