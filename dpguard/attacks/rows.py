@@ -168,20 +168,23 @@ def _filtered(seen: Observation) -> dict[str, Tensor]:
 
     The two tables have noise of their own, so under no signal every inner product is Gaussian, or of lighter tails,
     and the number of rows that pass is `FALSE_ALARMS` in all. Where positions arrive as signs, whose energy says
-    nothing, all of them are tried. Empty without noise, without position rows, or where rounding made tails heavier.
+    nothing, all of them are tried, and those before one that matched hold a token too: the likeliest. Empty without
+    noise, without position rows, or where rounding made tails heavier.
     """
     name, position = _table(seen, "token_embedding"), _read(seen, "position_embedding")
     if name is None or position is None or not (std := seen.noise_std(name)):
         return {}
     table, places = seen.message[name].double() / std, seen.message[position.name].double()
-    rows = position.rows
-    if position.std and seen.disclosed.plan[position.name].bits == 1:
-        rows = torch.arange(len(places))
+    signs = position.std > 0 and seen.disclosed.plan[position.name].bits == 1
+    rows = torch.arange(_first(seen), len(places)) if signs else position.rows
     noise = Noise.of(seen, name)
     if not len(rows) or not noise.light:
         return {}
     match = table @ _unit(places[rows]).T / noise.scale
     passed = match > norm.isf(FALSE_ALARMS / match.numel())
+    if signs and passed.any():
+        held = torch.arange(int(passed.any(0).nonzero().max()) + 1)
+        passed[match[:, held].argmax(0), held] = True
     positions = torch.zeros(len(places), dtype=torch.bool)
     positions[rows] = passed.any(0)
     return {"token_embedding": passed.any(1), "position_embedding": positions}
@@ -216,12 +219,17 @@ def _as_clipped(position: Read, token: Read, seen: Observation) -> Read:
     return Read(position.name, position.rows, position.vectors * factor, position.std * abs(factor))
 
 
+def _first(seen: Observation) -> int:
+    """Row of the position table that a text's first token reads."""
+    return int(family_of(seen.model).positions(torch.ones(1, 1), seen.model.config)[0, 0])
+
+
 def _places(position: Read, seen: Observation) -> Read:
     """Position rows from the first on, gaps filled with zero vectors (their token is still to be guessed).
 
     A model that predicts tokens reads every token but the last, whose position gets no gradient.
     """
-    offset = int(family_of(seen.model).positions(torch.ones(1, 1), seen.model.config)[0, 0])
+    offset = _first(seen)
     last = int(position.rows.max())
     if seen.disclosed.lengths:
         last = offset + seen.disclosed.lengths[0] - (2 if predicts_tokens(seen.model) else 1)

@@ -232,6 +232,17 @@ def test_one_bit_under_small_noise_is_read_by_the_rows_that_match():
     assert len(set(found.sequences[0]) - true) <= 1
 
 
+def test_at_one_bit_every_position_before_one_that_matched_gets_its_likeliest_token():
+    """A text has no holes: 9 of these 28 tokens stand in their place where only rows that match by themselves count."""
+    model, right = tiny.loaded("bert", width=256), 0
+    for seed in range(2):
+        rows = [{"layers": "all", "clip": 1.0, "noise": 0.005, "bits": 1}]
+        seen, batch = observe(model, rows, [TEXTS[0]], [0], tell=(), seed=seed)
+        found = PLUGIN.reconstruct(seen, rng=torch.Generator()).sequences[0]
+        right += sum(a == b for a, b in zip(found, batch.input_ids[0].tolist(), strict=True))
+    assert right >= 13
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_rounded_noise_on_a_head_lets_about_no_row_through(bits):
     counts = []
