@@ -26,8 +26,10 @@ WHAT: tuple[What, ...] = ("metrics", "scores")
 CELL = ["id", "leg", "policy", "entry", "seed", "at"]
 FOUND = ["value", "low", "high", "n"]
 METRICS = [*CELL, "attack", "metric", "status", "reason", *FOUND, "epsilon"]
-SCORES = [*CELL, "target", "attack", "metric", "status", "reason", "value", "certain", "inherited", "epsilon"]
-AFTER = ["model", "data", "seconds"]
+COST = {"attack_seconds": "seconds", "steps": "steps", "candidates": "candidates"}
+"""Column of ``scores`` -> what the record calls it."""
+SCORES = [*CELL, "target", "attack", "metric", "status", "reason", "value", "certain", "inherited", *COST, "epsilon"]
+AFTER = ["model", "data", "cell_seconds"]
 SWEPT = "sweep_"
 """Begins the columns of sweep values: ``sweep_noise``."""
 GUARANTEED = ("epsilon", "sigma_eff", "shared_fraction")
@@ -51,8 +53,11 @@ def load(folder: str | Path, what: str = "metrics", *, show_text: bool = False, 
         ``at``, ``attack``, ``metric``, ``status`` (done, failed, skipped, or missing when it has not run),
         ``reason``, ``value``, ``low``, ``high``, ``n`` (targets or examples; missing where nothing is estimated),
         ``epsilon`` (of the policy; infinite without a guarantee), ``sweep_...`` (one column a sweep variable),
-        ``model``, ``data`` and ``seconds``. ``scores`` have ``target``, ``certain`` and ``inherited`` instead of an
-        interval. Records that an earlier form of the study left are not in it.
+        ``model``, ``data`` and ``cell_seconds`` (wall time of the whole cell, the same in all its rows). ``scores``
+        have ``target``, ``certain`` and ``inherited`` instead of an interval, and what the attack spent on the whole
+        message: ``attack_seconds``, ``steps`` and ``candidates``; where it inherited an earlier attack's answer, 0
+        seconds, and the steps and candidates of that one. Records that an earlier form of the study left are not
+        in it.
 
     Raises:
         UserError: no records there, a store that cannot be read, an unknown table, or texts asked of ``metrics``.
@@ -99,8 +104,9 @@ def _frame(rows: Sequence[Row], what: str, info: StudyInfo, *, show_text: bool) 
         frame[SWEPT + name] = _one_type(frame[SWEPT + name])
     words = ("id", "leg", "policy", "entry", "at", "attack", "metric", "status", "reason", "model", "data", *texts)
     types = dict.fromkeys(words, "string")
-    types |= dict.fromkeys(("value", "low", "high", "epsilon", "seconds"), "float64")
-    types |= dict.fromkeys(("seed", "n", "target"), "Int64") | dict.fromkeys(("certain", "inherited"), "boolean")
+    types |= dict.fromkeys(("value", "low", "high", "epsilon", "attack_seconds", "cell_seconds"), "float64")
+    types |= dict.fromkeys(("seed", "n", "target", "steps", "candidates"), "Int64")
+    types |= dict.fromkeys(("certain", "inherited"), "boolean")
     return frame.astype({name: kind for name, kind in types.items() if name in columns})
 
 
@@ -130,7 +136,7 @@ def _about(record: Record, info: StudyInfo, epsilons: dict[str, float]) -> Row:
         **{SWEPT + name: value for name, value in sweep["values"].items()},
         "model": cell.model.get("name"),
         "data": cell.data.get("name"),
-        "seconds": record.provenance.get("seconds"),
+        "cell_seconds": record.provenance.get("seconds"),
     }
 
 
@@ -207,6 +213,7 @@ def _scores(record: Record, texts: dict[tuple[int, str], str], *, show_text: boo
         target, attack = int(score["target"]), str(score["attack"])
         about: Row = {"target": target, "attack": attack}
         about |= {name: score.get(name) for name in ("certain", "inherited")}
+        about |= {column: score.get(name) for column, name in COST.items()}
         if show_text:
             about |= {"truth": texts.get((target, "truth")), "recovered": texts.get((target, attack))}
         rows += [{**about, "metric": metric, "value": value} for metric, value in score["metrics"].items()]

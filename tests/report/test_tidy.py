@@ -114,6 +114,26 @@ def test_scores_are_one_row_a_target_attack_and_metric(made, folder):
     assert own.value.tolist() == [s["metrics"]["rougeL"] for s in record.result["scores"] if s["attack"] == "span"]
 
 
+def test_a_score_has_its_own_cost_and_the_cell_another(tmp_path):
+    cell = Cell("leakage", "none", [], {"name": "m"}, {"name": "d"}, {"at": "start"}, 0)
+    about = {"target": 3, "metrics": {"rougeL": 1.0, "exact_match": 1.0}, "certain": True, "inherited": False}
+    spent = {"span": (0.25, 7, 40), "match": (2.0, 300, 0)}
+    scores = [
+        {**about, "attack": attack, "seconds": seconds, "steps": steps, "candidates": candidates}
+        for attack, (seconds, steps, candidates) in spent.items()
+    ]
+    with Store.open(tmp_path, create=True) as store:
+        store.set_study("s", "", {"name": "s"}, [cell])
+        store.put(Record(cell, "done", result={"scores": scores}, provenance={"seconds": 9.5}))
+    write(dpguard.load(tmp_path, "scores"), tmp_path / "t.parquet", "parquet")
+    found = pd.read_parquet(tmp_path / "t.parquet")
+    assert len(found) == 4
+    for attack, rows in found.groupby("attack"):
+        assert set(zip(rows.attack_seconds, rows.steps, rows.candidates, strict=True)) == {spent[attack]}
+    assert set(found.cell_seconds) == set(dpguard.load(tmp_path).cell_seconds) == {9.5}
+    assert "seconds" not in found
+
+
 def test_texts_come_only_when_asked_for(folder, tmp_path):
     for what in tidy.WHAT:
         frame = dpguard.load(folder, what)
