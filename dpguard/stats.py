@@ -22,6 +22,8 @@ from scipy.special import rel_entr
 
 CONFIDENCE = 0.95
 DRAWS = 2000
+PUBLIC_WANTED = 10_000
+"""Public texts that an estimate of what a guess scores (kappa) wants; with fewer its upper limit is wider."""
 ROUNDING = 1e-12
 """A variance of scores that is no more than the rounding of equal ones."""
 

@@ -23,8 +23,6 @@ from dpguard.attacks.language import Corpus
 from dpguard.inputs.words import words
 from dpguard.measure import metrics
 
-WANTED = 10_000
-"""Public texts that kappa is measured on, where there are as many; with fewer the upper limit is wider."""
 CONFIDENCE = 0.95
 SAMPLE = 64
 """Texts on which the guesses compete."""
@@ -57,11 +55,13 @@ def measure(public: tuple[str, ...], tokenizer: Any, lengths: bool = False) -> d
     Entity recall is left out (public texts have no marked entities). Empty without public texts.
 
     Args:
-        public: public texts of the same kind.
+        public: public texts of the same kind; the first 20,000 are used. From fewer than `stats.PUBLIC_WANTED` the
+            upper limits are wide, and a report says so.
         tokenizer: the public tokenizer, for exact match and token recall.
         lengths: whether the guesser is told a text's number of tokens; then each length has guesses of its own.
     """
-    texts = tuple(text for text in public if text.strip())[: 2 * WANTED]  # copies count: a guess has them right too
+    texts = tuple(text for text in public if text.strip())  # copies count: a guess has them right too
+    texts = texts[: 2 * stats.PUBLIC_WANTED]
     if len(texts) < 4:
         return {}
     halves = texts[0::2], texts[1::2]

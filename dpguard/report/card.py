@@ -17,6 +17,7 @@ from typing import Any
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.statement import NOT_COVERED
 from dpguard.report import federations, files
+from dpguard.report.chance import best_guess
 from dpguard.report.frontier import CONTROL, FLOOR, Frontier, Row
 from dpguard.report.reasons import limits
 from dpguard.report.recommend import Recommendation
@@ -252,7 +253,9 @@ def _guarantee_lines(claim: Mapping[str, Any], counted: str) -> list[str]:
         for b in claim["bounds"]
         if b.get("success") is not None
     ]
-    return [*lines, "", *bounds] if bounds else lines
+    measured = best_guess(claim, ("rougeL", "exact_match"))
+    chance = [f"- the best guess without a message reaches {measured}"] if measured else []
+    return [*lines, "", *chance, *bounds] if chance or bounds else lines
 
 
 def _attack_lines(attacked: Mapping[str, Any], leak: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpguard.report import card, pdf, pictures, text
+from dpguard.report.chance import measured_on, public_texts
 from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.files import write
@@ -121,6 +122,10 @@ def _full(context: dict[str, Any]) -> list[str]:
     return [name for name, there in lists.items() if there]
 
 
+def _public_texts(result: StudyResult) -> int:
+    return public_texts(r.result for r in result.records if r.cell.leg == "guarantee")
+
+
 def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> dict[str, Any]:
     views = policy_views(result, table)
     yaml = text.visible_lines(result.study.get("yaml", ""))
@@ -137,6 +142,7 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "over_noise": over_noise_content(table),
         "saw": next((row.saw for row in table.rows if row.measures), "one message"),
         "closed": any(row.candidates for row in table.rows),
+        "chance": measured_on(texts) if (texts := _public_texts(result)) else "on public texts",
         "comparisons": compared(result, table, decision.policy),
         "absent": tradeoff_content(table).absent,
         "crowded": not all(point.labelled for point in tradeoff_content(table).points),

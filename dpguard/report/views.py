@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpguard.report import federations
+from dpguard.report.chance import best_guess
 from dpguard.report.evidence import Evidence, evidence
 from dpguard.report.frontier import Frontier, Row
 from dpguard.report.result import StudyResult
@@ -130,7 +131,7 @@ def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores
         (*in_words(federations.treated(row)), *federations.told(row, frontier.rows)) if known else (),
         (*table_rows(row.table), *federations.line(row, frontier.rows)),
         tuple(_printed(group) for group in promise.get("table", ())),
-        tuple(_guarantee_facts(promise, row)),
+        tuple(_guarantee_facts(promise, row, frontier.leakage_metric)),
         visible(promise.get("statement", "")),
         tuple(visible(reason) for reason in promise.get("reasons", ())),
         tuple(_attack_rows(row.policy, frontier.leakage_metric, scores)),
@@ -171,20 +172,38 @@ def _printed(group: Mapping[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _guarantee_facts(promise: Mapping[str, Any], row: Row) -> list[tuple[str, str]]:
+def _guarantee_facts(promise: Mapping[str, Any], row: Row, metric: str) -> list[tuple[str, str]]:
     names = (("delta", "delta"), ("sampling_rate", "sampling rate"), ("steps", "steps"))
     facts = [(name, plain(promise[key])) for key, name in names if promise.get(key) is not None]
     if promise.get("sigma_eff"):
         facts.insert(0, ("effective noise multiplier", f"{float(promise['sigma_eff']):.3g}"))
+    return facts + _bounds(promise, row, dict.fromkeys((metric, "exact_match")))
+
+
+def _bounds(promise: Mapping[str, Any], row: Row, metrics: Collection[str]) -> list[tuple[str, str]]:
+    """What the best guess was measured to reach, what any attack can make of it, and the bound of one given chance.
+
+    That chance is an example in the open world, and exact in the closed one. Nothing without a guarantee.
+    """
+    facts: list[tuple[str, str]] = []
     bound = promise.get("bound")
-    if bound:
-        facts.append(
-            (
-                f"bound on exact recovery from {row.saw}",
-                f"{float(bound['success']):.3g} (where a guess succeeds with chance {float(bound['kappa']):.2g})",
+    if not bound:
+        return facts
+    measured = "" if row.candidates else best_guess(promise, tuple(metrics))
+    if measured:
+        known = {name: row.measures[name].bound for name in metrics if name in row.measures}
+        given = [f"{metric_name(name)} {bound:.2g}" for name, bound in known.items() if bound is not None]
+        facts.append(("chance of the best guess without a message", measured))
+        if given:
+            facts.append(
+                (f"the most that any attack reaches in the mean from {row.saw}, given that chance", ", ".join(given))
             )
-        )
-    return facts
+    chance = f"{float(bound['kappa']):.2g}"
+    where = (
+        f"a guess among {row.candidates:,} texts succeeds with chance {chance}" if row.candidates
+        else f"for example, where a guess succeeds with chance {chance}"
+    )  # fmt: skip
+    return [*facts, (f"bound on exact recovery from {row.saw}", f"{float(bound['success']):.3g} ({where})")]
 
 
 def _federation_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:

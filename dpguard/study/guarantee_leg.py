@@ -24,7 +24,7 @@ from dpguard.study.ground import Result, SkippedError, corpus_for, plan_for, ref
 from dpguard.study.record import Cell, canonical
 
 KAPPAS = (1e-4, 0.01)
-"""Chances of success without the message for which the bound is printed beside every guarantee."""
+"""Examples of a chance of success without the message, for which a bound is printed beside every guarantee."""
 
 
 def run(cell: Cell, context: Mapping[str, Any]) -> Result:

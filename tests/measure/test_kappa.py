@@ -27,6 +27,16 @@ def test_text_without_a_pattern_has_a_lower_kappa() -> None:
     assert kappa.measure(mixed, tiny.tokenizer())["rougeL"].value < 0.3
 
 
+def test_ten_thousand_texts_bring_the_limit_near_the_mean() -> None:
+    source = random.Random(2)
+    mixed = [" ".join(source.sample(tiny.WORDS, 3)) for _ in range(9_900)]
+    public = tuple(source.sample([*mixed, *["the old card"] * 100], 10_000))
+    found = kappa.measure(public, tiny.tokenizer())
+    assert {k.texts for k in found.values()} == {10_000}
+    assert found["exact_match"].value == pytest.approx(0.01, abs=0.001)
+    assert all(k.value < k.upper < k.value + 0.006 for k in found.values())
+
+
 def test_without_public_text_there_is_none() -> None:
     assert kappa.measure((), tiny.tokenizer()) == {}
 

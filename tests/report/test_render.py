@@ -179,6 +179,13 @@ def test_every_policy_has_its_table_statement_and_attacks(page):
     assert "Covered: one training example" in page.text
 
 
+def test_chance_is_said_with_the_public_texts_that_it_was_measured_on(page, folder):
+    few = "measured on 3,000 public texts, where an estimate wants 10,000 or more"
+    assert f"what a guess scores that saw no message, {few}" in page.text
+    assert few in (folder / "report.md").read_text("utf-8")
+    assert few in (folder / "card.md").read_text("utf-8")
+
+
 def test_what_was_measured_on_the_message_is_beside_the_claim(page):
     assert "one example moved all" in page.text
     assert "noise std of block 0" in page.text

@@ -12,6 +12,7 @@ from dpguard.report.frontier import frontier
 from dpguard.report.result import StudyResult
 from dpguard.report.sandwich_content import over_noise_content, sandwich_content, violations
 from dpguard.report.sizes import own_sizes, sizes
+from dpguard.report.views import policy_views
 from dpguard.study.record import Cell, Record
 from tests.report.made_up_study import CHANCES, POLICIES, SIGMAS, sample
 
@@ -103,6 +104,27 @@ def test_several_guesses_in_one_message_raise_chance_and_bound():
     assert ndtri(found.bound) - ndtri(found.upper) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("texts", "few"), [(800, ", where an estimate wants 10,000 or more"), (12_000, "")])
+def test_the_measured_chance_is_told_from_the_example(texts, few):
+    kappa = {
+        "exact_match": {"value": 0.0, "upper": 0.001, "texts": texts, "bound": 0.02},
+        "rougeL": {"value": 0.1, "upper": 0.12, "texts": texts, "bound": 0.4},
+    }
+    promise = promised("dp", kappa=kappa, bound={"kappa": 0.01, "success": 0.08})
+    records = [leak("dp", [("prior", 0, 0.1), ("span", 0, 0.2)]), promise]
+    study = StudyResult({}, records)
+    [view] = policy_views(study, frontier(study))
+    measured = f"ROUGE-L 0.1 (at most 0.12), exact match 0 (at most 0.001), measured on {texts:,} public texts{few}"
+    assert view.guarantee == (
+        ("chance of the best guess without a message", measured),
+        (
+            "the most that any attack reaches in the mean from one message, given that chance",
+            "ROUGE-L 0.4, exact match 0.02",
+        ),
+        ("bound on exact recovery from one message", "0.08 (for example, where a guess succeeds with chance 0.01)"),
+    )
+
+
 def test_rows_with_other_sizes_and_floors_say_so():
     plain = leak("none", [(a, t, v) for a, v in (("prior", 0.1), ("span", 0.9)) for t in range(12)])
     table = frontier(
@@ -128,6 +150,9 @@ def test_in_the_closed_world_exact_match_is_identification():
     exact = table.row("dp").measures["exact_match"]
     assert (exact.chance, exact.bound, exact.measured.value) == (0.01, 0.9, 0.75)
     assert table.row("dp").measures["rougeL"].bound is None
+    facts = dict(policy_views(StudyResult({}, records), table)[0].guarantee)
+    where = "a guess among 100 texts succeeds with chance 0.01"
+    assert facts == {"bound on exact recovery from one message": f"0.9 ({where})"}
     assert violations(table) == []
     assert [panel.name for panel in sandwich_content(table).panels] == ["ROUGE-L", "identified among 100"]
 
