@@ -16,17 +16,19 @@ from rich.text import Text
 from dpguard.attacks.panel import FLOOR, LATEST, PANELS, in_order
 from dpguard.cli.console import console, table
 from dpguard.cli.progress import bar
-from dpguard.errors import UserError
+from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs import models, texts
 from dpguard.inputs.family import slots
 from dpguard.measure import leakage
 from dpguard.measure.leakage import Leak, Score
-from dpguard.measure.threat import Threat
+from dpguard.measure.threat import KNOWLEDGE, Threat
 from dpguard.policy.table import Policy
 
 SMALL = 50_000_000
 """Parameters below which threads cost more than they bring: they wait for each other between small layers."""
 JSON_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "token_recall")
+NOTHING = "nothing"
+"""What ``--know`` says where a study says ``know: []``."""
 
 
 def attack_once(
@@ -44,6 +46,7 @@ def attack_once(
     as_json: bool,
 ) -> None:
     """Attack a few messages under one policy and print true text beside recovered text."""
+    _check_closed(threat, batch_size)
     rows = Policy.load(policy)
     corpus = texts.load(data, text=text, label=label)
     loaded = models.load(model, labels=corpus.classes)
@@ -60,9 +63,10 @@ def attack_once(
     texts.check_lengths([corpus.train[i] for m in messages for i in m], loaded.tokenizer, loaded.max_tokens)
     if sum(p.numel() for p in loaded.module.parameters()) < SMALL:
         torch.set_num_threads(1)
-    names = attacks_of(model, attacks)
+    names = attacks_of(model, attacks, threat)
     if not as_json:
-        console().print(f"{policy} on {model}: {100 * plan.shared_fraction:.3g} % of the parameters leave\n")
+        among = f"; the text is one of {threat.candidates:,}" if threat.candidates else ""
+        console().print(f"{policy} on {model}: {100 * plan.shared_fraction:.3g} % of the parameters leave{among}\n")
     best = []
     for number, indices in bar(list(enumerate(messages)), "attacking", quiet=as_json):
         started = time.perf_counter()
@@ -79,17 +83,47 @@ def attack_once(
         _print_means(best)
 
 
-def attacks_of(model: str, asked: Sequence[str] | None) -> list[str]:
+def attacks_of(model: str, asked: Sequence[str] | None, threat: Threat = Threat()) -> list[str]:  # noqa: B008 (frozen)
     """The attacks of a look: those asked for, each with its own preset, in the panel's order, else the panel's.
 
-    Without any asked for, the demo model gets its quicker panel; ``match`` alone is the whole of it there too.
+    Without any asked for, the demo model gets its quicker panel; ``match`` alone is the whole of it there too. Where
+    candidates are disclosed, the attack that reads them is among it.
 
     >>> attacks_of("demo", ["combined", "match"]), attacks_of("demo", None)
     (['match', 'combined'], ['rows', 'span', 'match:demo', 'combined'])
     """
     if asked:
         return in_order(LATEST, asked)
-    return [name for name in PANELS["demo" if model == "demo" else LATEST] if name != FLOOR]
+    panel = "demo" if model == "demo" else LATEST
+    names = [name for name in PANELS[panel] if name != FLOOR]
+    return in_order(panel, [*names, "likelihood"]) if threat.candidates else names
+
+
+def knowledge(words: Sequence[str] | None) -> tuple[str, ...]:
+    """What ``--know`` discloses: the count where nothing is said.
+
+    Raises:
+        UserError: a word that is unknown, or ``nothing`` beside another.
+
+    >>> knowledge(None), knowledge(["nothing"]), knowledge(["labels", "lengths"])
+    (('count',), (), ('labels', 'lengths'))
+    """
+    for word in words or ():
+        if word not in (*KNOWLEDGE, NOTHING):
+            raise UserError(f"--know: unknown knowledge {word!r}{did_you_mean(word, (*KNOWLEDGE, NOTHING))}")
+    if not words or NOTHING not in words:
+        return tuple(words or ("count",))
+    if set(words) != {NOTHING}:
+        raise UserError(f"--know {NOTHING} is said beside other knowledge, expected it alone")
+    return ()
+
+
+def _check_closed(threat: Threat, batch_size: int) -> None:
+    """A closed world is about one text in one client's message, as in a study."""
+    if threat.candidates == 1:
+        raise UserError("--candidates 1 leaves nothing to find, expected 2 or more")
+    if threat.candidates and (batch_size > 1 or threat.clients > 1):
+        raise UserError("--candidates asks which text one message holds, expected --batch-size 1 and --clients 1")
 
 
 def best_of(leak: Leak, names: Sequence[str]) -> dict[int, Score]:

@@ -200,8 +200,12 @@ def attack(
     ] = None,
     know: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--know", help="The server knows it: count [default], labels, lengths (repeatable)."),
+        typer.Option("--know", help="The server knows it: count [default], labels, lengths (repeatable), or nothing."),
     ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option("--candidates", min=0, help="The server knows that the text is one of so many; 0: no such list."),
+    ] = 0,
     mode: Annotated[str, typer.Option("--mode", help="eval, or train: the client runs with dropout.")] = "eval",
     local_steps: Annotated[
         int, typer.Option("--local-steps", min=0, help="0: a gradient is sent; else the update after so many steps.")
@@ -212,11 +216,15 @@ def attack(
     label: Annotated[str, typer.Option("--label", help="Column of the labels.")] = "label",
     as_json: Json = False,
 ) -> None:
-    """Show what one policy gives away: true text beside recovered text."""
-    from dpguard.cli.look import attack_once
+    """Show what one policy gives away: true text beside recovered text.
+
+    The model's weights are attacked as they are. For first and trained weights side by side, write a study with
+    leakage: {at: [start, end]}.
+    """
+    from dpguard.cli.look import attack_once, knowledge
     from dpguard.measure.threat import Threat
 
-    threat = Threat(tuple(know or ("count",)), mode, local_steps, learning_rate, clients)
+    threat = Threat(knowledge(know), mode, local_steps, learning_rate, clients, candidates)
     attack_once(
         policy, model, data, targets=targets, batch_size=batch_size, seed=seed, attacks=attacks, threat=threat,
         text=text, label=label, as_json=as_json,

@@ -123,6 +123,12 @@ def test_mistakes_on_the_command_line(home, told, tmp_path):
     one_sentence(told("attack", *where, "--text", "txt"), "did you mean 'text'?")
     one_sentence(told("attack", *where, "--targets", "999"), "expected at most")
     one_sentence(told("attack", *where, "--know", "label"), "did you mean 'labels'?")
+    one_sentence(told("attack", *where, "--know", "none"), "expected one of: count, labels, lengths, nothing")
+    one_sentence(told("attack", *where, "--know", ""), "expected one of: count, labels, lengths, nothing")
+    one_sentence(told("attack", *where, "--know", "nothing", "--know", "labels"), "expected it alone")
+    one_sentence(told("attack", *where, "--candidates", "1"), "expected 2 or more")
+    one_sentence(told("attack", *where, "--candidates", "9", "--clients", "2"), "--clients 1")
+    one_sentence(told("attack", *where, "--candidates", "999"), "expected at most")
     one_sentence(told("attack", *where, "--mode", "evl"), "did you mean 'eval'?")
     one_sentence(told("attack", *where, "--clients", "0"), "clients")
 

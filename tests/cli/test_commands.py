@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from dpguard.cli.look import attacks_of
+from dpguard.measure.threat import Threat
 from tests.cli.conftest import write_study as study
 
 COLUMNS = (
@@ -193,6 +195,26 @@ def test_attack_under_another_threat(home, told):
     assert len(found["targets"]) == 2, "one text of each client"
     assert 0.2 < found["metrics"]["token_recall"] <= 1, "one bag for both"
     assert not any(target["certain"] for target in found["targets"])
+
+
+def test_attack_where_nothing_is_known(home, told, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dpguard.cli.look.attack_once", lambda *_, **more: asked.append(more["threat"].know))
+    for words in ((), ("--know", "nothing"), ("--know", "labels")):
+        assert told("attack", *words)[0] == 0
+    assert asked == [("count",), (), ("labels",)]
+
+
+def test_attack_in_a_closed_world(home, told):
+    where = ("--model", home / "model", "--data", home / "texts.jsonl", "--targets", "1", "--json")
+    status, said, _err = told("attack", *where, "--policy", "none", "--attack", "likelihood", "--candidates", "5")
+    [found] = json.loads(said)["targets"]
+    assert (status, found["attack"], found["exact_match"], found["certain"]) == (0, "likelihood", 1.0, True)
+
+
+def test_the_panel_of_a_closed_world_reads_the_candidates():
+    assert attacks_of("demo", None, Threat(candidates=9)) == ["rows", "span", "match:demo", "likelihood", "combined"]
+    assert attacks_of("demo", None) == ["rows", "span", "match:demo", "combined"]
 
 
 def test_guarantee_json(home, told):
