@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
+from dpguard.attacks import panel
 from dpguard.cli.planning import plan_study
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.measure.threat import Threat
+from dpguard.policy.table import Policy
 from dpguard.study import guarantee_leg, legs
 from dpguard.study.spec import Study
+from tests import messages, tiny
 
 TEXT = """\
 name: s
@@ -49,6 +55,20 @@ def test_identification_is_near_one_and_near_chance(tmp_path, monkeypatch, noise
     promised, _ = legs.execute(cells["guarantee", "dp"], planned.context)
     assert promised.result["bound"]["kappa"] == 1 / 20
     assert promised.result["bound"]["success"] >= 1 / 20
+
+
+@pytest.mark.slow
+def test_one_of_ten_thousand_is_named_and_every_one_was_scored():
+    source, truth, model = random.Random(0), "the nurse called her today", tiny.loaded("bert")
+    public = list(dict.fromkeys(" ".join(source.sample(tiny.WORDS, 4)) for _ in range(11_000)))
+    rows = Policy.load("block[0].attention.query").rows  # the class is not given away: both are scored
+    seen, batch = messages.observe(model, rows, [truth], [1], tell=())
+    among = Threat(candidates=10_000).disclosed_candidates(truth, public, 0)
+    assert len(set(among)) == 10_000
+    seen = replace(seen, disclosed=replace(seen.disclosed, candidates=among))
+    found = panel.attack("likelihood").reconstruct(seen, seed=0)
+    assert (found.notes["unscored"], found.candidates) == (0, 2 * 10_000)
+    assert found.sequences == batch.input_ids.tolist()
 
 
 def test_the_open_world_keeps_its_ids():
