@@ -10,6 +10,7 @@ prior, and the upper limit of the measurement is what it starts from.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,10 +68,12 @@ def measure(public: tuple[str, ...], tokenizer: Any, lengths: bool = False) -> d
     halves = texts[0::2], texts[1::2]
     scores: dict[str, list[float]] = {name: [] for name in METRICS}
     for chosen_on, judged_on in (halves, halves[::-1]):
+        alike = _by_length(chosen_on, tokenizer, lengths)
         for length, judged_of in _by_length(judged_on, tokenizer, lengths).items():
             guesses = _guesses(chosen_on, tokenizer, length)
             trial = _table(guesses, _trial(chosen_on, tokenizer, length), tokenizer)
             best = {name: guesses[int(np.argmax(trial[name].mean(1)))] for name in METRICS}
+            best["exact_match"] = _commonest(alike.get(length) or chosen_on)  # too rare to show on a sample
             for guess in dict.fromkeys(best.values()):
                 judged = _table([guess], judged_of, tokenizer)
                 for name in METRICS:
@@ -103,6 +106,11 @@ def _by_length(texts: Sequence[str], tokenizer: Any, told: bool) -> dict[int | N
     for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
         found.setdefault(len(ids), []).append(text)
     return found
+
+
+def _commonest(texts: Sequence[str]) -> str:
+    """The text that stands there most often: no other guess is right as often."""
+    return Counter(texts).most_common(1)[0][0]
 
 
 def _trial(texts: tuple[str, ...], tokenizer: Any, length: int | None) -> list[str]:
