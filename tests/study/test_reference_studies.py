@@ -21,6 +21,7 @@ from dpguard.policy.reasons import why_infinite
 from dpguard.study.schedule import REACH, public_learning_rate
 from dpguard.study.spec import Study
 from dpguard.study.store import Store
+from tests.study.in_process import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").rglob("*.yaml"))
@@ -124,9 +125,24 @@ def run(monkeypatch, *words):
     return stop.value.code
 
 
-@pytest.mark.slow
+@pytest.fixture
+def in_process(monkeypatch):
+    """`dpguard run` with its cells in this process: no worker imports torch for them, all else is as it is."""
+    monkeypatch.setattr("dpguard.study.runner.Workers", InProcess)
+    for name in ("dpguard.study.runner.warm_up", "dpguard.cli.studies.warm_up"):
+        monkeypatch.setattr(name, lambda preload, threads: None)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    """What the four versions have in common is made once: entries go by the content that they were made from."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("path", SMOKE, ids=[p.stem for p in SMOKE])
-def test_a_smoke_version_runs(path, tmp_path, monkeypatch):
+def test_a_smoke_version_runs(path, tmp_path, monkeypatch, shared_cache):
+    (tmp_path / "cache").symlink_to(shared_cache)
     assert run(monkeypatch, "run", path, "--out", tmp_path) == 0
     with (tmp_path / "frontier.csv").open() as file:
         rows = {row["policy"]: row for row in csv.DictReader(file)}
@@ -201,7 +217,7 @@ privacy: {delta: 1.0e-3}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_no_private_text_is_in_what_gets_committed(tmp_path, monkeypatch):
     """Report, figures and the Parquet records of other people's texts; the store itself is not committed."""
     source = (ROOT / "dpguard" / "inputs" / "demo" / "train.jsonl").read_text().splitlines()[:60]
