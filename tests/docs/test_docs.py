@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import runpy
@@ -152,7 +153,17 @@ def test_every_study_that_the_docs_name_exists():
             assert (ROOT / "studies" / f"{name}.yaml").is_file(), (page.name, name)
 
 
-@pytest.mark.slow
+def test_the_api_page_has_all_that_the_pages_and_the_top_package_name():
+    shown = re.findall(r"(?m)^::: (dpguard\.\S+)$", (DOCS / "api.md").read_text("utf-8"))
+    assert len(shown) == len(set(shown))
+    for name in set(dpguard.__all__) - {"__version__"}:
+        assert f"{dpguard._HOME[name]}.{name}" in shown
+    code = [path.read_text("utf-8") for folder in ("examples", "tutorials") for path in (DOCS / folder).glob("*.py")]
+    for node in (node for text in code for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)):
+        for name in node.names if node.module.startswith("dpguard.") else ():
+            assert any(f"{one}.".startswith(f"{node.module}.{name.name}.") for one in shown), name.name
+
+
 def test_the_site_builds_and_fetches_nothing(tmp_path):
     pytest.importorskip("material", reason="the [docs] extra is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
