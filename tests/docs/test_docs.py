@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib
 import re
 import runpy
@@ -172,7 +173,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= 15
     for page in pages:
-        assert "8<" not in page.read_text("utf-8"), "a file that was to be shown is not"
-        assert "8 &lt;" not in page.read_text("utf-8"), "a file that was to be shown is not"
+        text = html.unescape(re.sub(r"<[^>]*>", "", page.read_text("utf-8")))
+        assert not re.search("-8 ?< ?-", text), (page.name, "a file that was to be shown is not")
         loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?://[^\"]+)", page.read_text("utf-8"))
         assert not loaded, (page.name, loaded)
