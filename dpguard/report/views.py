@@ -285,5 +285,6 @@ def _utility_facts(trained: Sequence[Record]) -> list[tuple[str, str]]:
     facts.append(("seeds", str(len(trained))))
     if first.get("clipped_fraction") is not None:
         shares = [float(record.result["clipped_fraction"]) for record in trained]
-        facts.append(("examples clipped (private, not covered by epsilon)", number(sum(shares) / len(shares))))
+        told = "clipped, of the pairs of example and clip group (private, not covered by epsilon)"
+        facts.append((told, number(sum(shares) / len(shares))))
     return facts + _federation_facts(trained)
