@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ ANGLES = tuple(math.radians(a) for a in (0, 180, 35, -35, 145, -145, 90, -90, 65
 SWEEPS = 4
 STRAY = 30.0
 """Cost of a place that is nearer to the point of another label."""
+CROSSED = 30.0
+"""What it may cost that two lines from points to labels do not cross."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def place(
 ) -> list[Place]:
     """Choose a place for each label: near its point, inside the bounds, off other labels and obstacles.
 
-    Every label in turn takes the cheapest of a ring of places, given where the others are, in a few sweeps.
+    Every label in turn takes the cheapest of a ring of places, given where the others are, in a few sweeps. Then labels
+    whose lines to their points cross are exchanged where that is no worse otherwise.
 
     Args:
         points: the labelled points.
@@ -94,7 +98,56 @@ def place(
         if chosen == before:
             break
     picked = [options[c or 0] for options, c in zip(choices, chosen, strict=True)]
-    return [Place(float(box[0]), float(box[1]), distance) for box, distance in picked]
+    boxes, distances = [box for box, _ in picked], [distance for _, distance in picked]
+
+    def cost(number: int, box: NDArray[np.float64], others: Boxes) -> float:
+        own = _fixed_cost(box, _away(points[number], box), bounds, walls, fences)
+        return own + 30 * float(overlap(_padded(box), others).sum())
+
+    for i, j in combinations(range(len(boxes)), 2):
+        if not _cross(points[i], boxes[i], points[j], boxes[j]):
+            continue
+        mine, theirs = _instead(boxes[i], boxes[j], points[i]), _instead(boxes[j], boxes[i], points[j])
+        rest = [box for k, box in enumerate(boxes) if k not in (i, j)]
+        before = cost(i, boxes[i], _stack(rest, boxes[j])) + cost(j, boxes[j], _stack(rest, boxes[i]))
+        after = cost(i, mine, _stack(rest, theirs)) + cost(j, theirs, _stack(rest, mine))
+        if after <= before + CROSSED and not _cross(points[i], mine, points[j], theirs):
+            boxes[i], boxes[j] = mine, theirs
+            distances[i], distances[j] = _away(points[i], mine), _away(points[j], theirs)
+    return [Place(float(box[0]), float(box[1]), distance) for box, distance in zip(boxes, distances, strict=True)]
+
+
+def _stack(boxes: Sequence[NDArray[np.float64]], last: NDArray[np.float64]) -> Boxes:
+    stacked: Boxes = np.array([*boxes, last]).reshape(-1, 4)
+    return stacked
+
+
+def _instead(own: NDArray[np.float64], other: NDArray[np.float64], point: tuple[float, float]) -> NDArray[np.float64]:
+    """A box of the first one's size where the second one is, with the edge that is nearer to a point."""
+    width, height = own[2] - own[0], own[3] - own[1]
+    left = other[0] if point[0] <= (other[0] + other[2]) / 2 else other[2] - width
+    return np.array([left, other[1], left + width, other[1] + height])
+
+
+def _nearest(point: tuple[float, float], box: NDArray[np.float64]) -> tuple[float, float]:
+    """Where a leader line meets a box."""
+    return float(np.clip(point[0], box[0], box[2])), float(np.clip(point[1], box[1], box[3]))
+
+
+def _away(point: tuple[float, float], box: NDArray[np.float64]) -> float:
+    return math.dist(point, _nearest(point, box))
+
+
+def _cross(
+    one: tuple[float, float], its: NDArray[np.float64], two: tuple[float, float], others: NDArray[np.float64]
+) -> bool:
+    """Whether the lines from two points to their boxes cross."""
+
+    def turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+        return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+    end, far = _nearest(one, its), _nearest(two, others)
+    return turn(one, end, two) * turn(one, end, far) < 0 and turn(two, far, one) * turn(two, far, end) < 0
 
 
 def strays(boxes: Sequence[NDArray[np.float64]], own: int, points: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:

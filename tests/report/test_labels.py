@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpguard.report.labels import place, strays
+from dpguard.report.labels import _cross, place, strays
 
 
 def boxes(places, sizes):
@@ -47,3 +47,16 @@ def test_a_label_keeps_nearer_to_its_own_point_than_to_others_where_there_is_roo
     spots = place(points, sizes, bounds=(-200, -200, 300, 300), hard=[(x - 4, y - 4, x + 4, y + 4) for x, y in points])
     for own, (spot, size) in enumerate(zip(spots, sizes, strict=True)):
         assert not strays([np.array([spot.x, spot.y, spot.x + size[0], spot.y + size[1]])], own, points)[0]
+
+
+@pytest.mark.parametrize("gap", [12.0, 17.0, 22.0])
+def test_lines_to_a_stack_of_points_do_not_cross(gap):
+    points = [(350.0, 100 + gap * n) for n in range(5)]
+    sizes = [(w, 12.0) for w in (130.0, 70.0, 120.0, 140.0, 120.0)]
+    markers = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    bars = [(x - 60, y - 1, x + 260, y + 1) for x, y in points]
+    spots = place(points, sizes, bounds=(0, 0, 700, 400), hard=markers, soft=bars)
+    found = [np.array(box) for box in boxes(spots, sizes)]
+    for i, j in itertools.combinations(range(5), 2):
+        assert not _cross(points[i], found[i], points[j], found[j])
+    assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
