@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -98,20 +98,29 @@ def place(
         if chosen == before:
             break
     picked = [options[c or 0] for options, c in zip(choices, chosen, strict=True)]
-    boxes, distances = [box for box, _ in picked], [distance for _, distance in picked]
 
     def cost(number: int, box: NDArray[np.float64], others: Boxes) -> float:
         own = _fixed_cost(box, _away(points[number], box), bounds, walls, fences)
         return own + 30 * float(overlap(_padded(box), others).sum())
 
+    return _untangled(picked, points, cost)
+
+
+def _untangled(
+    picked: Sequence[tuple[NDArray[np.float64], float]],
+    points: Sequence[tuple[float, float]],
+    cost: Callable[[int, NDArray[np.float64], Boxes], float],
+) -> list[Place]:
+    """The chosen boxes, with those exchanged whose lines to their points cross, where that costs little."""
+    boxes, distances = [box for box, _ in picked], [distance for _, distance in picked]
     for i, j in combinations(range(len(boxes)), 2):
         if not _cross(points[i], boxes[i], points[j], boxes[j]):
             continue
         mine, theirs = _instead(boxes[i], boxes[j], points[i]), _instead(boxes[j], boxes[i], points[j])
         rest = [box for k, box in enumerate(boxes) if k not in (i, j)]
-        before = cost(i, boxes[i], _stack(rest, boxes[j])) + cost(j, boxes[j], _stack(rest, boxes[i]))
+        now = cost(i, boxes[i], _stack(rest, boxes[j])) + cost(j, boxes[j], _stack(rest, boxes[i]))
         after = cost(i, mine, _stack(rest, theirs)) + cost(j, theirs, _stack(rest, mine))
-        if after <= before + CROSSED and not _cross(points[i], mine, points[j], theirs):
+        if after <= now + CROSSED and not _cross(points[i], mine, points[j], theirs):
             boxes[i], boxes[j] = mine, theirs
             distances[i], distances[j] = _away(points[i], mine), _away(points[j], theirs)
     return [Place(float(box[0]), float(box[1]), distance) for box, distance in zip(boxes, distances, strict=True)]

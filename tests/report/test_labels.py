@@ -49,14 +49,16 @@ def test_a_label_keeps_nearer_to_its_own_point_than_to_others_where_there_is_roo
         assert not strays([np.array([spot.x, spot.y, spot.x + size[0], spot.y + size[1]])], own, points)[0]
 
 
-@pytest.mark.parametrize("gap", [12.0, 17.0, 22.0])
-def test_lines_to_a_stack_of_points_do_not_cross(gap):
-    points = [(350.0, 100 + gap * n) for n in range(5)]
-    sizes = [(w, 12.0) for w in (130.0, 70.0, 120.0, 140.0, 120.0)]
+@pytest.mark.parametrize("seed", [11, 23, 52, 64, 67, 100])
+def test_lines_to_a_stack_of_points_do_not_cross(seed):
+    """Stacks in which places taken label by label leave lines that cross."""
+    rng = np.random.default_rng(seed)
+    points = [(350.0, 100 + float(y)) for y in np.cumsum(rng.uniform(8, 24, 6))]
+    sizes = [(float(w), 12.0) for w in rng.uniform(60, 150, 6)]
     markers = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     bars = [(x - 60, y - 1, x + 260, y + 1) for x, y in points]
     spots = place(points, sizes, bounds=(0, 0, 700, 400), hard=markers, soft=bars)
     found = [np.array(box) for box in boxes(spots, sizes)]
-    for i, j in itertools.combinations(range(5), 2):
+    for i, j in itertools.combinations(range(6), 2):
         assert not _cross(points[i], found[i], points[j], found[j])
     assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
