@@ -140,7 +140,8 @@ def _instead(own: NDArray[np.float64], other: NDArray[np.float64], point: tuple[
 
 def _nearest(point: tuple[float, float], box: NDArray[np.float64]) -> tuple[float, float]:
     """Where a leader line meets a box."""
-    return float(np.clip(point[0], box[0], box[2])), float(np.clip(point[1], box[1], box[3]))
+    left, bottom, right, top = box.tolist()
+    return min(max(point[0], left), right), min(max(point[1], bottom), top)
 
 
 def _away(point: tuple[float, float], box: NDArray[np.float64]) -> float:
