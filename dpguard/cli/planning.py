@@ -90,29 +90,6 @@ def read_ground(study: Study) -> Ground:
     return Ground(corpus, data, slots(loaded.module), model_id, data_id)
 
 
-def unkept(study: Study, ground: Ground) -> str:
-    """A sentence when trained weights that are attacked are too large for the study's cache, else ""."""
-    from dpguard.study.cache import Cache
-
-    attacked = set(study.leakage.at) - {"start"} if study.leakage else set()
-    size = sum(4 * slot.size for slot in ground.slots if not slot.tied_to)
-    if not attacked or Cache("", study.cache.gigabytes).keeps(size):
-        return ""
-    return (
-        f"cache.gigabytes is {study.cache.gigabytes:g}: trained weights ({size / 1e9:.2g} GB) are kept up to half of "
-        f"it, so each cell that attacks them trains them again; {2.2 * size / 1e9:.2g} or more would keep them"
-    )
-
-
-def overlap(ground: Ground) -> str:
-    """A sentence when held-out texts are trained on, else ""."""
-    seen, held = ground.corpus.seen, len(ground.corpus.test)
-    if not seen:
-        return ""
-    what = "1 is a training text" if seen == 1 else f"{seen} are training texts"
-    return f"of the {held:,} held-out texts {what} as well: utility is judged on {'it' if seen == 1 else 'them'} too"
-
-
 def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
     """As `plan_study`, with model and texts in hand, and the study on that model (`Study.on`).
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from dpguard.cli import searching
 from dpguard.cli.console import console
 from dpguard.cli.estimating import print_estimate
-from dpguard.cli.planning import Ground, Planned, overlap, plan_on, read_ground, unkept
+from dpguard.cli.planning import Ground, Planned, plan_on, read_ground
 from dpguard.cli.rehearsing import print_plan
 from dpguard.cli.reporting import render_report
+from dpguard.cli.warned import warnings
 from dpguard.cli.watching import best_point
 from dpguard.errors import UserError
 from dpguard.study import runner
@@ -109,7 +110,7 @@ def run_study(path: Path, asked: Asked) -> int:
     with console().status("reading model and texts") if console().is_terminal else _Nothing():
         ground = read_ground(study)
     study = study.on(ground.slots)
-    for warning in filter(None, (unkept(study, ground), overlap(ground))):
+    for warning in warnings(study, ground):
         print(warning, file=sys.stderr)
     if asked.only:
         study = chosen(study, asked.only)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpguard.cli.planning import plan_study, unkept
+from dpguard.cli.planning import plan_study
+from dpguard.cli.warned import unkept, unscored
 from dpguard.documents import Document
 from dpguard.errors import UserError
 from dpguard.inputs import models, texts
@@ -177,3 +178,21 @@ def test_training_moves_every_batch_and_names_no_device_of_its_own(monkeypatch):
     assert set(moved) == {"cpu"}
     assert states[0][1] == states[1][1]
     assert all(torch.equal(states[0][0][name], states[1][0][name]) for name in states[0][0])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "attack", "classes", "told"),
+    [
+        (100, "likelihood", 2, ""),
+        (10_000, "likelihood", 3, ""),
+        (10_000, "likelihood", 4, "likelihood scores 8,000 of them"),
+        (2_000, "likelihood:quick", 2, "likelihood:quick scores 1,500 of them"),
+        (10_000, "prior", 9, ""),
+    ],
+)
+def test_candidates_that_will_not_be_scored_are_told(candidates, attack, classes, told):
+    text = STUDY.replace("attacks: [prior]", f"attacks: [{attack}], threat: {{candidates: {candidates}}}")
+    ground = SimpleNamespace(corpus=SimpleNamespace(classes=classes))
+    found = unscored(Study.read(Document.parse(text, "study.yaml")), ground)
+    assert told in found
+    assert bool(told) == bool(found)
