@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpguard.cli.planning import Ground
+from dpguard.errors import UserError
 from dpguard.study.spec import Study
 
 
@@ -38,11 +39,14 @@ def unscored(study: Study, ground: Ground) -> str:
     """A sentence when a closed world has more candidates than its attack scores, else ""."""
     from dpguard.attacks.panel import attack, in_order
 
-    if study.leakage is None or "labels" in study.leakage.threat.know:
+    if study.leakage is None or not study.leakage.threat.candidates or "labels" in study.leakage.threat.know:
         return ""
     count, classes = study.leakage.threat.candidates, ground.corpus.classes
-    for name in in_order(study.leakage.panel, study.leakage.attacks):
-        most = attack(name).budget.candidates // classes
+    try:
+        attacks = [attack(name) for name in in_order(study.leakage.panel, study.leakage.attacks)]
+    except UserError:
+        return ""  # the plan tells it with its place
+    for name, most in ((each.name, each.budget.candidates // classes) for each in attacks):
         if name.partition(":")[0] == "likelihood" and most < count:
             return (
                 f"leakage.threat.candidates is {count:,}: where the class cannot be read off a message, {name} scores "

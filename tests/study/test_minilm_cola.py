@@ -1,4 +1,4 @@
-"""A cut of studies/minilm-cola.yaml: the pretrained MiniLM on real sentences, 10 targets, 512 training texts."""
+"""A cut of studies/minilm-cola.yaml: the pretrained MiniLM on real sentences, 6 targets, 128 training texts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def study(data_folder, minilm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("minilm")
     content = yaml.safe_load((ROOT / "studies" / "minilm-cola.yaml").read_text())
-    content["leakage"] |= {"targets": 10, "attacks": ["prior", "span"]}
-    content["utility"] |= {"train_examples": 512, "epochs": 1}
+    content["leakage"] |= {"targets": 6, "attacks": ["prior", "span"]}
+    content["utility"] |= {"train_examples": 128, "epochs": 1}
     (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     patch = pytest.MonkeyPatch()
     patch.setenv("DPGUARD_DATA", str(data_folder))
@@ -60,6 +60,6 @@ def test_exact_match_from_block_3s_query_alone(study):
     with Store.open(study) as store:
         record = next(r for r in store.records() if (r.cell.leg, r.cell.policy) == ("leakage", "only-block3-query"))
     found = [score for score in record.result["scores"] if score["attack"] == "span"]
-    assert len(found) == 10
-    assert sum(s["metrics"]["exact_match"] for s in found) >= 8
+    assert len(found) == 6
+    assert sum(s["metrics"]["exact_match"] for s in found) >= 5
     assert not any(s["certain"] and not s["metrics"]["exact_match"] for s in found)
