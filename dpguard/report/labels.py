@@ -19,6 +19,8 @@ ANGLES = tuple(math.radians(a) for a in (0, 180, 35, -35, 145, -145, 90, -90, 65
 SWEEPS = 4
 STRAY = 30.0
 """Cost of a place that is nearer to the point of another label."""
+MEETING = 30.0
+"""Cost of a pixel that is covered of another label."""
 CROSSED = 30.0
 """What it may cost that two lines from points to labels do not cross."""
 
@@ -93,7 +95,7 @@ def place(
         for number, options in enumerate(choices):
             placed = [choices[i][c][0] for i, c in enumerate(chosen) if c is not None and i != number]
             others = np.array(placed).reshape(-1, 4)
-            crossing = np.array([30 * overlap(_padded(box), others).sum() for box, _ in options])
+            crossing = np.array([MEETING * overlap(_padded(box), others).sum() for box, _ in options])
             chosen[number] = int(np.argmin(standing[number] + crossing))
         if chosen == before:
             break
@@ -101,7 +103,7 @@ def place(
 
     def cost(number: int, box: NDArray[np.float64], others: Boxes) -> float:
         own = _fixed_cost(box, _away(points[number], box), bounds, walls, fences)
-        return own + 30 * float(overlap(_padded(box), others).sum())
+        return own + MEETING * float(overlap(_padded(box), others).sum())
 
     return _untangled(picked, points, cost)
 
