@@ -43,6 +43,8 @@ class Capability:
         several: whether it reads messages of several texts (or of an unknown number).
         tokens: whether it reads messages of models that predict every next token.
         blind: whether it never reads the message.
+        published: presets that are somebody's published attack, kept for comparison: on their own, they are neither
+            told what other attacks proposed nor given their answers, nor are others told theirs.
     """
 
     reads: str
@@ -51,6 +53,7 @@ class Capability:
     several: bool = True
     tokens: bool = True
     blind: bool = False
+    published: tuple[str, ...] = ()
 
     def reason(self, seen: Observation) -> str:
         """Why the attack cannot say anything about a message of this sort; empty when it may."""

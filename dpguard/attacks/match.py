@@ -62,12 +62,13 @@ class Match:
         "anything under noise",
         tokens=False,
         kinds=("gradient", "delta"),
+        published=("partial", "lamp", "tag", "dlg"),
     )
 
     def __init__(self) -> None:
         self.presets = {
             "default": Budget(steps=600, candidates=4_000, restarts=4),
-            **{name: Budget(steps=2_000, candidates=6_000, restarts=1) for name in ("partial", "lamp", "tag", "dlg")},
+            **{name: Budget(steps=2_000, candidates=6_000, restarts=1) for name in self.capability.published},
             "demo": Budget(steps=30, candidates=200, restarts=1),
         }
 

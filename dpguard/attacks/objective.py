@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dpguard.attacks.observation import Observation
-from dpguard.attacks.replay import Rows, Tap, clip_rows, find_taps, form, products, record, squared_norms
+from dpguard.attacks.replay import Rows, Tap, clip_rows, find_taps, form, record
+from dpguard.attacks.replay_stacked import Stacked
 from dpguard.engine import wire
 from dpguard.inputs.batch import Batch
 from dpguard.policy.table import Plan
@@ -111,6 +112,12 @@ class Objective:
         clean = [target for target in found if target.std == 0]
         # Noise can't hide what clean tensors show, and by the likelihood a clean tensor outweighs all others.
         self.targets = (clean or found) if aware else found
+        self.energies = torch.stack([_energy(target) for target in self.targets]) if self.targets else torch.empty(0)
+        intact = [
+            (i, target) for i, target in enumerate(self.targets) if target.kept is None and target.release is None
+        ]
+        self.intact = [i for i, _ in intact]
+        self.stacked = Stacked([target.tap for _, target in intact], [target.value for _, target in intact])
         self.whitened = aware and not clean and bool(found)
         self.clipped = aware and bool(self.plan.groups) and (self.whitened or texts > 1)
         grouped = {name for group in self.plan.groups.values() for name in group.names} if self.clipped else set()
@@ -127,11 +134,16 @@ class Objective:
         """Inner products and norms of N / texts candidate messages; see `Parts`."""
         rows = record(self.model, self.taps, batch, embeddings, create_graph=create_graph)
         clipped = self._clip(rows) if self.clipped else {"": rows}
-        pairs = [self._compare(target, clipped) for target in self.targets]
-        dots, squares = (torch.stack(side) for side in zip(*pairs, strict=True))
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        seen = [self._rows(self.targets[index], clipped) for index in self.intact]
+        if seen:
+            pairs.update(zip(self.intact, zip(*self.stacked(seen), strict=True), strict=True))
+        for index, target in enumerate(self.targets):
+            if index not in pairs:
+                pairs[index] = self._formed(target, clipped)
+        dots, squares = (torch.stack(side) for side in zip(*(pairs[i] for i in range(len(pairs))), strict=True))
         gaps = torch.stack([self._gap(target, clipped) for target in self.targets]) if self.distance == "l1" else None
-        kept = [t.value if t.kept is None else t.value * t.kept for t in self.targets]
-        return Parts(dots, squares, torch.stack([value.pow(2).sum() for value in kept]), gaps)
+        return Parts(dots, squares, self.energies, gaps)
 
     def __call__(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Tensor:
         """(N / texts,) distances; lower is nearer.
@@ -157,13 +169,13 @@ class Objective:
     def _clip(self, rows: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
         return clip_rows(rows, self.taps, self.plan, texts=self.together, batch_size=self.batch_size)
 
-    def _compare(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> tuple[Tensor, Tensor]:
-        tap = target.tap
-        group = self.plan[tap.slot.name].group if self.clipped else ""
-        rows = clipped[group][tap.module].grouped(self.texts)
-        if target.kept is None and target.release is None:
-            return products(tap, rows, target.value), squared_norms(tap, rows)
-        gradients = form(tap, rows)
+    def _rows(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> Rows:
+        group = self.plan[target.tap.slot.name].group if self.clipped else ""
+        return clipped[group][target.tap.module].grouped(self.texts)
+
+    def _formed(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> tuple[Tensor, Tensor]:
+        """(R,) inner products and squared norms of a tensor of which some entries are missing, or rounded."""
+        gradients = form(target.tap, self._rows(target, clipped))
         if target.kept is not None:
             gradients = gradients * target.kept
         if target.release is not None:
@@ -172,9 +184,7 @@ class Objective:
 
     def _gap(self, target: Target, clipped: Mapping[str, Mapping[str, Rows]]) -> Tensor:
         """(R,) sum of absolute differences from one tensor."""
-        group = self.plan[target.tap.slot.name].group if self.clipped else ""
-        own = form(target.tap, clipped[group][target.tap.module].grouped(self.texts))
-        return (own - target.value).flatten(1).abs().sum(1)
+        return (form(target.tap, self._rows(target, clipped)) - target.value).flatten(1).abs().sum(1)
 
     def _released(self, name: str, plan: Plan, gradients: Tensor) -> Tensor:
         """Round as the client did; the derivative is the identity's (straight-through)."""
@@ -183,6 +193,11 @@ class Objective:
             for g in gradients.detach()
         ]
         return gradients + (torch.stack(sent) - gradients).detach()
+
+
+def _energy(target: Target) -> Tensor:
+    """The squared norm of what arrived of a tensor."""
+    return (target.value if target.kept is None else target.value * target.kept).pow(2).sum()
 
 
 def telling(found: list[Target], few: int) -> list[Target]:

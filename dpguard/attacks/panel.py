@@ -63,6 +63,11 @@ class BoundAttack:
         """What one reconstruction may spend."""
         return self.plugin.presets[self.preset]
 
+    @property
+    def published(self) -> bool:
+        """Whether it is a published attack, which answers for itself alone."""
+        return self.preset in self.plugin.capability.published
+
     def applicable(self, seen: Observation) -> str:
         """Empty when the attack can say something about this message, else the reason why it cannot."""
         return self.plugin.capability.reason(seen) or self.plugin.applicable(seen)
@@ -151,7 +156,8 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
 
     The floor runs whether it is named or not; each attack is told what the ones before it proposed. When an attack
     is certain of every text of the message, the later ones that could run inherit its answer: one that could not has no
-    score on any message, instead of a mean over those that were easy for another.
+    score on any message, instead of a mean over those that were easy for another. A published attack neither inherits
+    nor is told anything, and its answer is told to none: its score is its own, and the panel is as strong without it.
 
     Args:
         seen: what the adversary holds.
@@ -169,12 +175,14 @@ def run_panel(seen: Observation, names: Sequence[str], seed: int) -> list[Outcom
         if reason:
             outcomes.append(Outcome(each.name, None, skipped=reason))
             continue
-        if answer is not None:
+        if answer is not None and not each.published:
             outcomes.append(Outcome(each.name, answer, inherited=True))
             continue
         started = time.perf_counter()
-        found = each.reconstruct(seen, seed=seed)
+        found = each.reconstruct(replace(seen, earlier=()) if each.published else seen, seed=seed)
         outcomes.append(Outcome(each.name, found, seconds=time.perf_counter() - started))
+        if each.published:
+            continue
         seen = replace(seen, earlier=(*seen.earlier, (each.name, found)))
         if _complete(found, seen):
             answer = found

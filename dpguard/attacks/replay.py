@@ -118,7 +118,7 @@ def record(
     *,
     create_graph: bool,
 ) -> dict[str, Rows]:
-    """One forward and one backward pass: module name -> rows, for every module that a tap names.
+    """One forward and one backward pass, no deeper than the taps: module name -> rows, for every module they name.
 
     Args:
         model: the public classifier.
@@ -130,16 +130,17 @@ def record(
     if not embeddings.requires_grad:
         embeddings = embeddings.detach().requires_grad_()
     modules = {tap.module: model.get_submodule(tap.module) for tap in taps.values() if tap.module}
+    tables = [embeddings] if any(not tap.module for tap in taps.values()) else []
     with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]), recording(modules) as calls:
         losses = per_example_losses(model, batch, embeddings=embeddings)
-        outputs = [output for name in modules for _, output in calls[name]]
-        found = torch.autograd.grad(losses.sum(), [embeddings, *outputs], create_graph=create_graph, allow_unused=True)
-    signals = [torch.zeros_like(y) if g is None else g for y, g in zip([embeddings, *outputs], found, strict=True)]
+        outputs = tables + [output for name in modules for _, output in calls[name]]
+        found = torch.autograd.grad(losses.sum(), outputs, create_graph=create_graph, allow_unused=True)
+    signals = iter([torch.zeros_like(y) if g is None else g for y, g in zip(outputs, found, strict=True)])
     positions = family_of(model).positions(batch.attention_mask, model.config)
-    rows, rest = {"": Rows(embeddings, signals[0], positions)}, iter(signals[1:])
+    rows = {"": Rows(embeddings, next(signals), positions)} if tables else {}
     for name, module in modules.items():
-        pairs = [(_tokens(x), _tokens(next(rest))) for x, _ in calls[name]]
-        inputs, signal = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
+        pairs = [(_tokens(x), _tokens(next(signals))) for x, _ in calls[name]]
+        inputs, signal = pairs[0] if len(pairs) == 1 else (torch.cat(side, 1) for side in zip(*pairs, strict=True))
         inputs = _normalised(module, inputs)
         where = positions if positions.shape[1] == inputs.shape[1] else positions[:, :1].expand(inputs.shape[:2])
         rows[name] = Rows(inputs, signal, where)
@@ -213,14 +214,6 @@ def squared_norms(tap: Tap, rows: Rows) -> Tensor:
         return form(tap, rows).flatten(1).pow(2).sum(1)
     x, signal = rows.inputs, rows.signals
     return ((x @ x.transpose(1, 2)) * (signal @ signal.transpose(1, 2))).sum((1, 2))
-
-
-def products(tap: Tap, rows: Rows, target: Tensor) -> Tensor:
-    """(R,) inner products of one parameter's gradients with ``target`` (the parameter's shape)."""
-    if not tap.matrix:
-        return (form(tap, rows) * target).flatten(1).sum(1)
-    weight = target if tap.kind == "linear" else target.T
-    return ((rows.signals @ weight) * rows.inputs).sum((1, 2))
 
 
 def clip_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpguard.attacks import replay
+from dpguard.attacks import replay, replay_stacked
 from dpguard.engine import gradients, wire
 from dpguard.inputs.batch import collate
 from dpguard.inputs.family import slots
@@ -38,22 +38,68 @@ def test_every_parameter_of_a_family_can_be_replayed(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_gradients_norms_and_products_are_those_of_autograd(family: str) -> None:
+def test_gradients_and_norms_are_those_of_autograd(family: str) -> None:
     model, plan, batch, taps, embeddings = _setup(family)
     true = _per_example(model, batch, plan.trained)
     rows = replay.record(model.module, taps, batch, embeddings, create_graph=False)
-    source = torch.Generator().manual_seed(1)
     for name, tap in taps.items():
         wanted = torch.stack([g[name] for g in true])
         if tap.slot.role == "token_embedding":
             continue
         tolerance = {"rtol": 1e-4, "atol": 1e-6 * max(1.0, float(wanted.abs().max()))}
         torch.testing.assert_close(replay.form(tap, rows[tap.module]), wanted, **tolerance)
-        target = torch.randn(tap.slot.shape, generator=source)
-        products = (wanted * target).flatten(1).sum(1)
-        torch.testing.assert_close(replay.products(tap, rows[tap.module], target), products, rtol=1e-3, atol=1e-5)
         squares = wanted.flatten(1).pow(2).sum(1)
         torch.testing.assert_close(replay.squared_norms(tap, rows[tap.module]), squares, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("family", KINDS)
+def test_stacked_products_and_norms_are_those_of_autograd(family: str, ranks: int, monkeypatch) -> None:
+    """All parameters at once, in their order, whatever shapes go together; matrices of few ranks as factors."""
+    monkeypatch.setattr(replay_stacked, "SKETCH", 4)
+    model, plan, batch, taps, embeddings = _setup(family)
+    true = _per_example(model, batch, plan.trained)
+    rows = replay.record(model.module, taps, batch, embeddings, create_graph=False)
+    source, few = torch.Generator().manual_seed(1), [t for t in taps.values() if t.slot.role != "token_embedding"]
+    values = [_drawn(tap.slot.shape, ranks * (1 + place % 2), source) for place, tap in enumerate(few)]
+    stacked = replay_stacked.Stacked(few, values)
+    large = any(min(tap.slot.shape) >= 16 for tap in few if tap.matrix)
+    assert any(factors is not None for factors in stacked.thin) == (bool(ranks) and large)
+    dots, squares = stacked([rows[tap.module] for tap in few])
+    wanted = [torch.stack([g[tap.slot.name] for g in true]) for tap in few]
+    products = torch.stack([(w * v).flatten(1).sum(1) for w, v in zip(wanted, values, strict=True)])
+    norms = torch.stack([w.flatten(1).pow(2).sum(1) for w in wanted])
+    torch.testing.assert_close(dots, products, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(squares, norms, rtol=1e-3, atol=1e-9)
+
+
+def _drawn(shape, ranks: int, source: torch.Generator) -> torch.Tensor:
+    """Normal entries; a matrix of so many ranks where that is not 0."""
+    if not ranks or len(shape) < 2:
+        return torch.randn(shape, generator=source)
+    return torch.randn(shape[0], ranks, generator=source) @ torch.randn(ranks, shape[1], generator=source)
+
+
+def test_a_message_without_noise_is_thin_and_one_with_little_noise_is_not() -> None:
+    """The factors of a sum of outer products miss nothing that float32 could tell; noise of 1e-5 is left whole."""
+    source = torch.Generator().manual_seed(0)
+    matrix = sum(torch.outer(*torch.randn(2, 400, generator=source)) * 0.5**k for k in range(12))
+    left, right = replay_stacked.thin(matrix)
+    assert left.shape[1] == right.shape[1] == 12
+    assert float((left @ right.T - matrix).norm() / matrix.norm()) < 1e-6
+    assert replay_stacked.thin(matrix + 1e-5 * torch.randn(400, 400, generator=source) * matrix.std()) is None
+
+
+def test_nothing_below_the_lowest_parameter_is_differentiated() -> None:
+    model, _, batch, taps, embeddings = _setup("bert")
+    one = {n: tap for n, tap in taps.items() if tap.slot.role == "mlp_out" and tap.matrix and tap.slot.block == 1}
+    calls = []
+    lowest = model.module.bert.encoder.layer[0].output.dense
+    handle = lowest.register_full_backward_hook(lambda *_: calls.append(1))
+    rows = replay.record(model.module, one, batch, embeddings, create_graph=False)
+    handle.remove()
+    assert set(rows) == {tap.module for tap in one.values()}
+    assert not calls
 
 
 def test_several_texts_in_one_message_add_up() -> None:
@@ -111,10 +157,11 @@ def test_the_rows_can_be_differentiated_again() -> None:
     start = embeddings.detach().double()
     model.module.double()
     target = torch.randn(taps[name].slot.shape, generator=torch.Generator().manual_seed(0)).double()
+    stacked = replay_stacked.Stacked([taps[name]], [target])
 
     def value(x: torch.Tensor) -> torch.Tensor:
         rows = replay.record(model.module, one, batch, x, create_graph=True)
-        return replay.products(taps[name], rows[taps[name].module], target).sum()
+        return stacked([rows[taps[name].module]])[0].sum()
 
     x = start.clone().requires_grad_()
     (slope,) = torch.autograd.grad(value(x), x)

@@ -64,6 +64,7 @@ def test_it_says_where_it_comes_from_and_what_it_may_spend(name: str) -> None:
     assert plugin.cite.strip()
     assert plugin.presets
     assert all(isinstance(budget, Budget) and budget.steps >= 0 for budget in plugin.presets.values())
+    assert set(plugin.capability.published) <= set(plugin.presets)
     assert registry.summary(registry.names(panel.PACKAGE)[name])
 
 
