@@ -103,7 +103,7 @@ def thin(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     if min(matrix.shape) < 4 * SKETCH:
         return None
     draws = torch.randn(matrix.shape[1], SKETCH, generator=torch.Generator().manual_seed(0)).to(matrix)
-    basis = torch.linalg.qr(matrix @ draws)[0]
+    basis = torch.linalg.qr(torch.linalg.qr(matrix @ draws)[0])[0]  # again: of few ranks the first is not orthogonal
     inside = basis.T @ matrix
     if not bool((matrix - basis @ inside).norm() <= ROUNDING * matrix.norm()):
         return None
