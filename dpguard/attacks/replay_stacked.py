@@ -17,7 +17,7 @@ from dpguard.attacks.replay import Rows, Tap, form
 Kind = tuple[bool, bool, torch.Size, int]
 SKETCH = 96
 """Ranks that are looked for; a matrix counts as thin where four times as many would fit."""
-ROUNDING = 4e-6
+ROUNDING = 2e-6
 """Share of a matrix's norm that a factorisation may miss: what float32 sums of outer products differ by."""
 
 
@@ -102,11 +102,12 @@ def thin(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if min(matrix.shape) < 4 * SKETCH:
         return None
-    draws = torch.randn(matrix.shape[1], SKETCH, generator=torch.Generator().manual_seed(0)).to(matrix)
-    basis = torch.linalg.qr(torch.linalg.qr(matrix @ draws)[0])[0]  # again: of few ranks the first is not orthogonal
-    inside = basis.T @ matrix
-    if not bool((matrix - basis @ inside).norm() <= ROUNDING * matrix.norm()):
+    wide = matrix.double()  # a float32 basis of few ranks is orthogonal to 1e-5 only
+    draws = torch.randn(wide.shape[1], SKETCH, generator=torch.Generator().manual_seed(0)).to(wide)
+    basis = torch.linalg.qr(wide @ draws)[0]
+    inside = basis.T @ wide
+    if not bool((wide - basis @ inside).norm() <= ROUNDING * wide.norm()):
         return None
     u, singular, v = torch.linalg.svd(inside, full_matrices=False)
     kept = max(1, int((singular > 0.05 * ROUNDING * singular[0]).sum()))
-    return (basis @ u[:, :kept]) * singular[:kept], v[:kept].T.contiguous()
+    return ((basis @ u[:, :kept]) * singular[:kept]).to(matrix), v[:kept].T.contiguous().to(matrix)
