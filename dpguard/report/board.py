@@ -43,6 +43,21 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What one attack got of a policy's messages.
+
+    Attributes:
+        value: its largest mean over positions.
+        taken_over: how many of its answers are those of a cheaper attack that was certain.
+        scores: how many answers there are.
+    """
+
+    value: float
+    taken_over: int
+    scores: int
+
+
+@dataclass(frozen=True)
 class Measure:
     """One leakage metric of one policy, between what a guess reaches and what the guarantee allows.
 
@@ -57,6 +72,7 @@ class Measure:
         bound: the most that any attack can score in the mean, given that chance; None without a guarantee.
         proven: lower limit of the measured mean at the level `ALARM`, corrected for everything that was looked at;
             None where the mean itself is not above the bound.
+        answers: attack -> what it got, in the order in which they ran.
     """
 
     metric: str
@@ -69,6 +85,7 @@ class Measure:
     bound: float | None = None
     proven: float | None = None
     positions: Mapping[str, float] = field(default_factory=dict)
+    answers: Mapping[str, Answer] = field(default_factory=dict)
 
     @property
     def broken(self) -> bool:

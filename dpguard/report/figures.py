@@ -5,7 +5,8 @@
     figures.save(ax, "tradeoff.pdf")
 
 Each takes the folder of a study, a `StudyResult`, a `Frontier`, or a sequence of records, and draws onto ``ax`` where
-that is given. What they show is computed apart, in `figure_content`, `sandwich_content` and `map_content`.
+that is given. What they show is computed apart: `figure_content`, `sandwich_content`, `attacks_content`,
+`map_content`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpguard.errors import UserError, did_you_mean
+from dpguard.report.attacks_content import attacks_content
 from dpguard.report.board import Frontier
+from dpguard.report.draw_attacks import draw_attacks
 from dpguard.report.draw_map import draw_map
 from dpguard.report.draw_sandwich import draw_bars, draw_over_noise, draw_panel, height, sandwich_legend
 from dpguard.report.draw_tradeoff import draw_tradeoff
@@ -135,6 +138,22 @@ def over_noise(source: Source, *, metric: str | None = None, ax: Axes | None = N
     with styled(narrow):
         ax = ax if ax is not None else new_axes(narrow, 4.6 if narrow else 4.8)[0]
         draw_over_noise(ax, content, narrow=narrow)
+    return ax
+
+
+def attacks(source: Source, *, metric: str | None = None, ax: Axes | None = None, narrow: bool = False) -> Axes:
+    """Draw what each attack got from the same messages, policy by policy. Arguments as for `tradeoff`.
+
+    Raises:
+        UserError: fewer than two attacks read a message, or too many policies for one picture.
+    """
+    content = attacks_content(frontier_of(source, metric))
+    if content is None:
+        raise UserError("fewer than two attacks read a message, or there are more than 30 policies")
+    with styled(narrow):
+        ax = ax if ax is not None else new_axes(narrow, (1.6 if narrow else 1.0) + 0.36 * len(content.policies))[0]
+        draw_attacks(ax, content, narrow=narrow)
+        settle(ax)
     return ax
 
 

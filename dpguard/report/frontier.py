@@ -22,6 +22,7 @@ from dpguard.report.board import (
     COLUMNS,
     CONTROL,
     FLOOR,
+    Answer,
     Frontier,
     Gap,
     Measure,
@@ -158,11 +159,27 @@ def _measures(policy: str, promise: Mapping[str, Any], scores: Scores, among: in
         found[metric] = Measure(
             metric, interval, attack, at,
             positions=scores.by_position(policy, metric),
+            answers=_answers(policy, metric, scores),
             floor=scores.interval(policy, metric, prior) if prior else None,
             chance=chance, upper=upper, bound=bound,
             # a lower limit is below the mean: only a mean above its bound can have one above it
             proven=scores.proven(policy, metric) if bound is not None and interval.value > bound else None,
         )  # fmt: skip
+    return found
+
+
+def _answers(policy: str, metric: str, scores: Scores) -> dict[str, Answer]:
+    found: dict[str, Answer] = {}
+    block = scores.blocks[policy]
+    for option in scores.options(policy):
+        mean, before = scores.mean(policy, option, metric), found.get(option[0])
+        if mean is not None:
+            taken, held = block.inherited[option], block.scores[option]
+            found[option[0]] = Answer(
+                max(mean, before.value if before else mean),
+                taken + (before.taken_over if before else 0),
+                held + (before.scores if before else 0),
+            )
     return found
 
 

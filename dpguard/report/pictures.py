@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from dpguard.report import figures, text
+from dpguard.report.attacks_content import attacks_content
 from dpguard.report.figure_content import tradeoff_content
 from dpguard.report.frontier import Frontier, Row
 from dpguard.report.map_content import Map, map_content
@@ -103,6 +104,11 @@ PICTURES = (
         "over_noise",
         "Measured leakage, bound and floor over the noise",
         lambda table, narrow, _: _over_noise(table, narrow),
+    ),
+    Picture(
+        "attacks",
+        "What each attack got from the same messages, policy by policy",
+        lambda table, narrow, _: figures.attacks(table, narrow=narrow) if attacks_content(table) else None,
     ),
     Picture("map", "What each part of the model leaks when just that is shared", _map("leakage")),
     Picture("map_utility", "What each part of the model is worth when just that is trained", _map("utility")),

@@ -54,6 +54,7 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     made = card.content(result, table, decision, decision.policy) if decision.policy else None
     context = _context(result, table, decision) | {
         "card": card.to_markdown(made) if made else "",
+        "by_attack": "attacks" in drawn,
         "maps": [found for name, found in drawn.items() if name.startswith("map")],
     }
     folder = Path(folder)

@@ -19,7 +19,7 @@ from dpguard.report.render import render
 from dpguard.study.record import Record, TextRow
 from tests.report.made_up_study import POLICIES, sample, sentence
 
-PICTURES = ("tradeoff", "sandwich", "over_noise", "map", "map_end", "map_utility")
+PICTURES = ("tradeoff", "sandwich", "over_noise", "attacks", "map", "map_end", "map_utility")
 ROOT = Path(__file__).parents[2]
 EVIL = [
     "<script>alert(1)</script>",
