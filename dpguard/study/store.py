@@ -27,6 +27,8 @@ from dpguard.study import lock
 from dpguard.study.record import Cell, Record, TextRow, canonical, encodable
 
 FILE = "records.sqlite"
+ANSWERS = "answers.sqlite"
+"""A copy without texts, read where there are no records (`answers.write_answers`); never written to."""
 FINISHED = ("done", "skipped")
 FORMAT = 3
 """Of the file. What a cell's id hashes has a number of its own (`record.SCHEMA`)."""
@@ -79,12 +81,16 @@ class Store:
     def open(cls, folder: str | Path, *, create: bool = False) -> Store:
         """Open the store of a folder: to read, or with ``create`` to write (made where there is none).
 
+        Where there is none, answers that somebody passed on (`ANSWERS`) are read instead.
+
         Raises:
             UserError: nothing to read there, no folder, no database, a store of a newer version, or another
                 process is writing to it.
         """
         folder = Path(folder)
         file = folder / FILE
+        if not create and not file.is_file() and (folder / ANSWERS).is_file():
+            file = folder / ANSWERS
         if not create and not file.is_file():
             raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
         held = lock.claim(folder) if create else None

@@ -54,3 +54,15 @@ def test_mistakes_are_one_sentence(told, folder, words, sentence):
     status, out, err = told("records", "export", folder, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert sentence in err
+
+
+def test_answers_are_shared_without_texts(told, folder, tmp_path):
+    status, out, err = told("records", "share", folder, "--out", tmp_path / "given" / "answers.sqlite")
+    assert (status, err) == (0, "")
+    assert out == f"1 answers without texts: {tmp_path / 'given' / 'answers.sqlite'}\n"
+    assert b"secret" not in (tmp_path / "given" / "answers.sqlite").read_bytes()
+    shown = tmp_path / "shown.csv"
+    told("records", "export", tmp_path / "given", "--what", "scores", "--out", shown, "--show-text")
+    assert "secret" not in shown.read_text()
+    assert told("report", tmp_path / "given", "--out", tmp_path / "mine")[0] == 0
+    assert (tmp_path / "mine" / "report.html").is_file()
