@@ -15,6 +15,8 @@ from torch import Tensor
 from dpguard.attacks.replay import Rows, Tap, form
 
 Kind = tuple[bool, bool, torch.Size, int]
+ROOM = 1 << 24
+"""Numbers that are stacked at once: long texts and wide models gain nothing from more, and would fill the memory."""
 SKETCH = 96
 """Ranks that are looked for; a matrix counts as thin where four times as many would fit."""
 ROUNDING = 2e-6
@@ -50,8 +52,11 @@ class Stacked:
             alike.setdefault(kind, []).append(index)
         parts = []
         for (matrix, *_), members in alike.items():
-            compare = self._matrices if matrix else self._vectors
-            parts.append(compare(members, [rows[index] for index in members]))
+            compare, sides = self._matrices if matrix else self._vectors, self._stack(members)
+            size = max(1, ROOM // max(rows[members[0]].inputs.numel(), rows[members[0]].signals.numel(), 1))
+            for start in range(0, len(members), size):
+                some = members[start : start + size]
+                parts.append(compare(some, [rows[i] for i in some], [side[start : start + size] for side in sides]))
         dots, squares = (torch.cat(side) for side in zip(*parts, strict=True))
         places = torch.tensor([index for members in alike.values() for index in members], device=dots.device).argsort()
         return dots[places], squares[places]
@@ -68,18 +73,18 @@ class Stacked:
             self.stacks[key] = tuple(_joined(list(side)) for side in sides)
         return self.stacks[key]
 
-    def _matrices(self, members: Sequence[int], rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+    def _matrices(self, _: Sequence[int], rows: Sequence[Rows], sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         x, signals = torch.stack([row.inputs for row in rows]), torch.stack([row.signals for row in rows])
-        left, *right = self._stack(members)
+        left, *right = sides
         pulled = (signals.flatten(1, 2) @ left).view(*signals.shape[:3], -1)
         other = (x.flatten(1, 2) @ right[0]).view_as(pulled) if right else x
         squares = ((x @ x.mT) * (signals @ signals.mT)).sum((2, 3))
         return (pulled * other).sum((2, 3)), squares
 
-    def _vectors(self, members: Sequence[int], rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+    def _vectors(self, members: Sequence[int], rows: Sequence[Rows], sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         formed = [form(self.taps[index], row) for index, row in zip(members, rows, strict=True)]
         gradients = torch.stack(formed).flatten(2)
-        return (gradients * self._stack(members)[0].flatten(1)[:, None]).sum(2), gradients.pow(2).sum(2)
+        return (gradients * sides[0].flatten(1)[:, None]).sum(2), gradients.pow(2).sum(2)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

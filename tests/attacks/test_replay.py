@@ -52,11 +52,12 @@ def test_gradients_and_norms_are_those_of_autograd(family: str) -> None:
         torch.testing.assert_close(replay.squared_norms(tap, rows[tap.module]), squares, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize(("ranks", "room"), [(0, 1 << 24), (2, 1 << 24), (0, 1), (2, 3_000)])
 @pytest.mark.parametrize("family", KINDS)
-def test_stacked_products_and_norms_are_those_of_autograd(family: str, ranks: int, monkeypatch) -> None:
-    """All parameters at once, in their order, whatever shapes go together; matrices of few ranks as factors."""
+def test_stacked_products_and_norms_are_those_of_autograd(family: str, ranks: int, room: int, monkeypatch) -> None:
+    """All parameters at once or as many as there is room for, in their order; matrices of few ranks as factors."""
     monkeypatch.setattr(replay_stacked, "SKETCH", 4)
+    monkeypatch.setattr(replay_stacked, "ROOM", room)
     model, plan, batch, taps, embeddings = _setup(family)
     true = _per_example(model, batch, plan.trained)
     rows = replay.record(model.module, taps, batch, embeddings, create_graph=False)
