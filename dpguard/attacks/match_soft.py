@@ -155,10 +155,7 @@ def likely(seen: Observation) -> Lists | None:
 
 
 def _words(seen: Observation, probe: Probe) -> Tensor:
-    tokenizer = seen.disclosed.tokenizer
-    allowed = allowed_tokens(tokenizer, len(probe.embedding))
-    if tokenizer.unk_token_id is not None:
-        allowed[tokenizer.unk_token_id] = True
+    allowed = allowed_tokens(seen.disclosed.tokenizer, len(probe.embedding), unknown=True)
     return allowed.nonzero().flatten().to(probe.device)
 
 

@@ -134,9 +134,8 @@ def _tokens(seen: Observation, frame: Frame, matched: Mapping[str, Tensor]) -> R
     token = None if name is None or name in head_tables(seen) else _read(seen, "token_embedding", matched)
     if token is None:
         return None
-    allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0])
-    unknown = seen.disclosed.tokenizer.unk_token_id
-    allowed[[*frame.prefix, *frame.suffix, *([] if unknown is None else [unknown])]] = True
+    allowed = allowed_tokens(seen.disclosed.tokenizer, seen.message[token.name].shape[0], unknown=True)
+    allowed[[*frame.prefix, *frame.suffix]] = True
     token = token.only(allowed[token.rows])
     loudest = token.vectors.norm(dim=1).topk(min(_room(seen), len(token.rows))).indices
     return token.only(loudest.sort().values)

@@ -127,9 +127,7 @@ def _rank_is_no_length(seen: Observation, case: Case) -> bool:
 def _case(seen: Observation, rng: torch.Generator, budget: Budget) -> Case:
     probe = Probe(seen.model)
     tokenizer = seen.disclosed.tokenizer
-    allowed = allowed_tokens(tokenizer, len(probe.embedding))
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < len(allowed):
-        allowed[tokenizer.unk_token_id] = True  # what the tokenizer makes of a word it cannot spell
+    allowed = allowed_tokens(tokenizer, len(probe.embedding), unknown=True)
     tokens, frame = allowed.nonzero().flatten().to(probe.device), frame_of(tokenizer)
     encoded = [tokenizer(text)["input_ids"] for text in seen.disclosed.public_texts[:PUBLIC]]
     public = [ids for ids in encoded if ids and max(ids) < len(allowed)]

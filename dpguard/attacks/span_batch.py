@@ -106,9 +106,7 @@ class BatchReader:
         self.seen, self.rng, self.budget = seen, rng, budget
         self.probe, self.sites = Probe(seen.model), sites_of(seen.model)
         tokenizer = seen.disclosed.tokenizer
-        allowed = allowed_tokens(tokenizer, len(self.probe.embedding))
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < len(allowed):
-            allowed[tokenizer.unk_token_id] = True
+        allowed = allowed_tokens(tokenizer, len(self.probe.embedding), unknown=True)
         self.tokens = allowed.nonzero().flatten().to(self.probe.device)
         self.frame: Frame = frame_of(tokenizer)
         self.steps = self.solved = 0

@@ -60,14 +60,15 @@ def content(tokenizer: Any, text: Sequence[int]) -> list[int]:
     return [int(token) for token in text if int(token) not in special]
 
 
-def allowed_tokens(tokenizer: Any, rows: int) -> Tensor:
+def allowed_tokens(tokenizer: Any, rows: int, *, unknown: bool = False) -> Tensor:
     """(rows,) bool: tokens that a text can contain; special, unused and unnamed rows of the table are out.
 
     Args:
         tokenizer: the public tokenizer.
         rows: rows of the model's token-embedding table (often more than there are tokens).
+        unknown: with what the tokenizer makes of a word that it cannot spell.
     """
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} if unknown else set())
     found = [
         index
         for token, index in tokenizer.get_vocab().items()
