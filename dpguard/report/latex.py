@@ -15,6 +15,9 @@ from dpguard.report.views import AttackRow, PolicyView
 from dpguard.stats import Interval
 
 NAME_LENGTH = 60
+PAGE = 50
+"""Lines that fit a page: a longer table would lose its end as a float, so it goes on over pages."""
+SMALL = "\\footnotesize\\setlength{\\tabcolsep}{4pt}"
 EXACT = "exact_match"
 _SPECIAL = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -39,15 +42,19 @@ def latex(words: str) -> str:
 def tables(views: Sequence[PolicyView], frontier: Frontier, decision: Recommendation) -> str:
     """The text of tables.tex: the frontier, the policies and every attack's own row, each a ``table`` of its own.
 
+    Where one is longer than a page it is a ``longtable``.
+
     Args:
         views: of every policy.
         frontier: of the study.
         decision: names the recommended policy.
     """
     parts = [
-        "% \\usepackage{booktabs}\n% \\usepackage{textcomp}  % quotes, for engines before 2020\n",
+        "% \\usepackage{booktabs}\n% \\usepackage{longtable}  % tables of more than a page\n"
+        "% \\usepackage{textcomp}  % quotes, for engines before 2020\n",
         _table(_frontier_rows(frontier, decision), "rlrlrlrr", _caption(frontier, decision), "tab:frontier"),
-        _table(_policy_rows(views), "rllp{0.5\\linewidth}", "The policies: what is done to which layers.",
+        _table(_policy_rows(views), "rp{0.2\\linewidth}p{0.24\\linewidth}p{0.46\\linewidth}",
+               "The policies: what is done to which layers.",
                "tab:policies"),
         _table(_attack_rows(views, frontier), "lllrlrr" if frontier.leakage_metric == EXACT else "lllrlrlrr",
                _attacks_caption(frontier), "tab:attacks"),
@@ -61,11 +68,16 @@ def _table(rows: list[dict[str, str]], columns: str, caption: str, label: str) -
         return ""
     frame = pd.DataFrame([{key: latex(value) for key, value in row.items()} for row in rows])
     frame.columns = pd.Index([latex(key).strip() for key in rows[0]])
-    styled = frame.style.hide(axis="index")
-    return styled.to_latex(
-        column_format=columns, hrules=True, caption=latex(caption), label=label, position="tbp",
-        position_float="centering",
-    )  # fmt: skip
+    styled, caption = frame.style.hide(axis="index"), latex(caption)
+    if len(rows) > PAGE:
+        long = styled.to_latex(
+            column_format=columns, hrules=True, caption=caption, label=label, environment="longtable"
+        )
+        return f"{{{SMALL}\n{long}}}\n"
+    floating = styled.to_latex(
+        column_format=columns, hrules=True, caption=caption, label=label, position="tbp", position_float="centering"
+    )
+    return floating.replace("\\centering\n", f"\\centering{SMALL}\n", 1)
 
 
 def _frontier_rows(frontier: Frontier, decision: Recommendation) -> list[dict[str, str]]:

@@ -57,6 +57,7 @@ def check_latex(text):
         "usepackage", "begin", "end", "centering", "caption", "label", "toprule", "midrule", "bottomrule",
         "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "textquotedbl",
         "textasciigrave", "textquotesingle", "textendash", "infty", "varepsilon", "dots", "linewidth",
+        "footnotesize", "setlength", "tabcolsep", "endfirsthead", "endhead", "endfoot", "endlastfoot", "multicolumn",
     }  # fmt: skip
     text = re.sub(r"(?m)^%.*$", "", text)
     assert set(re.findall(r"\\([A-Za-z]+)", text)) <= known
@@ -75,7 +76,8 @@ def check_latex(text):
     assert depth == 0
     assert not re.search(r"[#%^~]", plain)
     assert "_" not in plain
-    for body in re.findall(r"\\midrule\n(.*?)\\bottomrule", text, re.DOTALL):
+    floating = re.findall(r"\\midrule\n([^\n]*?&.*?)\\bottomrule\n\\end{tabular}", text, re.DOTALL)
+    for body in floating + re.findall(r"\\endlastfoot\n(.*?)\\end{longtable}", text, re.DOTALL):
         columns = {len(re.findall(r"(?<!\\)&", line)) for line in body.splitlines()}
         assert len(columns) == 1
         assert all(line.endswith("\\\\") for line in body.splitlines())
@@ -86,7 +88,10 @@ def test_the_tables_are_latex_that_closes(hostile):
     study = renamed(sample(4)) if hostile else sample(4)
     found, decision = decided(study)
     text = tables(policy_views(study, found), found, decision)
-    assert text.count("\\toprule") == text.count("\\bottomrule") == 3
+    assert text.count("\\label") == 3
+    assert [text.count(f"\\begin{{{kind}}}") for kind in ("table", "longtable")] == [2, 1]
+    assert text.count("\\toprule") == 2 + 2  # a long one has its head again on every page
+    assert text.count("\\bottomrule") == 3
     check_latex(text)
     assert text == tables(policy_views(study, found), found, decision)
 
@@ -101,9 +106,12 @@ def test_the_tables_compile(tmp_path):
     study = renamed(sample(4))
     found, decision = decided(study)
     body = tables(policy_views(study, found), found, decision)
-    head = "\\documentclass{article}\\usepackage{booktabs,textcomp}\\usepackage[T1]{fontenc}\\begin{document}\n"
+    head = (
+        "\\documentclass{article}\\usepackage{booktabs,longtable,textcomp}\\usepackage[T1]{fontenc}\\begin{document}\n"
+    )
     (tmp_path / "t.tex").write_text(head + body + "\\end{document}\n")
     subprocess.run(["pdflatex", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+    assert "Float too large" not in (tmp_path / "t.log").read_text("latin-1")  # the end of the table would be lost
 
 
 def test_the_card_says_what_was_attacked_promised_and_recommended():
