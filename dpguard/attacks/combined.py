@@ -57,7 +57,7 @@ class Combined:
         A message that they find nothing in counts with the best guess: left out, the mean would be over easy ones.
         """
         ran = [name for name, _ in seen.earlier if name.partition(":")[0] not in FLOOR]
-        return "" if ran else "no attack before it in the panel could read the message"
+        return "" if ran else "no attack that tells others what it found ran before it"
 
     def reconstruct(
         self, seen: Observation, *, rng: torch.Generator, budget: Budget | None = None, preset: str = ""

@@ -81,8 +81,8 @@ class Polish:
         self.longest = family_of(self.seen.model).max_tokens(self.seen.model.config)
         settled = self.lists.settled if self.seen.disclosed.mode == "train" else frozenset()
         self.held: frozenset[int] = settled  # the distance is off by what dropout did; exact places are not to move
-        damaged = any(target.kept is not None or target.release is not None for target in self.objective.targets)
-        self.sharp = damaged and self.seen.disclosed.mode == "eval" and self.seen.disclosed.kind == "gradient"
+        self.damaged = any(target.kept is not None or target.release is not None for target in self.objective.targets)
+        self.sharp = self.damaged and self.seen.disclosed.mode == "eval" and self.seen.disclosed.kind == "gradient"
         self.asked: set[tuple[int, Row]] = set()
         self.padding = int(self.seen.disclosed.tokenizer.pad_token_id)
 
@@ -133,10 +133,10 @@ class Polish:
     @torch.no_grad()
     def decided(self) -> tuple[int, Row]:
         """The best of the best few once their gradients are written out, masked and rounded."""
-        exact = Objective(self.seen, 1, aware=True)
         few = heapq.nsmallest(FINAL, self.pool, key=lambda key: self.pool[key])
-        if all(target.kept is None and target.release is None for target in exact.targets):
+        if not self.damaged:
             return few[0]
+        exact = Objective(self.seen, 1, aware=True)
         distances = []
         for label, row in few:
             ids = torch.tensor([row], device=self.table.weight.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -113,11 +114,8 @@ class Objective:
         # Noise can't hide what clean tensors show, and by the likelihood a clean tensor outweighs all others.
         self.targets = (clean or found) if aware else found
         self.energies = torch.stack([_energy(target) for target in self.targets]) if self.targets else torch.empty(0)
-        intact = [
-            (i, target) for i, target in enumerate(self.targets) if target.kept is None and target.release is None
-        ]
-        self.intact = [i for i, _ in intact]
-        self.stacked = Stacked([target.tap for _, target in intact], [target.value for _, target in intact])
+        whole = [target.kept is None and target.release is None for target in self.targets]
+        self.intact = [index for index, intact in enumerate(whole) if intact]
         self.whitened = aware and not clean and bool(found)
         self.clipped = aware and bool(self.plan.groups) and (self.whitened or texts > 1)
         grouped = {name for group in self.plan.groups.values() for name in group.names} if self.clipped else set()
@@ -129,6 +127,12 @@ class Objective:
         clients = seen.disclosed.clients
         self.together = texts // clients if texts % clients == 0 else texts
         self.scale = 1.0
+
+    @cached_property
+    def stacked(self) -> Stacked:
+        """What compares the tensors that arrived whole; made when something is compared, because it takes its time."""
+        found = [self.targets[index] for index in self.intact]
+        return Stacked([t.tap for t in found], [t.value for t in found], [t.std == 0 for t in found])
 
     def parts(self, batch: Batch, embeddings: Tensor, *, create_graph: bool = False) -> Parts:
         """Inner products and norms of N / texts candidate messages; see `Parts`."""

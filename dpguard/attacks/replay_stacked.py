@@ -29,15 +29,20 @@ class Stacked:
     Args:
         taps: the parameters; token-embedding tables are not among them.
         values: per parameter what its gradient is multiplied with, of the parameter's shape.
+        exact: per parameter whether its value carries no noise, which would fill every rank.
     """
 
-    def __init__(self, taps: Sequence[Tap], values: Sequence[Tensor]) -> None:
+    def __init__(self, taps: Sequence[Tap], values: Sequence[Tensor], exact: Sequence[bool]) -> None:
         self.taps = taps
         # a Conv1D keeps its weight as (in, out)
         turned = [t.matrix and t.kind == "conv1d" for t in taps]
         self.values = [value.T if turn else value for turn, value in zip(turned, values, strict=True)]
-        self.thin = [thin(value) if tap.matrix else None for tap, value in zip(taps, self.values, strict=True)]
+        self.thin = [
+            thin(value) if tap.matrix and clean else None
+            for tap, value, clean in zip(taps, self.values, exact, strict=True)
+        ]
         self.stacks: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self.places: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
         """Per parameter and message: (tensors, R) inner products and squared norms.
@@ -58,8 +63,10 @@ class Stacked:
                 some = members[start : start + size]
                 parts.append(compare(some, [rows[i] for i in some], [side[start : start + size] for side in sides]))
         dots, squares = (torch.cat(side) for side in zip(*parts, strict=True))
-        places = torch.tensor([index for members in alike.values() for index in members], device=dots.device).argsort()
-        return dots[places], squares[places]
+        order = tuple(index for members in alike.values() for index in members)
+        if order not in self.places:
+            self.places[order] = torch.tensor(order, device=dots.device).argsort()
+        return dots[self.places[order]], squares[self.places[order]]
 
     def _stack(self, members: Sequence[int]) -> tuple[Tensor, ...]:
         """(n, *shape) the members' values, or (n, out, r) and (n, in, r) their factors.

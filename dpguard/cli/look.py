@@ -13,7 +13,7 @@ from rapidfuzz.distance import Opcodes
 from rapidfuzz.distance.Levenshtein import opcodes
 from rich.text import Text
 
-from dpguard.attacks.panel import FLOOR, LATEST, PANELS, in_order
+from dpguard.attacks.panel import FLOOR, LATEST, PANELS, attack, in_order
 from dpguard.cli.console import console, table
 from dpguard.cli.progress import bar
 from dpguard.errors import UserError, did_you_mean
@@ -127,9 +127,12 @@ def _check_closed(threat: Threat, batch_size: int) -> None:
 
 
 def best_of(leak: Leak, names: Sequence[str]) -> dict[int, Score]:
-    """One score a text: of the attack that was certain, else of the last that ran. Never the luckiest."""
+    """One score a text: of the attack that was certain, else of the last that ran. Never the luckiest.
+
+    Later attacks build on what earlier ones found; a published one does not, and counts where no other ran.
+    """
     chosen: dict[int, Score] = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: not attack(name).published):
         for score in leak.scores:
             if score.attack == name and not (score.target in chosen and chosen[score.target].certain):
                 chosen[score.target] = score

@@ -50,7 +50,7 @@ def attacks_content(frontier: Frontier) -> Attacks | None:
 
 
 def _in_order(runs: list[list[str]]) -> list[str]:
-    """One order of all attacks that keeps each run's: an attack goes before the next one of its run that is there.
+    """One order of all attacks, by the longest runs first: others go before the next one of their run that is there.
 
     >>> _in_order([["prior", "span"], ["prior", "rows", "span"], ["prior", "span", "combined"]])
     ['prior', 'rows', 'span', 'combined']

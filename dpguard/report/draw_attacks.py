@@ -31,5 +31,7 @@ def _written(content: Attacks, policy: str, attack: str, narrow: bool) -> Writte
         return Written("×" if narrow else "could not run")
     if answer.taken_over == answer.scores:
         return Written("=" if narrow else "taken over")
-    note = f"{answer.taken_over} of {answer.scores} taken over" if answer.taken_over and not narrow else ""
-    return Written("", answer.value, note)
+    most = max(found.scores for (named, _), found in content.answers.items() if named == policy)
+    notes = [f"{answer.taken_over} of {answer.scores} taken over"] if answer.taken_over else []
+    notes += [f"could run on {answer.scores} of {most}"] if answer.scores < most else []
+    return Written("", answer.value, "*" * bool(notes) if narrow else ", ".join(notes))

@@ -52,7 +52,7 @@ def write(frame: pd.DataFrame, file: Path, kind: str) -> None:
     Raises:
         UserError: the file is part of a store, or cannot be written.
     """
-    if file.name.startswith((store.FILE, lock.LOCK)):
+    if file.name.startswith((store.FILE, store.ANSWERS, lock.LOCK)):
         raise UserError(f"--out is {str(file)!r}, which would replace the records themselves, expected another name")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -15,9 +16,13 @@ from dpguard.report.views import AttackRow, PolicyView
 from dpguard.stats import Interval
 
 NAME_LENGTH = 60
-PAGE = 50
+PAGE = 40
 """Lines that fit a page: a longer table would lose its end as a float, so it goes on over pages."""
-SMALL = "\\footnotesize\\setlength{\\tabcolsep}{4pt}"
+SMALL = "\\footnotesize\\setlength{\\tabcolsep}{3pt}"
+WRAPPED = {"policy": 0.2, "layers": 0.25, "what is done": 0.42}
+"""Columns whose words wrap -> their share of the line."""
+LETTERS = 110
+"""Letters of `SMALL` in a line of 16 cm."""
 EXACT = "exact_match"
 _SPECIAL = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -26,6 +31,8 @@ _SPECIAL = str.maketrans({
     "–": r"\textendash{}", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "…": r"\dots{}",
 })  # fmt: skip
 _LIGATURE = re.compile(r"([-,])(?=\1)")
+_BREAK = re.compile(r"(?<=[=.:\])])(?=[\w\[])")
+"""Where a word may go on in the next line: names of policies and layers are long words."""
 _ARGUMENT = re.compile(r"^\s*([\[*])")
 
 
@@ -39,6 +46,15 @@ def latex(words: str) -> str:
     return _ARGUMENT.sub(r"{\1}", shown)  # after the end of a row these two are arguments
 
 
+def _wrapping(words: str) -> str:
+    r"""A cell whose long words may be broken.
+
+    >>> _wrapping("block[1].mlp")
+    'block[1].\\allowbreak{}mlp'
+    """
+    return "\\allowbreak{}".join(latex(part) for part in _BREAK.split(visible(words)))
+
+
 def tables(views: Sequence[PolicyView], frontier: Frontier, decision: Recommendation) -> str:
     """The text of tables.tex: the frontier, the policies and every attack's own row, each a ``table`` of its own.
 
@@ -49,27 +65,38 @@ def tables(views: Sequence[PolicyView], frontier: Frontier, decision: Recommenda
         frontier: of the study.
         decision: names the recommended policy.
     """
+    scored = "llrlrr" if frontier.leakage_metric == EXACT else "llrlrlrr"
     parts = [
-        "% \\usepackage{booktabs}\n% \\usepackage{longtable}  % tables of more than a page\n"
+        "% for lines of 16 cm\n% \\usepackage{booktabs}\n% \\usepackage{longtable}  % tables of more than a page\n"
         "% \\usepackage{textcomp}  % quotes, for engines before 2020\n",
-        _table(_frontier_rows(frontier, decision), "rlrlrlrr", _caption(frontier, decision), "tab:frontier"),
-        _table(_policy_rows(views), "rp{0.2\\linewidth}p{0.24\\linewidth}p{0.46\\linewidth}",
-               "The policies: what is done to which layers.",
+        _table(_frontier_rows(frontier, decision), _columns("r", "policy", "rlrlrr"), _caption(frontier, decision),
+               "tab:frontier"),
+        _table(_policy_rows(views), _columns("r", *WRAPPED), "The policies: what is done to which layers.",
                "tab:policies"),
-        _table(_attack_rows(views, frontier), "lllrlrr" if frontier.leakage_metric == EXACT else "lllrlrlrr",
-               _attacks_caption(frontier), "tab:attacks"),
+        _table(_attack_rows(views, frontier), _columns("policy", scored), _attacks_caption(frontier), "tab:attacks"),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
+
+
+def _columns(*parts: str) -> str:
+    """Column specification: names of `WRAPPED` become paragraphs of their width.
+
+    >>> _columns("r", "policy", "rl")
+    'rp{0.2\\\\linewidth}rl'
+    """
+    return "".join(f"p{{{WRAPPED[part]:g}\\linewidth}}" if part in WRAPPED else part for part in parts)
 
 
 def _table(rows: list[dict[str, str]], columns: str, caption: str, label: str) -> str:
     """Rows as a table; every cell and caption is set as it is."""
     if not rows:
         return ""
-    frame = pd.DataFrame([{key: latex(value) for key, value in row.items()} for row in rows])
+    frame = pd.DataFrame(
+        [{key: (_wrapping if key in WRAPPED else latex)(value) for key, value in row.items()} for row in rows]
+    )
     frame.columns = pd.Index([latex(key).strip() for key in rows[0]])
     styled, caption = frame.style.hide(axis="index"), latex(caption)
-    if len(rows) > PAGE:
+    if sum(map(_lines, rows)) > PAGE:
         long = styled.to_latex(
             column_format=columns, hrules=True, caption=caption, label=label, environment="longtable"
         )
@@ -78,6 +105,11 @@ def _table(rows: list[dict[str, str]], columns: str, caption: str, label: str) -
         column_format=columns, hrules=True, caption=caption, label=label, position="tbp", position_float="centering"
     )
     return floating.replace("\\centering\n", f"\\centering{SMALL}\n", 1)
+
+
+def _lines(row: Mapping[str, str]) -> int:
+    """How many lines a row takes, about."""
+    return max(math.ceil(len(row[key]) / (share * LETTERS)) for key, share in WRAPPED.items() if key in row) or 1
 
 
 def _frontier_rows(frontier: Frontier, decision: Recommendation) -> list[dict[str, str]]:

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dpguard.errors import UserError
 from dpguard.report.scores import Scores
 from dpguard.study.record import Cell, Record, TextRow
 
 if TYPE_CHECKING:
     from dpguard.study.store import Store
+
+
+TEXTLESS = "{0!s} holds no texts to show, expected the folder in which the study ran"
+"""Said where texts are asked of answers that were passed on without them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class StudyResult:
         Args:
             store: of the study.
             show_text: show private texts, or not, instead of what was said when the study was run.
+
+        Raises:
+            UserError: texts are to be shown, and the store was passed on without any.
         """
         info = store.study()
         study = {
@@ -52,7 +60,10 @@ class StudyResult:
         if not result.shows_text:
             return result
         cells = [r.cell.id for r in result.records if r.cell.leg == "leakage" and r.status == "done"]
-        return cls(study, result.records, {cell: store.texts(cell) for cell in cells}, result.planned)
+        texts = {cell: store.texts(cell) for cell in cells}
+        if show_text and cells and not any(texts.values()):
+            raise UserError(TEXTLESS.format(store.file))
+        return cls(study, result.records, texts, result.planned)
 
     @property
     def spec(self) -> Mapping[str, Any]:

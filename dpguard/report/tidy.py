@@ -13,6 +13,7 @@ import pandas as pd
 
 from dpguard.confusion import UTILITY_METRICS
 from dpguard.errors import UserError, did_you_mean
+from dpguard.report.result import TEXTLESS
 from dpguard.report.scores import Scores, position
 from dpguard.report.text import plain
 from dpguard.report.utility import judge
@@ -84,13 +85,17 @@ def load(folder: str | Path, what: str = "metrics", *, show_text: bool = False, 
         info, planned, records = store.study(), store.planned(), {r.cell.id: r for r in store.records()}
         epsilons = _epsilons(records.values())
         rows: list[Row] = []
+        textless = show_text
         for record in watch([records.get(cell.id) or Record(cell, "missing") for cell in planned]):  # type: ignore[arg-type]
             about = _about(record, info, epsilons)
             if what == "metrics":
                 rows += [about | row for row in _metrics(record)]
             else:
                 texts = {(t.target, t.attack): t.text for t in store.texts(record.cell.id)} if show_text else {}
+                textless &= not texts
                 rows += [about | row for row in _scores(record, texts, show_text=show_text)]
+        if textless and any(r.cell.leg == "leakage" and r.status == "done" for r in records.values()):
+            raise UserError(TEXTLESS.format(store.file))
     return _frame(rows, what, info, show_text=show_text)
 
 

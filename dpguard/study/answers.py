@@ -6,22 +6,27 @@ The file is a store (`store.ANSWERS`), which every reader takes where there are 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dpguard.errors import UserError
+from dpguard.study import lock
 from dpguard.study.record import Record
 from dpguard.study.store import ANSWERS, FILE, Store
+from dpguard.study.todo import WAITED
 
 SPOKEN = ("traceback", "output")
 """Entries of a failed cell's provenance that may quote what it read."""
 
 
 def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
-    """Write everything that a study's records say, but no true or recovered text and no output of failed cells.
+    """Write everything that a study's records say, but no true or recovered text and nothing that failed cells said.
 
     What is in it: the study file, every cell with its scores, predictions and labels of the test texts by their place,
-    versions and costs.
+    a federation's counts of texts by client, versions, revision, device, start times and costs; of the texts' paths
+    only the last part, but the name of the model, which is a path where it is a folder, as cells have it.
 
     Args:
         folder: of the study's records, whether finished or still running.
@@ -31,10 +36,10 @@ def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
         The number of records.
 
     Raises:
-        UserError: no records there, or no room to write.
+        UserError: no records there, a name that is the store's own, or no room to write.
     """
     file = Path(file) if file is not None else Path(folder) / ANSWERS
-    if file.name == FILE:
+    if file.name.startswith((FILE, lock.LOCK)):
         raise UserError(f"--out is {str(file)!r}, which would replace the records themselves, expected another name")
     with Store.open(folder) as source:
         info, records, planned = source.study(), source.records(), source.planned()
@@ -42,7 +47,7 @@ def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".answers-") as made:
             with Store.open(made, create=True) as store:
-                store.set_study(info.name, info.yaml, info.spec, planned)
+                store.set_study(info.name, info.yaml, portable(info.spec), planned)
                 store.put_all((_quiet(record), ()) for record in records)
             (Path(made) / FILE).replace(file)
     except OSError as error:
@@ -50,5 +55,29 @@ def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
     return len(records)
 
 
+def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A study as data without the places of its files on this machine.
+
+    >>> portable({"model": "/home/a/model", "data": {"path": "/home/a/texts.jsonl", "classes": 2}})
+    {'model': 'model', 'data': {'path': 'texts.jsonl', 'classes': 2}}
+    """
+    data, model = spec.get("data"), str(spec.get("model", ""))
+    local = Path(model).is_absolute() or model.startswith((".", "~"))
+    return {
+        **spec,
+        **({"model": Path(model).name} if local else {}),
+        **({"data": {key: Path(v).name if isinstance(v, str) else v for key, v in data.items()}}
+           if isinstance(data, Mapping) else {}),
+    }  # fmt: skip
+
+
 def _quiet(record: Record) -> Record:
-    return replace(record, provenance={key: v for key, v in record.provenance.items() if key not in SPOKEN})
+    """The record without what a failed cell said, its own or the one that it waited for: words may quote texts."""
+    kept = {key: value for key, value in record.provenance.items() if key not in SPOKEN}
+    if WAITED in kept:
+        return replace(record, provenance=kept, reason="the cell that it needs failed")
+    if record.status != "failed":
+        return replace(record, provenance=kept)
+    return replace(
+        record, provenance=kept, reason=f"{kept.get('failure', 'failed')}: its words stay with its own records"
+    )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dpguard.errors import UserError
+from dpguard.study.answers import portable
 from dpguard.study.grid import describe
 from dpguard.study.lock import in_use
 from dpguard.study.record import Cell, Record, TextRow, untimed
-from dpguard.study.store import FILE, Store, StudyInfo, explained
+from dpguard.study.store import Store, StudyInfo, explained
 
 _RANK = {"failed": 0, "skipped": 1, "done": 2}
 
@@ -84,7 +85,7 @@ class Merged:
 def merge(out: str | Path, folders: Sequence[str | Path]) -> Merged:
     """Merge folders of one study into ``out``, which may hold records of the same study already.
 
-    Of two records of one cell the done one is kept, then the skipped one, then the first.
+    Of two records of one cell the done one is kept, then the skipped one, then one with its texts, then the first.
 
     Raises:
         UserError: nothing to read in a folder, a running driver, an unreadable or newer store, another study or
@@ -143,7 +144,7 @@ def _source(store: Store) -> Source:
 
 @contextlib.contextmanager
 def _readable(store: Store) -> Iterator[None]:
-    file = store.folder / FILE
+    file = store.file
     with explained(file):
         try:
             yield
@@ -160,7 +161,7 @@ def _check_same(one: Source, other: Source) -> None:
             f"{str(one.folder)!r} holds study {one.info.name!r} and {str(other.folder)!r} holds {other.info.name!r}, "
             "expected one study"
         )
-    found = difference(one.info.spec, other.info.spec)
+    found = difference(portable(one.info.spec), portable(other.info.spec))
     if found is None:
         contents = [[_identity(cell) for cell in source.planned] for source in (one, other)]
         found = difference({"cells": contents[0]}, {"cells": contents[1]})
@@ -184,9 +185,14 @@ def _choose(sources: Sequence[Source]) -> dict[str, Answer]:
             held = chosen.get(cell_id)
             if held is not None and held[0].status == answer[0].status == "done":
                 _check_equal(held, homes[cell_id], answer, source)
-            if held is None or _RANK[answer[0].status] > _RANK[held[0].status]:
+            if held is None or _rank(answer) > _rank(held):
                 chosen[cell_id], homes[cell_id] = answer, source
     return chosen
+
+
+def _rank(answer: Answer) -> tuple[int, bool]:
+    """Done before skipped before failed; of equals the one that was not passed on without its texts."""
+    return _RANK[answer[0].status], bool(answer[1])
 
 
 def _check_equal(held: Answer, home: Source, answer: Answer, source: Source) -> None:
@@ -195,7 +201,7 @@ def _check_equal(held: Answer, home: Source, answer: Answer, source: Source) -> 
     if found is not None:
         name, here, there = found
         told = f"{name} is {_short(here)} in {where[0]!r} and {_short(there)} in {where[1]!r}"
-    elif held[1] != answer[1]:
+    elif held[1] and answer[1] and held[1] != answer[1]:  # without texts are answers that were passed on
         told = f"the recovered texts differ between {where[0]!r} and {where[1]!r}"
     else:
         return

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from dpguard.study.record import Cell, Record, TextRow, canonical, encodable
 
 FILE = "records.sqlite"
 ANSWERS = "answers.sqlite"
-"""A copy without texts, read where there are no records (`answers.write_answers`); never written to."""
+"""A copy without texts (`answers.write_answers`): read where there are no records, and what a run there begins with."""
 FINISHED = ("done", "skipped")
 FORMAT = 3
 """Of the file. What a cell's id hashes has a number of its own (`record.SCHEMA`)."""
@@ -72,8 +73,8 @@ class Store:
     ({'steps': 3}, True)
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection, held: IO[str] | None) -> None:
-        self.folder = folder
+    def __init__(self, file: Path, connection: sqlite3.Connection, held: IO[str] | None) -> None:
+        self.folder, self.file = file.parent, file
         self._connection = connection
         self._lock = held
 
@@ -81,16 +82,15 @@ class Store:
     def open(cls, folder: str | Path, *, create: bool = False) -> Store:
         """Open the store of a folder: to read, or with ``create`` to write (made where there is none).
 
-        Where there is none, answers that somebody passed on (`ANSWERS`) are read instead.
+        Where there is none, answers that somebody passed on (`ANSWERS`) are read instead, and a writer begins with
+        a copy of them.
 
         Raises:
             UserError: nothing to read there, no folder, no database, a store of a newer version, or another
                 process is writing to it.
         """
         folder = Path(folder)
-        file = folder / FILE
-        if not create and not file.is_file() and (folder / ANSWERS).is_file():
-            file = folder / ANSWERS
+        file = folder / FILE if create else _there(folder)
         if not create and not file.is_file():
             raise UserError(f"{str(folder)!r} holds no records, expected the folder of a study that was run")
         held = lock.claim(folder) if create else None
@@ -98,12 +98,13 @@ class Store:
         try:
             with explained(file):
                 if create:
+                    _begin(folder)
                     connection = sqlite3.connect(file, isolation_level=None)
                     connection.execute("PRAGMA journal_mode=WAL")
                     connection.execute("PRAGMA synchronous=FULL")
                 else:
                     connection = _reading(file)
-                store = cls(folder, connection, held)
+                store = cls(file, connection, held)
                 store._check_schema(create)
         except BaseException:
             for opened in (connection, held):
@@ -119,7 +120,7 @@ class Store:
         Raises:
             UserError: the file is no database.
         """
-        file = Path(folder) / FILE
+        file = _there(Path(folder))
         if not file.is_file():
             return False
         with explained(file), contextlib.closing(_reading(file)) as connection:
@@ -134,11 +135,11 @@ class Store:
                 self._set_meta({"schema": str(FORMAT)})
             return
         if "meta" not in tables or "records" not in tables:
-            raise UserError(f"{str(self.folder / FILE)!r} holds no records of a study, expected a store of dpguard")
+            raise UserError(f"{str(self.file)!r} holds no records of a study, expected a store of dpguard")
         schema = int(self._meta()["schema"])
         if schema > FORMAT:
             raise UserError(
-                f"{str(self.folder / FILE)!r} has schema {schema}, made by a newer dpguard, "
+                f"{str(self.file)!r} has schema {schema}, made by a newer dpguard, "
                 f"expected at most {FORMAT}: update dpguard to read it"
             )
         if create and schema < FORMAT:
@@ -281,7 +282,7 @@ class Store:
         return dict(self._rows("SELECT key, value FROM meta"))
 
     def _rows(self, question: str, *values: object) -> list[tuple[Any, ...]]:
-        with explained(self.folder / FILE):
+        with explained(self.file):
             return self._connection.execute(question, values).fetchall()
 
     def _set_meta(self, values: Mapping[str, str]) -> None:
@@ -290,7 +291,7 @@ class Store:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """One transaction: all of it is on the disk, or none."""
-        with explained(self.folder / FILE):
+        with explained(self.file):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -299,6 +300,22 @@ class Store:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+
+def _there(folder: Path) -> Path:
+    """The file to read: the records, or where there are none the answers that were passed on."""
+    return folder / (ANSWERS if not (folder / FILE).is_file() and (folder / ANSWERS).is_file() else FILE)
+
+
+def _begin(folder: Path) -> None:
+    """Make a folder's answers its first records, so that what is known is neither run again nor lost."""
+    if (file := _there(folder)).name == ANSWERS:
+        part = folder / f"{FILE}.part"
+        try:
+            shutil.copyfile(file, part)
+            part.replace(folder / FILE)
+        except OSError as error:
+            raise UserError(f"{str(folder / FILE)!r} cannot be written ({error.strerror or error})") from None
 
 
 def _reading(file: Path) -> sqlite3.Connection:

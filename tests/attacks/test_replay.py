@@ -63,7 +63,7 @@ def test_stacked_products_and_norms_are_those_of_autograd(family: str, ranks: in
     rows = replay.record(model.module, taps, batch, embeddings, create_graph=False)
     source, few = torch.Generator().manual_seed(1), [t for t in taps.values() if t.slot.role != "token_embedding"]
     values = [_drawn(tap.slot.shape, ranks * (1 + place % 2), source) for place, tap in enumerate(few)]
-    stacked = replay_stacked.Stacked(few, values)
+    stacked = replay_stacked.Stacked(few, values, [True] * len(few))
     large = any(min(tap.slot.shape) >= 16 for tap in few if tap.matrix)
     assert any(factors is not None for factors in stacked.thin) == (bool(ranks) and large)
     dots, squares = stacked([rows[tap.module] for tap in few])
@@ -158,7 +158,7 @@ def test_the_rows_can_be_differentiated_again() -> None:
     start = embeddings.detach().double()
     model.module.double()
     target = torch.randn(taps[name].slot.shape, generator=torch.Generator().manual_seed(0)).double()
-    stacked = replay_stacked.Stacked([taps[name]], [target])
+    stacked = replay_stacked.Stacked([taps[name]], [target], [True])
 
     def value(x: torch.Tensor) -> torch.Tensor:
         rows = replay.record(model.module, one, batch, x, create_graph=True)

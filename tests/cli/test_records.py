@@ -60,9 +60,9 @@ def test_answers_are_shared_without_texts(told, folder, tmp_path):
     status, out, err = told("records", "share", folder, "--out", tmp_path / "given" / "answers.sqlite")
     assert (status, err) == (0, "")
     assert out == f"1 answers without texts: {tmp_path / 'given' / 'answers.sqlite'}\n"
-    assert b"secret" not in (tmp_path / "given" / "answers.sqlite").read_bytes()
-    shown = tmp_path / "shown.csv"
-    told("records", "export", tmp_path / "given", "--what", "scores", "--out", shown, "--show-text")
-    assert "secret" not in shown.read_text()
+    for words in (("records", "export", "--what", "scores"), ("report",)):
+        status, _, err = told(*words[:2], tmp_path / "given", *words[2:], "--show-text")
+        assert (status, err.count("\n")) == (2, 1)
+        assert "holds no texts to show" in err
     assert told("report", tmp_path / "given", "--out", tmp_path / "mine")[0] == 0
     assert (tmp_path / "mine" / "report.html").is_file()

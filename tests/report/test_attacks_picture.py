@@ -65,7 +65,16 @@ def test_an_attack_that_could_not_run_is_told_from_one_that_found_nothing(study)
     assert isinstance(content.answers["clip-only", "span"], Answer)
     texts = [t.get_text() for t in figures.attacks(table).texts]
     assert texts.count("could not run") == 1
+    narrow = [t.get_text() for t in figures.attacks(table, narrow=True).texts]
+    assert (narrow.count("×"), narrow.count("*")) == (1, 0)
     assert texts.count("not measured") == len(content.attacks) * (len(content.policies) - len(content.whole)) > 0
+
+
+def test_an_attack_that_could_use_some_messages_only_says_so(study):
+    few = changed(study, "clip-only", lambda s: s if s["attack"] != "match" or s["target"] < 2 else None)
+    texts = [t.get_text() for t in figures.attacks(frontier(few)).texts]
+    assert texts.count("could run on 4 of 20") == 1
+    assert [t.get_text() for t in figures.attacks(frontier(few), narrow=True).texts].count("*") == 1
 
 
 def test_none_with_one_attack_or_too_many_policies(study):

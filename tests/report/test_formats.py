@@ -34,6 +34,12 @@ def decided(study):
     )
 
 
+def named(study, names):
+    """The study with other names for its policies."""
+    records = [replace(r, cell=replace(r.cell, policy=names.get(r.cell.policy, r.cell.policy))) for r in study.records]
+    return replace(study, records=records, study={**study.study, "spec": {**study.spec, "policies": []}})
+
+
 def renamed(study):
     """The study with hostile names, reasons, statements, question and provenance."""
     names = dict(zip([name for name in POLICIES if name != "none"], NAMES, strict=False))
@@ -57,7 +63,8 @@ def check_latex(text):
         "usepackage", "begin", "end", "centering", "caption", "label", "toprule", "midrule", "bottomrule",
         "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "textquotedbl",
         "textasciigrave", "textquotesingle", "textendash", "infty", "varepsilon", "dots", "linewidth",
-        "footnotesize", "setlength", "tabcolsep", "endfirsthead", "endhead", "endfoot", "endlastfoot", "multicolumn",
+        "footnotesize", "allowbreak", "setlength", "tabcolsep", "endfirsthead", "endhead", "endfoot", "endlastfoot",
+        "multicolumn",
     }  # fmt: skip
     text = re.sub(r"(?m)^%.*$", "", text)
     assert set(re.findall(r"\\([A-Za-z]+)", text)) <= known
@@ -102,16 +109,22 @@ def test_any_text_is_text_in_latex(words):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here (Debian: apt install texlive)")
-def test_the_tables_compile(tmp_path):
-    study = renamed(sample(4))
+@pytest.mark.parametrize("names", ["hostile", "long"])
+def test_the_tables_compile(tmp_path, names):
+    long = {name: f"part block={n} part=attention.output keep=0.00{n}" for n, name in enumerate(POLICIES) if n}
+    study = renamed(sample(4)) if names == "hostile" else named(sample(4), long)
     found, decision = decided(study)
     body = tables(policy_views(study, found), found, decision)
     head = (
-        "\\documentclass{article}\\usepackage{booktabs,longtable,textcomp}\\usepackage[T1]{fontenc}\\begin{document}\n"
+        "\\documentclass{article}\\usepackage{booktabs,longtable,textcomp}\\usepackage[T1]{fontenc}"
+        "\\usepackage[textwidth=16cm]{geometry}\\begin{document}\n"
     )
     (tmp_path / "t.tex").write_text(head + body + "\\end{document}\n")
     subprocess.run(["pdflatex", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
-    assert "Float too large" not in (tmp_path / "t.log").read_text("latin-1")  # the end of the table would be lost
+    said = (tmp_path / "t.log").read_text("latin-1")
+    assert "Float too large" not in said  # the end of the table would be lost
+    if names == "long":
+        assert all(float(more) < 4 for more in re.findall(r"Overfull \\hbox \(([\d.]+)pt", said)), said
 
 
 def test_the_card_says_what_was_attacked_promised_and_recommended():
