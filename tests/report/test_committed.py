@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+
+from dpguard.report.frontier import frontier
+from dpguard.report.result import StudyResult
+from dpguard.study.store import Store
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/five-sentences.md"))
@@ -167,3 +172,24 @@ def test_none_of_the_ten_texts_is_read_through_noise_in_the_records():
     assert set(best.index) == {"none", *(f"paper noise={n}" for n in noises), *(f"dp epsilon={e}" for e in epsilons)}
     assert (best["count"] == 10).all()
     assert best["sum"].to_dict() == {policy: 10.0 * (policy == "none") for policy in best.index}
+
+
+@pytest.mark.parametrize("folder", [f for f in REPORTS if (f / "answers.sqlite").is_file()], ids=lambda path: path.name)
+def test_the_answers_that_go_with_a_report_give_its_frontier_and_hold_no_text(folder, tmp_path):
+    shutil.copy(folder / "answers.sqlite", tmp_path)
+    with Store.open(tmp_path) as store:
+        result = StudyResult.read(store)
+        assert not any(store.texts(record.cell.id) for record in result.records)
+    assert frontier(result).to_csv() == (folder / "frontier.csv").read_text("utf-8")
+
+
+def test_the_paper_s_attack_tells_no_defence_from_none_and_the_panel_reads_all():
+    folder = ROOT / "reports/clip-prune-withhold-partial-cola"
+    scores = pd.read_parquet(folder / "scores.parquet")
+    exact = scores[scores.metric == "exact_match"].groupby(["policy", "attack"]).value.mean().unstack()
+    assert len(exact) == 6
+    assert (exact.drop(columns=["match:partial", "prior"]).max(axis=1) == 1).all()
+    partial = scores[(scores.metric == "rougeL") & (scores.attack == "match:partial")].groupby("policy").value.mean()
+    assert partial.drop("none").between(0.5, 0.65).all()
+    assert 0.5 < partial["none"] < 0.65
+    assert not scores[scores.attack == "match:partial"].inherited.any()
