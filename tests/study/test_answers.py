@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
+from contextlib import closing
 
 import pytest
 
@@ -23,6 +24,11 @@ def passed_on(kit, tmp_path):
     assert write_answers(tmp_path / "mine", tmp_path / "theirs" / ANSWERS) == len(kit.cells())
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == [ANSWERS]
     return tmp_path / "mine", tmp_path / "theirs"
+
+
+def done_in(folder):
+    with Store.open(folder) as store:
+        return list(store.statuses().values()).count("done")
 
 
 def test_all_answers_and_no_text(passed_on):
@@ -49,7 +55,7 @@ def test_all_answers_and_no_text(passed_on):
 
 def inside(file):
     """Everything that a database holds, unpacked."""
-    with sqlite3.connect(file) as connection:
+    with closing(sqlite3.connect(file)) as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         rows = [row for table in tables for row in connection.execute(f"SELECT * FROM {table}")]
     values = [zlib.decompress(v).decode() if isinstance(v, bytes) else str(v) for row in rows for v in row]
@@ -68,7 +74,7 @@ def test_where_the_texts_lie_is_not_passed_on(tmp_path):
 def test_a_run_in_their_folder_begins_with_them(kit, passed_on):
     """Nothing known is run again, and what is then passed on holds no less."""
     _, theirs = passed_on
-    done = sum(record.status == "done" for record in Store.open(theirs).records())
+    done = done_in(theirs)
     assert Store.begun(theirs)
     assert Todo.ahead(kit.cells(), theirs).cells == ()
     summary = go(kit, theirs, retry_failed=True)
@@ -83,15 +89,14 @@ def test_merged_with_the_folder_itself_texts_stay(kit, passed_on, tmp_path):
     mine, theirs = passed_on
     for number, folders in enumerate(([mine, theirs], [theirs, mine])):
         found = merge(tmp_path / str(number), folders)
-        assert found.done == sum(record.status == "done" for record in Store.open(mine).records())
+        assert found.done == done_in(mine)
         with Store.open(mine) as one, Store.open(tmp_path / str(number)) as both:
             assert all(one.texts(r.cell.id) == both.texts(r.cell.id) for r in one.records())
 
 
 def test_a_study_goes_on_from_them(kit, passed_on, tmp_path):
     mine, theirs = passed_on
-    with Store.open(mine) as store:
-        done = sum(status == "done" for status in store.statuses().values())
+    done = done_in(mine)
     summary = go(kit, tmp_path / "new", reuse=[theirs])
     assert (summary.taken, summary.done) == (done, len(kit.cells()) - done)
     assert (theirs / ANSWERS).is_file()
