@@ -61,6 +61,7 @@ class Cell:
         first: messages left out before them.
         threat: what the message is, and what is disclosed.
         lora: rank of LoRA on query and value instead of the bare model, 0 = none.
+        first_message: LoRA as it is before its first step.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Cell:
     first: int = 0
     threat: Threat = field(default_factory=Threat)
     lora: int = 0
+    first_message: bool = False
 
 
 def corpus(name: str) -> Corpus:
@@ -83,18 +85,14 @@ def corpus(name: str) -> Corpus:
     return Corpus(name, tuple(examples[:-PUBLIC]), (), tuple(e.text for e in examples[-PUBLIC:]))
 
 
-def with_lora(rank: int) -> models.LoadedModel:
-    """MiniLM with LoRA on query and value; B is drawn, as after some training, because at B = 0 A has no gradient."""
-    import peft
-
-    loaded = models.load("minilm")
-    torch.manual_seed(SEED)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=["query", "value"], init_lora_weights=True)
-    adapted = peft.get_peft_model(loaded.module, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter.data, std=0.02)
-    return replace(loaded, module=adapted)
+def with_lora(rank: int, *, first: bool) -> models.LoadedModel:
+    """MiniLM with LoRA on query and value; B is zero before the first step, drawn here as after some training."""
+    loaded = models.load(f"minilm+lora{rank}", seed=SEED)
+    source = torch.Generator().manual_seed(SEED)
+    for name, parameter in loaded.module.named_parameters():
+        if "lora_B" in name and not first:
+            parameter.data.normal_(std=0.02, generator=source)
+    return loaded
 
 
 @dataclass
@@ -123,7 +121,10 @@ class Result:
 
 def messages(cell: Cell) -> list[tuple[models.LoadedModel, Observation, Truth, list[int]]]:
     """The messages of a cell with their truths."""
-    texts, model = corpus(cell.data), with_lora(cell.lora) if cell.lora else models.load("minilm")
+    texts, model = (
+        corpus(cell.data),
+        with_lora(cell.lora, first=cell.first_message) if cell.lora else models.load("minilm"),
+    )
     plan = Policy(list(cell.rows)).plan(slots(model.module))
     size = cell.batch_size * cell.threat.clients
     out = []
@@ -224,6 +225,8 @@ def main() -> None:
     parser.add_argument("--data", choices=["cola", "rotten_tomatoes"], default="cola")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=[w for w in WEIGHTS if w != "key"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32], help="of LoRA")
+    parser.add_argument("--attack", default="span", help="on LoRA")
     given = parser.parse_args()
     torch.set_num_threads(1)
     unknown, which = Threat(know=()), {"n": given.n, "first": given.first}
@@ -238,7 +241,12 @@ def main() -> None:
                 run(Cell(f"{steps} local steps, batch 4", WITHHELD, batch_size=4, threat=threat, **which))
             run(Cell("mean of 2 clients, batch 2", WITHHELD, batch_size=2, threat=Threat(clients=2), **which))
         case "lora":
-            run(Cell("LoRA r = 32, query and value", share_only("adapters"), lora=32, **which))
+            for rank in given.ranks:
+                for first in (True, False):
+                    name = f"LoRA r = {rank}, {'first message' if first else 'B drawn'}"
+                    run(
+                        Cell(name, share_only("adapters"), attack=given.attack, lora=rank, first_message=first, **which)
+                    )
         case "wide":
             run(Cell("Rotten Tomatoes, batch 16", WITHHELD, data="rotten_tomatoes", batch_size=16, threat=unknown,
                      **which))  # fmt: skip

@@ -63,7 +63,7 @@ class Span:
         "arXiv 2405.15586"
     )
     capability = Capability(
-        "the weight of a linear layer of an inner block, or LoRA's A",
+        "the weight of a linear layer of an inner block, or LoRA's A or B",
         "read a last block under a class head (rank = texts) or noise above the singular values; prove more tokens "
         "than the width",
         kinds=("gradient", "delta"),
@@ -195,7 +195,7 @@ def _single(case: Case, seen: Observation, evidence: Evidence, limit: int, steps
 def _silent(sites: list[Site]) -> str:
     """Why no weight has a span."""
     if any(site.adapter for site in sites):
-        return "the text has as many tokens as LoRA's A matrices have rows, or more, or noise hides their spectrum"
+        return "the text has as many tokens as LoRA's rank, or more, or noise hides the spectrum of its matrices"
     return "no shared weight has a spectrum that rises above its noise or rounding with room to test in"
 
 

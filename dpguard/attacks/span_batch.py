@@ -63,9 +63,7 @@ def batch_reason(seen: Observation) -> str:
         return reason
     inner = [site for site in inner if not site.adapter]
     if not inner:
-        return (
-            "several texts have more tokens than LoRA's A matrices have rows; their layers' own weights are not shared"
-        )
+        return "several texts have more tokens than LoRA's rank, and the weights that it adapts are not shared"
     roles = {site.role for site in inner if site.block == 0}
     if first_block(Probe(seen.model), sites) is None:
         return "messages of several texts are read for post-norm encoders (BERT, RoBERTa, DistilBERT) only"

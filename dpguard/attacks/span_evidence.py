@@ -140,7 +140,10 @@ def twins(embedding: Tensor, ids: Tensor) -> list[Tensor]:
 
 
 def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
-    """Sites whose weight on the wire can be read, best first, or the reason why there is none."""
+    """Sites whose weight on the wire can be read, best first, or the reason why there is none.
+
+    LoRA's B come last: they show no more dimensions than LoRA's rank.
+    """
     plan = seen.disclosed.plan
     shared = [s for s in sites.all if s.name in seen.message]
     if not shared:
@@ -152,7 +155,7 @@ def usable(seen: Observation, sites: Sites) -> tuple[list[Site], str]:
     whole = [s for s in inner if s.name in rules and rules[s.name].whole]
     if not whole:
         return [], "every shared weight is pruned or rounded, which leaves no low-rank gradient to read"
-    return sorted(whole, key=lambda s: (s.block, LINEAR.index(s.role))), ""
+    return sorted(whole, key=lambda s: (s.adapter == "B", s.block, LINEAR.index(s.role))), ""
 
 
 def _outside_blocks(seen: Observation) -> str:
@@ -166,14 +169,15 @@ def _outside_blocks(seen: Observation) -> str:
 def gather(seen: Observation, sites: list[Site], *, causal: bool, most: int) -> list[Evidence]:
     """Evidence of the first ``most`` sites whose gradient has a span that leaves room for a test.
 
-    Each A of LoRA shows as many dimensions as it has rows, so those that read the same vectors are read as one.
+    Each A of LoRA shows as many dimensions as it has rows, so those that read the same vectors are read as one. Every
+    B has vectors of its own.
     """
     found: list[Evidence] = []
     drifted = seen.disclosed.kind == "delta"
     left = list(sites)
     while left and len(found) < most:
         site = left[0]
-        together = [s for s in left if s is site or (s.adapter and site.adapter and s.beside(site))]
+        together = [s for s in left if s is site or (s.adapter == site.adapter == "A" and s.beside(site))]
         left = [s for s in left if s not in together]
         gradient = torch.cat([s.oriented(seen.message[s.name]) for s in together])
         span = span_of(gradient, max(seen.noise_std(s.name) for s in together), drifted=drifted)

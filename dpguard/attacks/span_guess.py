@@ -88,7 +88,7 @@ def guess(
     if seat is None:
         return None
     seen = picture or album.picture(seat.name, seat.layer, length)
-    if evidence.site.role == "mlp_out":
+    if evidence.site.role == "mlp_out" and seat is not evidence.site:
         return None if rows is None else _named(probe, seen, rows, length, tokens, album.frame)
     view = view_of(evidence, seat, seen, probe)
     if view is None:
@@ -101,9 +101,12 @@ def seat_of(evidence: Evidence, sites: Sites, probe: Probe) -> Site | None:
     """The layer whose linear picture tells about the evidence's inputs.
 
     Values tell more than the mixtures of them that the attention's output reads, but a text with as many tokens as a
-    head is wide leaves no room in any head to test one: then the picture is of the mixtures, heads side by side.
+    head is wide leaves no room in any head to test one: then the picture is of the mixtures, heads side by side. LoRA's
+    B reads few numbers, neither heads nor neurons.
     """
     role, block = evidence.site.role, evidence.site.block
+    if evidence.site.adapter == "B":
+        return evidence.site
     if role == "attention_output":
         heads = int(probe.config.num_attention_heads)
         room = evidence.span.rank < evidence.span.inputs // heads

@@ -110,7 +110,9 @@ def _take(trail: Trail, other: Trail) -> None:
 def _rows(case: Case, evidence: Evidence, length: int) -> Rows | None:
     """The text's hidden states, where the weight gives them one by one and a decoder is not quicker without."""
     seat = seat_of(evidence, case.sites, case.probe)
-    if evidence.site.role != "mlp_out" or seat is None or (evidence.causal and len(case.tokens) < FEW_TOKENS):
+    if evidence.site.role != "mlp_out" or seat is None or seat is evidence.site:
+        return None
+    if evidence.causal and len(case.tokens) < FEW_TOKENS:
         return None
     solver = RowSolver(case.probe, evidence, seat, activation(case.probe.config), case.frame, case.rng)
     picture = case.album.picture(seat.name, seat.layer, length)

@@ -21,7 +21,7 @@ LINEAR = ("value", "qkv", "query", "mlp_in", "mlp_gate", "key", "attention_outpu
 SAME_INPUTS = ({"value", "qkv", "query"}, {"mlp_in", "mlp_gate"})
 """Roles of a block whose layers read the very same vectors."""
 CHUNK_TOKENS = 4096
-_LORA_A = re.compile(r"\.lora_A\.[^.]+(?=\.weight$)")
+_LORA = re.compile(r"\.lora_(?P<side>[AB])\.[^.]+(?=\.weight$)")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Site:
         block: index of its block, from 0.
         layer: the module.
         transposed: the weight is stored (inputs, outputs), as in GPT-2's Conv1D.
-        adapter: LoRA's A beside the layer of this role: it reads the layer's inputs, and its gradient shows as many
-            dimensions of their span as it has rows.
+        adapter: ``A``: LoRA's A beside the layer of this role, which reads the layer's inputs and shows as many
+            dimensions of their span as it has rows. ``B``: LoRA's B, whose inputs are what A makes of them, as many
+            as A has rows; it has a gradient before the first step, where A has none. Empty: the layer's own weight.
     """
 
     name: str
@@ -43,12 +44,12 @@ class Site:
     block: int
     layer: nn.Module
     transposed: bool
-    adapter: bool = False
+    adapter: str = ""
 
     def beside(self, other: Site) -> bool:
         """Whether another site's layer reads the very same vectors."""
         together = self.role == other.role or any({self.role, other.role} <= roles for roles in SAME_INPUTS)
-        return self.block == other.block and together
+        return self.block == other.block and together and "B" not in (self.adapter, other.adapter)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as (outputs, inputs), float64."""
@@ -74,7 +75,7 @@ class Sites:
 
 
 def sites_of(model: nn.Module) -> Sites:
-    """Every linear weight inside a block, LoRA's A matrices among them."""
+    """Every linear weight inside a block, LoRA's matrices among them."""
     found = [_site(model, slot) for slot in slots(model) if len(slot.shape) == 2]
     inside = sorted((s for s in found if s is not None), key=lambda s: (s.block, LINEAR.index(s.role)))
     return Sites(tuple(inside), max((s.block for s in inside), default=-1))
@@ -83,13 +84,13 @@ def sites_of(model: nn.Module) -> Sites:
 def _site(model: nn.Module, slot: Slot) -> Site | None:
     if slot.block is None or not slot.name.endswith(".weight"):
         return None
-    role, adapter = slot.role, slot.role == "adapter_a"
-    if adapter:
-        role = (family_of(model).role(_LORA_A.sub("", slot.name)) or ("", None))[0]
+    role, lora = slot.role, _LORA.search(slot.name)
+    if lora:
+        role = (family_of(model).role(_LORA.sub("", slot.name)) or ("", None))[0]
     if role not in LINEAR:
         return None
     layer = model.get_submodule(slot.name.rpartition(".")[0])
-    return Site(slot.name, role, slot.block, layer, not isinstance(layer, nn.Linear), adapter)
+    return Site(slot.name, role, slot.block, layer, not isinstance(layer, nn.Linear), lora["side"] if lora else "")
 
 
 class _ReachedError(Exception):

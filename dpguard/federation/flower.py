@@ -24,6 +24,7 @@ from dpguard.federation import rounds, views
 from dpguard.federation.settings import Settings
 from dpguard.federation.split import Parts
 from dpguard.federation.superlink import simulate
+from dpguard.inputs.adapters import absolute
 from dpguard.inputs.models import LoadedModel
 from dpguard.inputs.texts import Example
 from dpguard.policy.ledger import Ledger
@@ -146,10 +147,9 @@ def _write(
 ) -> None:
     """What the app's processes need to know, texts among it; nothing of it outlives the run."""
     (folder / "state").mkdir()
-    place = Path(model.name).expanduser()
-    name = str(place.resolve()) if place.is_dir() else model.name  # another process has another working folder
     known = {
-        "model": name, "hash": model.fingerprint, "rows": [dict(row) for row in plan.rows], "plan": plan.hash,
+        "model": absolute(model.name), "hash": model.fingerprint,
+        "rows": [dict(row) for row in plan.rows], "plan": plan.hash,
         "settings": asdict(settings), "parts": [list(part) for part in parts],
         "texts": [[e.text, e.label] for e in train], **more, "keep": sorted(more["keep"]),
     }  # fmt: skip

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dpguard.errors import UserError
+from dpguard.inputs import adapters
 from dpguard.inputs.demo import bundle
 from dpguard.inputs.family import Family, family_of, slots
 
@@ -38,10 +39,6 @@ TOKENIZER_FILES = (
 
 FRESH = ("head", "pooler")
 """Roles that a checkpoint may lack: they are drawn from the seed."""
-
-ADAPTER_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
 
 _PLACES = (
     "_name_or_path",
@@ -101,24 +98,31 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
     Args:
         name: ``demo`` (bundled), ``minilm`` (from the [minilm] extra), a local folder, or a hub name. A
             folder with an adapter_config.json is a PEFT adapter: its base model is loaded with it, and
-            only the adapter (and what it saved beside it, such as a head) is trainable.
+            only the adapter (and what it saved beside it, such as a head) is trainable. ``+lora8`` after any
+            of them adds a fresh LoRA of rank 8 (`adapters.with_lora`).
         labels: number of classes; a fresh head is drawn when the checkpoint has none of that size.
-        seed: seed of that fresh head.
+        seed: seed of that fresh head and of LoRA's fresh A matrices.
 
     Raises:
         UserError: no such folder, a folder that is no model, no tokenizer, an unreachable hub, a model of
             no known family, a parameter of no known role, an adapter of a missing base model or of
-            another kind or size, or PEFT not installed.
+            another kind or size, a rank that no layer has room for, or PEFT not installed.
     """
-    adapter = _adapter(name)
-    folder = _base_folder(name, adapter) if adapter else _folder(name)
+    added = adapters.added(name)
+    base = added.base if added else name
+    adapter = adapters.saved(base) if base not in READY else None
+    if added and adapter:
+        raise UserError(f"model {name!r} adds LoRA to {base!r}, which is an adapter; expected its base model")
+    folder = _base_folder(name, adapter) if adapter else _folder(base)
     own = adapter is not None and _has_tokenizer(adapter.folder)
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer(name, str(adapter.folder) if adapter and own else folder)
         module = _classifier(name, folder, labels)
         if adapter:
-            module = _adapted(name, module, adapter.folder)
+            module = adapters.attached(name, module, adapter.folder)
+        if added:
+            module = adapters.with_lora(name, module, added.rank)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -175,60 +179,13 @@ def _check_loaded(name: str, module: nn.Module, told: Mapping[str, Any]) -> None
         )
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """A PEFT adapter on disk: its folder and, as its configuration names it, its base model."""
-
-    folder: Path
-    base: str
-
-
-def _adapter(name: str) -> _Adapter | None:
-    """What adapter_config.json says, or None for a folder without one, a hub name, or a ready-made model."""
-    folder = _expanded(name)
-    file = folder / ADAPTER_FILE
-    if name in READY or not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"adapter {name!r}: {ADAPTER_FILE} cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"adapter {name!r}: {ADAPTER_FILE} is no JSON ({_line(error)})") from None
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(base, str) or not base:
-        raise UserError(f"adapter {name!r} names no base model; expected base_model_name_or_path in {ADAPTER_FILE}")
-    task = config.get("task_type")
-    if task not in (None, "SEQ_CLS"):
-        raise UserError(f"adapter {name!r} has task_type {task!r}; expected 'SEQ_CLS', a sequence classifier's adapter")
-    if not any((folder / weights).is_file() for weights in ADAPTER_WEIGHTS):
-        raise UserError(f"adapter {name!r} has no weights; expected {ADAPTER_WEIGHTS[0]} beside {ADAPTER_FILE}")
-    return _Adapter(folder, base)
-
-
-def _base_folder(name: str, adapter: _Adapter) -> str:
+def _base_folder(name: str, adapter: adapters.Saved) -> str:
     """Where the base model is: a path seen from the adapter's folder or from here, or a name like any other."""
     inside = adapter.folder / adapter.base
     try:
         return _folder(str(inside) if inside.is_dir() else adapter.base)
     except UserError as error:
         raise UserError(f"the base model of adapter {name!r} is missing: {error.sentence}") from None
-
-
-def _adapted(name: str, module: nn.Module, folder: Path) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UserError(
-            f"model {name!r} is an adapter and needs PEFT; install it with: pip install 'dpguard[lora]'"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            # adapters that the file does not have would stay as they were drawn
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(module, str(folder), is_trainable=True)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
-        raise UserError(f"adapter {name!r} does not fit its base model: {_why(error)}") from None
 
 
 def minilm_folder() -> Path:
@@ -250,7 +207,7 @@ READY = {"demo": bundle.folder, "minilm": minilm_folder}
 def _folder(name: str) -> str:
     if name in READY:
         return str(READY[name]())
-    path = _expanded(name)
+    path = adapters.expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} is no model: expected a config.json in Hugging Face format")
@@ -264,14 +221,6 @@ def _folder(name: str) -> str:
             f"no model folder {name!r}; expected 'demo', 'minilm', a folder in Hugging Face format, or a hub name"
         )
     return _hub(name)
-
-
-def _expanded(name: str) -> Path:
-    """The path that a name may be, ``~`` and ``~user`` replaced where there is such a user."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
 
 
 def _is_path(name: str) -> bool:
@@ -340,9 +289,3 @@ def _quiet() -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def _why(error: Exception) -> str:
-    """The line that says something: PyTorch names the tensor that does not fit on the second."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:240]

@@ -1,4 +1,4 @@
-"""LoRA's A and the MLP's gate read a layer's inputs too: one text from either, exact and proven."""
+"""LoRA's A and B and the MLP's gate read what a layer reads: one text from any, exact and proven."""
 
 from __future__ import annotations
 
@@ -64,16 +64,54 @@ def test_more_tokens_than_rows_are_refused_in_words() -> None:
     assert "LoRA" in span.PLUGIN.applicable(several)
 
 
+FIRST = {"r": 16, "init_lora_weights": True}
+"""LoRA before its first step: B is zero, and A has no gradient."""
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "llama"])
+def test_the_very_first_message_of_lora_gives_a_text_away(family: str) -> None:
+    seen, true = _seen(family, ADAPTERS, **FIRST)
+    assert not any(seen.message[name].any() for name in seen.message if ".lora_A." in name)
+    assert span.PLUGIN.applicable(seen) == ""
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
+    assert ".lora_B." in found.notes["weight"]
+
+
+@pytest.mark.parametrize("layer", ["query", "key", "value", "intermediate.dense", "output.dense"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_one_b_matrix_is_enough(block: int, layer: str) -> None:
+    rows = [{"layers": "all", "share": False}, {"layers": f"name:*layer.{block}.*lora_B*", "share": True}]
+    seen, true = _seen("bert", rows, target_modules=rf".*layer\.{block}\.(attention\.self\.)?{layer}", **FIRST)
+    assert len(seen.message) == 1
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
+
+
+def test_another_text_is_never_certain_from_b() -> None:
+    seen, _ = _seen("bert", ADAPTERS, **FIRST)
+    shuffled = {
+        name: value.flatten()[torch.randperm(value.numel())].view_as(value) for name, value in seen.message.items()
+    }
+    found = _run(replace(seen, message=shuffled))
+    assert not any(found.certain)
+
+
 def test_a_layer_is_never_taken_for_its_adapter() -> None:
     model = tiny.lora(tiny.module("bert"), r=16)
     sites = sites_of(model)
     value = sites.find(0, "value")
     assert value is not None
     assert not value.adapter
-    adapters = [s for s in sites.all if s.adapter]
-    assert {(s.role, s.block) for s in adapters} == {(r, b) for r in ("query", "value") for b in range(3)}
+    for side in "AB":
+        found = {(s.role, s.block) for s in sites.all if s.adapter == side}
+        assert found == {(r, b) for r in ("query", "value") for b in range(3)}
+    adapters = [s for s in sites.all if s.adapter == "A"]
     assert adapters[0].beside(value)
     assert not adapters[0].beside(next(s for s in adapters if s.block == 1))
+    b = next(s for s in sites.all if s.adapter == "B")
+    assert not b.beside(value)
+    assert not b.beside(adapters[0])
 
 
 @pytest.mark.parametrize("block", [0, 1])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dpguard.engine import gradients
 from dpguard.errors import UserError
-from dpguard.inputs import models
+from dpguard.inputs import adapters, models
 from dpguard.inputs.batch import collate
 from dpguard.inputs.family import family_of, slots
 from tests import tiny
@@ -247,3 +247,44 @@ def test_what_reads_the_weights_has_a_hash_of_its_own(tmp_path):
     words[one], words[two] = words[two], words[one]
     (folder / "tokenizer.json").write_text(json.dumps(found), "utf-8")
     assert models.load(str(folder)).reading != plain.reading
+
+
+@every_type
+def test_a_fresh_lora_after_a_models_name(tmp_path, family):
+    base = models.load(str(save(tmp_path, family)))
+    found = models.load(f"{tmp_path}+lora4")
+    roles = {slot.name: slot.role for slot in slots(found.module)}
+    assert {roles[slot.name] for slot in slots(found.module) if slot.trainable} == {"adapter_a", "adapter_b", "head"}
+    state = found.module.state_dict()
+    assert {state[name].shape[0] for name in roles if roles[name] == "adapter_a"} == {4}
+    assert all(not state[name].any() for name in roles if roles[name] == "adapter_b")
+    batch = collate(tiny.SENTENCES, [0, 1, 0], base.tokenizer)
+    both = [gradients.per_example_losses(model.module, batch) for model in (base, found)]
+    assert torch.equal(*both)  # B is zero
+    assert models.load(f"{tmp_path}+lora4").fingerprint == found.fingerprint
+    assert models.load(f"{tmp_path}+lora4", seed=1).fingerprint != found.fingerprint
+
+
+def test_a_fresh_lora_that_cannot_be_made(tmp_path, monkeypatch):
+    folder = save_adapter(tmp_path)
+    base = str(tmp_path / "base")
+    for rank in (0, 65):
+        with pytest.raises(UserError, match=rf"LoRA of rank {rank}; expected 1 to 64"):
+            models.load(f"{base}+lora{rank}")
+    with pytest.raises(UserError, match="is an adapter; expected its base model"):
+        models.load(f"{folder}+lora4")
+    with pytest.raises(UserError, match="no model folder"):
+        models.load(f"{base}+loar4")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="needs PEFT"):
+        models.load(f"{base}+lora4")
+
+
+def test_a_folder_that_is_called_like_a_fresh_lora_is_itself(tmp_path, monkeypatch):
+    save(tmp_path / "old+lora4")
+    assert not any(".lora_" in slot.name for slot in slots(models.load(str(tmp_path / "old+lora4")).module))
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "base")
+    assert adapters.absolute("./base+lora4") == f"{tmp_path}/base+lora4"
+    assert adapters.absolute("base") == f"{tmp_path}/base"
+    assert adapters.absolute("minilm+lora4") == "minilm+lora4"

@@ -1,0 +1,150 @@
+"""LoRA on a model: an adapter that PEFT saved to a folder, or a fresh one, ``+lora8`` after a model's name."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from dpguard.errors import UserError
+from dpguard.inputs.family import slots
+
+FILE = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTED = frozenset({"query", "value", "qkv"})
+"""Roles of the layers that a fresh LoRA sits on, the LoRA paper's choice (arXiv 2106.09685, section 4.2)."""
+SCALE = 2.0
+"""Alpha over rank of a fresh LoRA."""
+_ADDED = re.compile(r"(?P<base>.+)\+lora(?P<rank>[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A PEFT adapter on disk: its folder and, as its configuration names it, its base model."""
+
+    folder: Path
+    base: str
+
+
+@dataclass(frozen=True)
+class Added:
+    """A fresh LoRA: the base model's name and the rank."""
+
+    base: str
+    rank: int
+
+
+def added(name: str) -> Added | None:
+    """What ``+lora<rank>`` at the end of a model's name asks for; None without it, or where a folder is called so.
+
+    >>> added("minilm+lora8")
+    Added(base='minilm', rank=8)
+    """
+    found = _ADDED.fullmatch(name)
+    return Added(found["base"], int(found["rank"])) if found and not expanded(name).exists() else None
+
+
+def saved(name: str) -> Saved | None:
+    """What adapter_config.json says, or None for a folder without one or a hub name.
+
+    Raises:
+        UserError: a file that names no base model, another task's adapter, or one without weights.
+    """
+    folder = expanded(name)
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"adapter {name!r}: {FILE} cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"adapter {name!r}: {FILE} is no JSON ({str(error).partition(chr(10))[0][:200]})") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"adapter {name!r} names no base model; expected base_model_name_or_path in {FILE}")
+    task = config.get("task_type")
+    if task not in (None, "SEQ_CLS"):
+        raise UserError(f"adapter {name!r} has task_type {task!r}; expected 'SEQ_CLS', a sequence classifier's adapter")
+    if not any((folder / weights).is_file() for weights in WEIGHTS):
+        raise UserError(f"adapter {name!r} has no weights; expected {WEIGHTS[0]} beside {FILE}")
+    return Saved(folder, base)
+
+
+def attached(name: str, module: nn.Module, folder: Path) -> nn.Module:
+    """A base model inside a saved adapter, which alone is trainable.
+
+    Raises:
+        UserError: an adapter of another model or kind, or PEFT not installed.
+    """
+    PeftModel = _peft(name).PeftModel
+    try:
+        with warnings.catch_warnings():
+            # adapters that the file does not have would stay as they were drawn
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(module, str(folder), is_trainable=True)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
+        raise UserError(f"adapter {name!r} does not fit its base model: {_why(error)}") from None
+
+
+def with_lora(name: str, module: nn.Module, rank: int) -> nn.Module:
+    """A model inside a fresh LoRA on the query and value of every block; only the LoRA and the head are trainable.
+
+    As in the LoRA paper (arXiv 2106.09685, section 4.1) A is drawn, from torch's global generator, and B is zero: the
+    model's outputs are the base model's, and the first gradient is B's alone.
+
+    Raises:
+        UserError: a rank below 1 or above the layers' width, a model without such layers, or PEFT not installed.
+    """
+    peft = _peft(name)
+    layers = [slot for slot in slots(module) if slot.role in ADAPTED and slot.name.endswith(".weight")]
+    if not layers:
+        raise UserError(f"model {name!r} has no query or value layer for LoRA to sit on")
+    most = min(min(slot.shape) for slot in layers)
+    if not 1 <= rank <= most:
+        raise UserError(f"model {name!r} asks for LoRA of rank {rank}; expected 1 to {most}, the layers' width")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=SCALE * rank,
+        target_modules=[slot.name.removesuffix(".weight") for slot in layers],
+        fan_in_fan_out=not isinstance(module.get_submodule(layers[0].name.removesuffix(".weight")), nn.Linear),
+    )
+    return peft.get_peft_model(module, config)  # type: ignore[no-any-return]
+
+
+def absolute(name: str) -> str:
+    """The same model, named so that it is found from any working folder."""
+    new = added(name)
+    base = new.base if new else name
+    folder = expanded(base)
+    place = str(folder.resolve()) if folder.is_dir() else base
+    return f"{place}+lora{new.rank}" if new else place
+
+
+def expanded(name: str) -> Path:
+    """The path that a name may be, ``~`` and ``~user`` replaced where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _peft(name: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"model {name!r} needs PEFT; install it with: pip install 'dpguard[lora]'") from None
+    return peft
+
+
+def _why(error: Exception) -> str:
+    """The line that says something: PyTorch names the tensor that does not fit on the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1 if lines[0].endswith(":") and len(lines) > 1 else 0][:240]
