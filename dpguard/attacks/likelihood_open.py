@@ -11,13 +11,13 @@ from dpguard.attacks.base import Budget
 from dpguard.attacks.labels import labels_of
 from dpguard.attacks.likelihood_evolve import Evolution
 from dpguard.attacks.likelihood_guide import Guide
-from dpguard.attacks.likelihood_precision import search_dtype
 from dpguard.attacks.likelihood_prior import Neighbours
 from dpguard.attacks.likelihood_replay import Replay
 from dpguard.attacks.likelihood_search import Row, Search
 from dpguard.attacks.likelihood_setting import Spent
 from dpguard.attacks.likelihood_texts import is_message, score
 from dpguard.attacks.observation import Observation, Reconstruction
+from dpguard.attacks.precision import search_dtype
 from dpguard.inputs.family import family_of
 
 SAMPLE = 1000

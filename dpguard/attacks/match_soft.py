@@ -145,7 +145,7 @@ def likely(seen: Observation) -> Lists | None:
     through linear pictures. The model must be in eval mode with its dropout rates as they are (not `running_as`).
     """
     sites = sites_of(seen.model)
-    shared = [s for s in sites.all if s.name in seen.message and s.block < sites.last_block]
+    shared = [s for s in sites.all if s.name in seen.message and s.block < sites.last_block and s.adapter != "B"]
     probe, frame = Probe(seen.model), frame_of(seen.disclosed.tokenizer)
     first = [s for s in shared if s.block == 0 and s.role in CONTEXT_FREE]
     if first:

@@ -43,7 +43,7 @@ def relax(
     energy = torch.zeros(len(x))
     taken = 0
     for _ in range(steps):
-        energy, rows = evidence.energy(probe.relaxed(evidence.site.layer, x))
+        energy, rows = evidence.energy(probe.relaxed(evidence.site.layer, x, rough=True))
         drift = (x.norm(dim=2).mean(1) / norm - 1).pow(2)
         x.grad = torch.autograd.grad((energy + drift).sum(), x)[0] * free
         optimiser.step()

@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from dpguard.attacks.precision import search_dtype
 from dpguard.attacks.span_evidence import Evidence
 from dpguard.attacks.span_sites import CHUNK_TOKENS, Probe
 
@@ -25,6 +26,8 @@ LEAST = 1e-5
 """Smallest gain in energy that counts as one."""
 HINT = 1e-4
 """Largest mean residual at which it is worth asking for the certificate."""
+SURE = 32
+"""Texts that are scored exactly after a rough score of many, beside the best with its first edit in each place."""
 
 Edit = tuple[tuple[int, int], ...]
 """(position, token) pairs that differ from the current text."""
@@ -78,6 +81,29 @@ class Search:
         parts = ids.split(max(1, CHUNK_TOKENS // max(1, ids.shape[1])))  # type: ignore[no-untyped-call]
         found = [self.evidence.energy(self.probe.states(self.evidence.site.layer, part)) for part in parts]
         return torch.cat([energy for energy, _ in found]), torch.cat([rows for _, rows in found])
+
+    def rough(self, ids: Tensor) -> Tensor:
+        """(B,) energies of (B, L) texts, in bfloat16 where that is quicker: good enough to put texts in order."""
+        parts = ids.split(max(1, CHUNK_TOKENS // max(1, ids.shape[1])))  # type: ignore[no-untyped-call]
+        layer = self.evidence.site.layer
+        return torch.cat([self.evidence.energy(self.probe.states(layer, part, rough=True))[0] for part in parts])
+
+    def promising(self, ids: Tensor, places: Sequence[int] = ()) -> tuple[list[int], Tensor, Tensor]:
+        """The texts of (B, L) that are worth it, with their scores: indices, (k,) energies, (k, L) residuals.
+
+        Args:
+            ids: the texts; of more than `SURE` a rough score says which are worth it, where that is quicker.
+            places: the first place of each text's edit; the best of every place is kept.
+        """
+        if len(ids) <= SURE or search_dtype(self.probe.embedding) == torch.float32:
+            return list(range(len(ids))), *self.score(ids)
+        order = self.rough(ids).argsort().tolist()
+        best = {places[k]: k for k in reversed(order)} if places else {}
+        picked = list(dict.fromkeys([*order[:SURE], *best.values()]))
+        scored = self.probe.scored
+        energy, rows = self.score(ids[picked])
+        self.probe.scored = scored  # the same texts again
+        return picked, energy, rows
 
     def start(self, ids: Tensor) -> Trail:
         """The best of (B, L) texts."""
@@ -170,27 +196,29 @@ class Search:
         """Take the best edit, together with as many other good ones as help, and check where that leads."""
         if not edits:
             return False
-        energy, rows = self.score(torch.stack([ids for _, ids in edits]))
+        texts = torch.stack([ids for _, ids in edits])
+        picked, energy, rows = self.promising(texts, [edit[0][0] for edit, _ in edits])
+        edits = [edits[k] for k in picked]
         order = energy.argsort().tolist()
         good = [k for k in order if float(energy[k]) < trail.energy - LEAST]
         if not good:
             return False
-        texts: list[Tensor] = []
+        together: list[Tensor] = []
         merged, taken = edits[good[0]][1].clone(), {p for p, _ in edits[good[0]][0]}
         for k in good[1:]:
             places = {p for p, _ in edits[k][0]}
-            if len(texts) < 8 and not places & taken:
+            if len(together) < 8 and not places & taken:
                 for position, token in edits[k][0]:
                     merged[position] = token
                 taken |= places
-                texts.append(merged.clone())
+                together.append(merged.clone())
         best = good[0]
         trail.ids, trail.energy, trail.rows = edits[best][1], float(energy[best]), rows[best]
-        if texts and self.probe.scored < self.limit:
-            energy, rows = self.score(torch.stack(texts[: self.limit - self.probe.scored]))
+        if together and self.probe.scored < self.limit:
+            energy, rows = self.score(torch.stack(together[: self.limit - self.probe.scored]))
             k = int(energy.argmin())
             if float(energy[k]) < trail.energy:
-                trail.ids, trail.energy, trail.rows = texts[k], float(energy[k]), rows[k]
+                trail.ids, trail.energy, trail.rows = together[k], float(energy[k]), rows[k]
         self._check(trail)
         return True
 

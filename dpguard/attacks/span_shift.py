@@ -28,14 +28,14 @@ def realign(search: Search, trail: Trail, tokens: Tensor) -> bool:
     texts = trail.ids.new_tensor(list(drafts))[: max(0, search.limit - search.probe.scored)]
     if not len(texts):
         return False
-    order = search.score(texts)[0].argsort()[:PAIRS]
+    order = search.rough(texts).argsort()[:PAIRS]
     options = {text for k in order.tolist() for text in _filled(search, texts[k], list(drafts.values())[k], tokens)}
     some = trail.ids.new_tensor(sorted(options - trail.tried))[: max(0, search.limit - search.probe.scored)]
     if not len(some):
         return False
     trail.tried |= options
-    energy, rows = search.score(some)
-    best = int(energy.argmin())
+    picked, energy, rows = search.promising(some)
+    some, best = some[picked], int(energy.argmin())
     if float(energy[best]) >= trail.energy - LEAST:
         return False
     search.take(trail, some[best], float(energy[best]), rows[best])

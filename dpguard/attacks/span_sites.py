@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpguard.attacks.precision import roughly
 from dpguard.engine.gradients import forward_arguments
 from dpguard.inputs.batch import Batch
 from dpguard.inputs.family import Family, family_of, slots
@@ -117,21 +118,24 @@ class Probe:
         mask = torch.ones((1, length), dtype=torch.int64, device=self.device)
         return self.family.positions(mask, self.config)[0]
 
-    def states(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def states(self, layer: nn.Module, ids: Tensor, *, rough: bool = False) -> Tensor:
         """(B, L, inputs) what enters ``layer`` for texts of L tokens, computed in pieces.
 
         Args:
             layer: a linear layer of the model.
             ids: (B, L) token ids, no padding.
+            rough: in `precision.roughly`.
         """
         self.scored += len(ids)
         size = max(1, CHUNK_TOKENS // max(1, ids.shape[1]))
-        with torch.no_grad():
+        with torch.no_grad(), roughly(self.embedding) if rough else nullcontext():
             return torch.cat([self._reach(layer, part, None) for part in ids.split(size)])  # type: ignore[no-untyped-call]
 
-    def relaxed(self, layer: nn.Module, embeddings: Tensor) -> Tensor:
+    def relaxed(self, layer: nn.Module, embeddings: Tensor, *, rough: bool = False) -> Tensor:
         """The same from (B, L, d) token embeddings, differentiable."""
-        return self._reach(layer, torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=self.device), embeddings)
+        ids = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=self.device)
+        with roughly(self.embedding) if rough else nullcontext():
+            return self._reach(layer, ids, embeddings)
 
     def _reach(self, layer: nn.Module, ids: Tensor, embeddings: Tensor | None) -> Tensor:
         batch = Batch(ids, torch.ones_like(ids), ids[:, 0])

@@ -6,6 +6,8 @@ on a core without AVX-512), and the same budget days instead of minutes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 WIDE = 256
@@ -21,6 +23,16 @@ def search_dtype(table: torch.Tensor) -> torch.dtype:
         table: (vocabulary, width) token embeddings, on the device of the search.
     """
     return torch.bfloat16 if table.shape[1] >= WIDE and multiplies_bfloat16(table.device) else torch.float32
+
+
+def roughly(table: torch.Tensor) -> AbstractContextManager[object]:
+    """Linear layers and attention in `search_dtype`, weights and sums of residual streams as they are.
+
+    Args:
+        table: (vocabulary, width) token embeddings, on the device of the search.
+    """
+    dtype = search_dtype(table)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(table.device.type, dtype)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
