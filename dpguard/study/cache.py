@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,16 @@ class Cache:
     def has(self, key: Mapping[str, Any], suffix: str) -> bool:
         """Whether an entry is there; it may be gone, or turn out not to be whole, when it is read."""
         return self.room > 0 and self._path(key, suffix).is_file()
+
+    def adopt(self, other: Cache, key: Mapping[str, Any], suffix: str) -> None:
+        """Copy another cache's entry where this one has none; without room for it nothing happens."""
+        source, path = other._path(key, suffix), self._path(key, suffix)
+        if self.room > 0 and source.is_file() and not path.exists():
+
+            def copy(part: Path, found: Path) -> None:
+                shutil.copyfile(found, part)
+
+            self._keep(path, source, copy)
 
     def keeps(self, size: int) -> bool:
         """Whether an entry of so many bytes is kept."""

@@ -6,10 +6,12 @@ policy under another name, need not run it twice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dpguard.errors import UserError
+from dpguard.study.cache import TENSORS, Cache, weights_key
 from dpguard.study.record import Cell
 from dpguard.study.store import Store
 
@@ -56,6 +58,12 @@ def take(store: Store, cells: Iterable[Cell], folders: Sequence[Path], *, show_t
             missing -= here
     store.put_all(answers)
     return frozenset(record.cell.id for record, _ in answers)
+
+
+def take_weights(cache: Cache, ids: Iterable[str], folders: Sequence[Path]) -> None:
+    """Copy the weights that cells ended with, where a folder still has them: no cell trains them again then."""
+    for cell_id, folder in itertools.product(sorted(ids), folders):
+        cache.adopt(Cache(folder), weights_key(cell_id), TENSORS)
 
 
 def _done(source: Store) -> set[str]:

@@ -43,7 +43,7 @@ class Study:
     Attributes:
         name: the study's identity; its records live in a folder of that name.
         question: what it answers, in words.
-        model: ``demo``, a folder or a hub name.
+        model: ``demo``, a folder or a hub name, perhaps with ``+lora8`` after it; see `inputs.models.load`.
         data: where the texts come from.
         policies: in the file's order, sweeps expanded (over a model's blocks by `on`), the undefended control ``none``
             always among them.

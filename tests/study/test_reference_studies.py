@@ -33,7 +33,7 @@ REFERENCE = [path for path in STUDIES if path.parent.name == "studies" and path.
 @pytest.mark.parametrize("path", STUDIES, ids=[str(p.relative_to(ROOT / "studies")) for p in STUDIES])
 def test_a_study_can_be_read(path, monkeypatch):
     monkeypatch.setenv("DPGUARD_DATA", "/data")
-    for name in ("DPGUARD_TASK", "DPGUARD_MODEL", "DPGUARD_BATCH", "DPGUARD_TARGETS"):
+    for name in ("DPGUARD_TASK", "DPGUARD_MODEL", "DPGUARD_BATCH", "DPGUARD_TARGETS", "DPGUARD_RANK"):
         monkeypatch.delenv(name, raising=False)
     study = Study.load(path)
     assert study.question.endswith("?")
@@ -42,7 +42,9 @@ def test_a_study_can_be_read(path, monkeypatch):
     monkeypatch.setenv("DPGUARD_MODEL", "bert-base-uncased")
     if path in REFERENCE:
         other = Study.load(path)
-        assert (other.data.path, other.model) == ("/data/sst2.train.jsonl", "bert-base-uncased")
+        lora = study.model.removeprefix("minilm")
+        assert lora in ("", "+lora32")
+        assert (other.data.path, other.model) == ("/data/sst2.train.jsonl", f"bert-base-uncased{lora}")
         assert other.name == re.sub("cola|rotten_tomatoes", "sst2", study.name)
 
 
@@ -64,11 +66,14 @@ ROLES = (*(f"attention.{part}" for part in ATTENTION), "mlp.in", "mlp.out")
 
 @pytest.fixture(scope="module")
 def bert():
-    """The slots of a BERT of so many blocks; its width is no matter here."""
+    """The slots of a BERT of so many blocks, and with LoRA on it; its width is no matter here."""
     from dpguard.inputs.family import slots
     from tests import tiny
 
-    return {blocks: slots(tiny.module("bert", width=16, blocks=blocks)) for blocks in (6, 12)}
+    def of(blocks):
+        return tiny.module("bert", width=16, blocks=blocks)
+
+    return {**{blocks: slots(of(blocks)) for blocks in (6, 12)}, "lora": slots(tiny.lora(of(12)))}
 
 
 @pytest.mark.parametrize("blocks", [6, 12])
@@ -83,9 +88,10 @@ def test_the_map_has_every_block_and_role(name, blocks, bert, monkeypatch):
 @pytest.mark.parametrize("path", [p for p in STUDIES if p not in SMOKE], ids=lambda p: p.stem)
 def test_a_study_plans_a_model_of_twelve_blocks(path, bert, monkeypatch):
     monkeypatch.setenv("DPGUARD_DATA", "/data")
-    study = Study.load(path).on(bert[12])
+    slots = bert["lora" if path.stem.endswith("lora") else 12]
+    study = Study.load(path).on(slots)
     for named in study.policies:
-        plan = with_some_noise(named.policy).plan(bert[12]) if named.epsilon else named.plan(bert[12])
+        plan = with_some_noise(named.policy).plan(slots) if named.epsilon else named.plan(slots)
         if named.epsilon:  # all that leaves is clipped and noised, or there is no noise that reaches it
             assert why_infinite(plan, 100) == (), named.label
 
@@ -180,7 +186,16 @@ def make(tmp_path, monkeypatch):
     (tmp_path / "dpguard").chmod(0o755)
 
     def make(*words):
-        command = ["make", "-s", "-o", ".venv/.installed-minilm", "study", "PYTHON=false", f"BIN={tmp_path}", *words]
+        command = [
+            "make",
+            "-s",
+            "-o",
+            ".venv/.installed-minilm,lora",
+            "study",
+            "PYTHON=false",
+            f"BIN={tmp_path}",
+            *words,
+        ]
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         return done.returncode, done.stdout.splitlines()
 
@@ -196,6 +211,11 @@ def test_one_point_is_one_command(make):
     )
     status, said = make("NAME=which-part-leaks", "DATA=/d", "TASK=sst2", "MODEL=models/base")
     assert said[0] == "</d><run><studies/which-part-leaks.yaml><--out><reports/which-part-leaks-sst2-base>"
+    status, said = make("NAME=clip-prune-withhold-lora", "DATA=/d", "RANK=8")
+    assert (
+        said[0]
+        == "</d><run><studies/clip-prune-withhold-lora.yaml><--out><reports/clip-prune-withhold-lora-cola-rank-8>"
+    )
 
 
 def test_texts_that_were_not_named_are_asked_for_by_the_word_that_the_user_types(make):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpguard.errors import UserError
+from dpguard.study.cache import TENSORS, Cache, weights_key
 from dpguard.study.reuse import known, take
 from dpguard.study.store import Store
 from dpguard.study.todo import Todo
@@ -107,3 +108,26 @@ def test_what_is_ahead_is_what_then_runs(kit, tmp_path, retry_failed):
     assert set(starts(log)) == {cell.id for cell in todo.cells}
     assert summary.left == len(todo.left) == (0 if retry_failed else 1)
     assert any(cell.leg == "leakage" and cell.policy == "dp-sgd noise=0.6" for cell in todo.cells)
+
+
+def test_weights_come_along_so_that_no_cell_trains_them_again(kit, tmp_path):
+    go(kit, tmp_path / "first")
+    trained = [cell for cell in kit.cells(OTHER) if cell.leg == "utility" and cell.id in ids(kit, kit.text)]
+    assert len(trained) > 1
+
+    def write(path, made):
+        path.write_bytes(made)
+
+    def kept(folder, cell, made=lambda: b"none"):
+        return Cache(folder).entry(weights_key(cell.id), TENSORS, lambda path: path.read_bytes(), made, write)
+
+    for cell in trained:
+        kept(tmp_path / "first", cell, made=lambda cell=cell: cell.id.encode())
+    own = trained[0]
+    kept(tmp_path / "second", own, made=lambda: b"its own")
+    go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"])
+    assert kept(tmp_path / "second", own) == b"its own"
+    assert [kept(tmp_path / "second", cell) for cell in trained[1:]] == [cell.id.encode() for cell in trained[1:]]
+
+    go(kit, tmp_path / "third", text=OTHER, reuse=[tmp_path / "first"], context={"cache_gigabytes": 0})
+    assert not any(Cache(tmp_path / "third").has(weights_key(cell.id), TENSORS) for cell in trained)
