@@ -19,6 +19,8 @@ from dpguard.study.remaining import kind, words
 
 STEPS = 3
 """Training steps of a probe."""
+TEXTS = (64, 8)
+"""Texts that a step of it has at most, and in a second try where that was too long."""
 MINUTES = 0.5
 """That a probe may take; one that takes longer says "at least"."""
 
@@ -45,8 +47,8 @@ class Estimate:
         """The estimate in words.
 
         >>> Estimate(50, 400, 4, (), {}).sentence
-        'estimate: 50 s to 7 min, from 4 short probes (one message attacked, 3 training steps); other policies may \
-differ'
+        'estimate: 50 s to 7 min, from 4 short probes (one message attacked, 3 small training steps); other policies \
+may differ'
         >>> Estimate(5.1, 5.2, 1, (), {}).sentence.split(",")[0]
         'estimate: about 5 s'
         """
@@ -54,19 +56,20 @@ differ'
         text = f"estimate: about {low}" if low == high else f"estimate: {low} to {high}"
         if self.over:
             text += f" or more ({', '.join(self.over)}: the probe was ended after {60 * MINUTES:g} s)"
-        text += f", from {self.probes} short probes (one message attacked, {STEPS} training steps)"
+        text += f", from {self.probes} short probes (one message attacked, {STEPS} small training steps)"
         text += "; other policies may differ"
         return text + "".join(f"; nothing is known of {name}: {why}" for name, why in self.unknown.items())
 
 
-def short(cell: Cell) -> Cell:
-    """The cell made short: the same work, less of it."""
+def short(cell: Cell, texts: int = TEXTS[0]) -> Cell:
+    """The cell made short: the same work, less of it; training steps of at most so many texts."""
     settings: dict[str, Any] = {key: value for key, value in cell.settings.items() if key != NEEDS}
     if cell.leg == "leakage":
         settings |= {"targets": 1, "at": "start"}
     elif cell.leg == "utility" and "federation" in settings:
         settings["federation"] = {**settings["federation"], "rounds": 1}
     elif cell.leg == "utility":
+        settings["batch_size"] = min(settings["batch_size"], texts)
         examples = settings.get("train_examples") or cell.data["train"]
         settings["epochs"] = min(settings["epochs"], STEPS * settings["batch_size"] / examples)
     return replace(cell, settings=settings)
@@ -83,8 +86,13 @@ def whole(cell: Cell, record: Record) -> float:
         return float(max(0.0, took - each) + each * int(cell.settings["targets"]) * moments)
     if cell.leg == "utility":
         trained, steps = float(result["train_seconds"]), max(1, int(result["steps"]))
-        return max(0.0, took - trained) + trained / steps * _steps(cell)
+        larger = cell.settings["batch_size"] / record.cell.settings["batch_size"] if _central(cell) else 1.0
+        return max(0.0, took - trained) + trained / steps * larger * _steps(cell)
     return took
+
+
+def _central(cell: Cell) -> bool:
+    return cell.leg == "utility" and "federation" not in cell.settings
 
 
 def _steps(cell: Cell) -> int:
@@ -123,10 +131,13 @@ def estimate(cells: Sequence[Cell], executor: Callable[[], Executor]) -> Estimat
     try:
         # The first one makes what all share, so it runs alone, and once more with the others.
         first = _answers(probed[:1], runner)
-        for cell, record in _answers(probed, runner):
+        answers = _answers(probed, runner)
+        late = [cell for cell, record in answers if _late(record) and short(cell) != short(cell, TEXTS[1])]
+        answers = [(cell, record) for cell, record in answers if cell not in late] + _answers(late, runner, TEXTS[1])
+        for cell, record in answers:
             if record.status == "done":
                 found[kind(cell)].append(whole(cell, record))
-            elif record.provenance.get("failure") == "time":
+            elif _late(record):
                 found[kind(cell)].append(60 * MINUTES * (1 if cell.leg == "guarantee" else 2))
                 over[kind(cell)] = None
             elif record.status == "failed":
@@ -140,7 +151,11 @@ def estimate(cells: Sequence[Cell], executor: Callable[[], Executor]) -> Estimat
     return Estimate(low, high, len(probed), tuple(over), missing)
 
 
-def _answers(cells: Sequence[Cell], runner: Executor) -> list[tuple[Cell, Record]]:
+def _late(record: Record) -> bool:
+    return record.provenance.get("failure") == "time"
+
+
+def _answers(cells: Sequence[Cell], runner: Executor, texts: int = TEXTS[0]) -> list[tuple[Cell, Record]]:
     """Each cell with the record of its short form."""
     waiting, running, found = list(cells), dict[str, Cell](), []
     wake, ring = os.pipe()
@@ -148,8 +163,9 @@ def _answers(cells: Sequence[Cell], runner: Executor) -> list[tuple[Cell, Record
         while waiting or running:
             while len(running) < runner.places and (cell := next((c for c in waiting if runner.takes(c)), None)):
                 waiting.remove(cell)
-                runner.start(short(cell))
-                running[short(cell).id] = cell
+                started = short(cell, texts)
+                runner.start(started)
+                running[started.id] = cell
             found += [(running.pop(record.cell.id), record) for record, _texts in runner.wait(wake)]
     finally:
         os.close(wake)

@@ -309,7 +309,9 @@ class StudyFile(Section):
         description="letters, digits, '-', '_' and '.', because it names the folder of the records"
     )
     question: str = Field(default="", description="a sentence")
-    model: Text = Field(description="'demo', a folder with a model, or a hub name; +lora8 after it: inside a fresh LoRA")
+    model: Text = Field(
+        description="'demo', a folder with a model, or a hub name; +lora8 after it: inside a fresh LoRA"
+    )
     data: Annotated[Source, BeforeValidator(_as_source)] = Field(
         description="'demo', a file of texts, a hub name, or a mapping with 'path'"
     )

@@ -24,6 +24,9 @@ def test_a_probe_is_the_cell_made_short(kit):
     training = short(one(kit, "utility"))
     assert training.settings["epochs"] == pytest.approx(3 * 50 / 1000)
     assert short(one(kit, "guarantee")) == one(kit, "guarantee")
+    large = replace(training, settings={**one(kit, "utility").settings, "batch_size": 500})
+    assert [short(large, texts).settings["batch_size"] for texts in (64, 8)] == [64, 8]
+    assert short(large).settings["epochs"] == pytest.approx(3 * 64 / 1000)
 
 
 def test_what_grows_is_scaled_up(kit):
@@ -42,6 +45,9 @@ def test_what_grows_is_scaled_up(kit):
     result = {"train_seconds": 0.6, "steps": 3}
     record = Record(short(training), "done", result=result, provenance={"seconds": 1.0})
     assert whole(training, record) == pytest.approx(0.4 + 40 * 0.2)
+    large = replace(training, settings={**training.settings, "batch_size": 500, "epochs": 2})
+    record = replace(record, cell=short(large))
+    assert whole(large, record) == pytest.approx(0.4 + 4 * 0.2 * 500 / 64)
 
 
 def test_every_kind_is_probed_at_most_twice(kit):
@@ -67,3 +73,39 @@ def test_an_ended_probe_says_at_least():
         " or more (leakage at start: the probe was ended after 30 s)"
         in Estimate(1, 2, 3, ("leakage at start",), {}).sentence
     )
+
+
+class Late:
+    """Trainings with more texts a step than ``most`` are ended at the limit; others take 1 s a step."""
+
+    places = 1
+
+    def __init__(self, most):
+        self.most, self.asked = most, []
+
+    def takes(self, cell):
+        return True
+
+    def start(self, cell):
+        self.cell = cell
+        self.asked.append(cell.settings["batch_size"])
+
+    def wait(self, wake, timeout=None):
+        if self.cell.settings["batch_size"] > self.most:
+            return [(Record(self.cell, "failed", reason="slow", provenance={"failure": "time", "seconds": 30.0}), [])]
+        result = {"train_seconds": 3.0, "steps": 3}
+        return [(Record(self.cell, "done", result=result, provenance={"seconds": 3.0}), [])]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("most", "over"), [(64, ()), (8, ()), (1, ("utility",))])
+def test_large_steps_are_probed_small_and_smaller_where_that_is_too_long(kit, most, over):
+    large = replace(one(kit, "utility"), settings={**one(kit, "utility").settings, "batch_size": 500})
+    executor = Late(most)
+    found = estimate([large], lambda: executor)
+    assert found.over == over
+    assert executor.asked[-1] == max(8, most)
+    if not over:  # 4 steps of 500 texts, each as long as 500 / most small ones
+        assert found.high == pytest.approx(found.low) == pytest.approx(4 * 500 / most + (3.0 if most == 64 else 30.0))
