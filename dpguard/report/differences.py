@@ -37,6 +37,11 @@ class Differences:
     reference: str
     rows: tuple[Difference, ...]
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which of ``leakage`` and ``utility`` some row has a figure of."""
+        return tuple(name for name in ("leakage", "utility") if any(getattr(row, name) for row in self.rows))
+
 
 def differences(result: StudyResult, table: Frontier, reference: str) -> Differences:
     """Compute the differences of every other policy that was measured.

@@ -335,3 +335,10 @@ def test_where_only_the_control_is_trained_the_map_leads(tmp_path):
     assert links.index("#map") < links.index("#frontier") < links.index("#leaks")
     assert "on the front" not in page  # one policy of several beats nothing that was measured
     assert "figures/tradeoff" not in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_differences_show_what_was_measured_and_no_empty_columns(study, tmp_path):
+    render(replace(study, records=[r for r in study.records if r.cell.leg != "utility"]), tmp_path)
+    section = (tmp_path / "report.html").read_text().partition('<h2 id="differences">')[2].partition("</section>")[0]
+    assert section.count('<th role="columnheader"') == 3 * section.count("<table")
+    assert "Accuracy" not in section
