@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ ADAPTED = frozenset({"query", "value", "qkv"})
 """Roles of the layers that a fresh LoRA sits on, the LoRA paper's choice (arXiv 2106.09685, section 4.2)."""
 SCALE = 2.0
 """Alpha over rank of a fresh LoRA."""
-_ADDED = re.compile(r"(?P<base>.+)\+lora(?P<rank>[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,17 @@ def added(name: str) -> Added | None:
 
     >>> added("minilm+lora8")
     Added(base='minilm', rank=8)
+
+    Raises:
+        UserError: something else after a plus.
     """
-    found = _ADDED.fullmatch(name)
-    return Added(found["base"], int(found["rank"])) if found and not expanded(name).exists() else None
+    base, plus, more = name.rpartition("+")
+    if not plus or "/" in more or expanded(name).exists():
+        return None
+    rank = more.removeprefix("lora")
+    if not base or rank == more or not (rank.isascii() and rank.isdecimal()):
+        raise UserError(f"no model {name!r}; expected a folder of that name, or +lora and a rank, as in 'minilm+lora8'")
+    return Added(base, int(rank))
 
 
 def saved(name: str) -> Saved | None:

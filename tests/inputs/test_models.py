@@ -273,8 +273,11 @@ def test_a_fresh_lora_that_cannot_be_made(tmp_path, monkeypatch):
             models.load(f"{base}+lora{rank}")
     with pytest.raises(UserError, match="is an adapter; expected its base model"):
         models.load(f"{folder}+lora4")
+    for wrong in ("loar4", "lora", "lora-4", "lora4.5", ""):
+        with pytest.raises(UserError, match=r"or \+lora and a rank, as in 'minilm\+lora8'"):
+            models.load(f"{base}+{wrong}")
     with pytest.raises(UserError, match="no model folder"):
-        models.load(f"{base}+loar4")
+        models.load("./c++/nowhere")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="needs PEFT"):
         models.load(f"{base}+lora4")
