@@ -19,7 +19,7 @@ from dpguard.study.remaining import kind, words
 
 STEPS = 3
 """Training steps of a probe."""
-TEXTS = (64, 8)
+TEXTS = (64, 16)
 """Texts that a step of it has at most, and in a second try where that was too long."""
 MINUTES = 0.5
 """That a probe may take; one that takes longer says "at least"."""

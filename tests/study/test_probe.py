@@ -25,7 +25,7 @@ def test_a_probe_is_the_cell_made_short(kit):
     assert training.settings["epochs"] == pytest.approx(3 * 50 / 1000)
     assert short(one(kit, "guarantee")) == one(kit, "guarantee")
     large = replace(training, settings={**one(kit, "utility").settings, "batch_size": 500})
-    assert [short(large, texts).settings["batch_size"] for texts in (64, 8)] == [64, 8]
+    assert [short(large, texts).settings["batch_size"] for texts in (64, 16)] == [64, 16]
     assert short(large).settings["epochs"] == pytest.approx(3 * 64 / 1000)
 
 
@@ -100,12 +100,12 @@ class Late:
         pass
 
 
-@pytest.mark.parametrize(("most", "over"), [(64, ()), (8, ()), (1, ("utility",))])
+@pytest.mark.parametrize(("most", "over"), [(64, ()), (16, ()), (1, ("utility",))])
 def test_large_steps_are_probed_small_and_smaller_where_that_is_too_long(kit, most, over):
     large = replace(one(kit, "utility"), settings={**one(kit, "utility").settings, "batch_size": 500})
     executor = Late(most)
     found = estimate([large], lambda: executor)
     assert found.over == over
-    assert executor.asked[-1] == max(8, most)
+    assert executor.asked[-1] == max(16, most)
     if not over:  # 4 steps of 500 texts, each as long as 500 / most small ones
         assert found.high == pytest.approx(found.low) == pytest.approx(4 * 500 / most + (3.0 if most == 64 else 30.0))
