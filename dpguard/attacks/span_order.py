@@ -66,7 +66,7 @@ def read_order(
     if seen.disclosed.texts != 1 or not decoder or any(slot.role == "position_embedding" for slot in slots(seen.model)):
         return None
     chosen = [s for s in usable(seen, sites)[0] if s.block == 0 and s.role in {"value", "qkv"}]
-    evidence = gather(seen, chosen[:1], causal=True, most=1)
+    evidence = gather(seen, chosen, causal=True, most=1)
     if not evidence or evidence[0].span.blurred or evidence[0].span.drifted:
         return None
     special = tokens.new_tensor(frame.wrap([]))

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.special import betainc
 from torch import Tensor
 
 ACCUMULATED = 64.0
@@ -33,6 +34,8 @@ RESOLUTION = 1e-3
 """A figure above this cannot tell a true input from that of a text with one other word."""
 SPARE = 4
 """Directions outside the span that a certificate needs: fewer, and a random vector might lie in it."""
+WORDS, CHANCE = 3e5, 1e-3
+"""Words that might have stood in each place, and the largest expected number of them that may fit by chance."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,15 @@ class Span:
         if self.drifted or self.inputs - self.rank < SPARE or not len(vectors):
             return False
         residual, allowed = self.outside(vectors)
-        return bool((residual <= allowed).all() and (allowed <= RESOLUTION).all())
+        fits = bool((residual <= allowed).all() and (allowed <= RESOLUTION).all())
+        return fits and self.chance(float(allowed.max())) * WORDS * len(vectors) <= CHANCE
+
+    def chance(self, residual: float) -> float:
+        """How likely a random vector has at most this residual, which is Beta distributed.
+
+        In few dimensions, as LoRA's B has, words fit by chance that no precision of wide layers lets pass.
+        """
+        return float(betainc((self.inputs - self.rank) / 2, self.rank / 2, min(1.0, residual)))
 
 
 def span_of(gradient: Tensor, noise: float = 0.0, *, drifted: bool = False) -> Span | None:

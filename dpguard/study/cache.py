@@ -109,12 +109,15 @@ class Cache:
         return self.room > 0 and self._path(key, suffix).is_file()
 
     def adopt(self, other: Cache, key: Mapping[str, Any], suffix: str) -> None:
-        """Copy another cache's entry where this one has none; without room for it nothing happens."""
+        """Copy another cache's entry where this one has none, if nothing has to go for it."""
         source, path = other._path(key, suffix), self._path(key, suffix)
-        if self.room > 0 and source.is_file() and not path.exists():
+        if path.exists() or not source.is_file():
+            return
+        size = source.stat().st_size
+        if self.keeps(size) and size + sum(entry.bytes for entry in self.entries()) <= self.room:
 
             def copy(part: Path, found: Path) -> None:
-                shutil.copyfile(found, part)
+                shutil.copy2(found, part)  # as private as it was, and as old
 
             self._keep(path, source, copy)
 

@@ -61,7 +61,10 @@ def take(store: Store, cells: Iterable[Cell], folders: Sequence[Path], *, show_t
 
 
 def take_weights(cache: Cache, ids: Iterable[str], folders: Sequence[Path]) -> None:
-    """Copy the weights that cells ended with, where a folder still has them: no cell trains them again then."""
+    """Copy the weights that cells ended with, where a folder still has them: no cell trains them again then.
+
+    A federation's weights, of every round that is observed and of every client, are made again.
+    """
     for cell_id, folder in itertools.product(sorted(ids), folders):
         cache.adopt(Cache(folder), weights_key(cell_id), TENSORS)
 

@@ -105,7 +105,8 @@ def run(
             Cache(folder).tidy()
             own = [cell for cell in cells if only is None or cell.id in only]
             taken = take(store, own, reuse, show_text=show_text)
-            take_weights(cache_of({**(context or {}), "folder": folder}), taken, reuse)
+            given = context or {}
+            take_weights(cache_of({**given, "folder": folder}), taken & set(given.get("keep_weights", ())), reuse)
             todo = Todo.of(own, store, retry_failed=retry_failed)
             with Interrupts() as interrupts, Display(len(todo.cells), quiet=quiet) as display:
                 driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)

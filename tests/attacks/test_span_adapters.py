@@ -9,6 +9,7 @@ import torch
 
 from dpguard.attacks import span
 from dpguard.attacks.span_evidence import gather
+from dpguard.attacks.span_rank import Span
 from dpguard.attacks.span_sites import sites_of
 from tests import messages, tiny
 
@@ -90,11 +91,35 @@ def test_one_b_matrix_is_enough(block: int, layer: str) -> None:
 
 def test_another_text_is_never_certain_from_b() -> None:
     seen, _ = _seen("bert", ADAPTERS, **FIRST)
-    shuffled = {
-        name: value.flatten()[torch.randperm(value.numel())].view_as(value) for name, value in seen.message.items()
+    source = torch.Generator().manual_seed(0)
+    turned = {
+        name: value @ torch.linalg.qr(torch.randn(value.shape[1], value.shape[1], generator=source)).Q
+        for name, value in seen.message.items()
     }
-    found = _run(replace(seen, message=shuffled))
+    found = _run(replace(seen, message=turned))
+    assert found.sequences  # the rank is the text's still, so that a text is looked for
     assert not any(found.certain)
+
+
+def test_a_word_that_fits_by_chance_in_few_dimensions_proves_nothing() -> None:
+    """Twelve tokens leave four of B's 16 directions; with an error of 1e-3 some of 300,000 words lie in the rest."""
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q[:12]
+    values = torch.ones(12, dtype=torch.float64)
+    exact, noised = (Span(basis, values, tail, 16) for tail in (1e-14, 3e-6))
+    wide = Span(torch.nn.functional.pad(basis, (0, 368)), values, 3e-6, 384)
+    assert exact.holds(basis)
+    assert noised.outside(basis)[1].max() < 1e-3
+    assert not noised.holds(basis)
+    assert wide.holds(wide.basis)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("selector", ["block[0].adapters", "name:*layers.0.*lora_B*"])
+def test_whoever_sees_a_too_reads_no_less(family: str, selector: str) -> None:
+    rows = [{"layers": "all", "share": False}, {"layers": selector, "share": True}]
+    seen, true = _seen(family, rows, **{**FIRST, "r": 32})
+    found = _run(seen)
+    assert (found.sequences, found.certain) == ([true], [True])
 
 
 def test_a_layer_is_never_taken_for_its_adapter() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from dpguard.errors import UserError
@@ -125,9 +127,26 @@ def test_weights_come_along_so_that_no_cell_trains_them_again(kit, tmp_path):
         kept(tmp_path / "first", cell, made=lambda cell=cell: cell.id.encode())
     own = trained[0]
     kept(tmp_path / "second", own, made=lambda: b"its own")
-    go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"])
+    *needed, last = [cell.id for cell in trained]
+    go(kit, tmp_path / "second", text=OTHER, reuse=[tmp_path / "first"], context={"keep_weights": needed})
     assert kept(tmp_path / "second", own) == b"its own"
-    assert [kept(tmp_path / "second", cell) for cell in trained[1:]] == [cell.id.encode() for cell in trained[1:]]
+    assert [kept(tmp_path / "second", cell) for cell in trained[1:-1]] == [cell.id.encode() for cell in trained[1:-1]]
+    assert not Cache(tmp_path / "second").has(weights_key(last), TENSORS)  # no attack wants them
 
-    go(kit, tmp_path / "third", text=OTHER, reuse=[tmp_path / "first"], context={"cache_gigabytes": 0})
-    assert not any(Cache(tmp_path / "third").has(weights_key(cell.id), TENSORS) for cell in trained)
+    for name, room in (("none", 0), ("one", 30e-9), ("half", 50e-9)):  # of entries of 20 bytes, each at most half
+        context = {"cache_gigabytes": room, "keep_weights": [cell.id for cell in trained]}
+        go(kit, tmp_path / name, text=OTHER, reuse=[tmp_path / "first"], context=context)
+        held = sum(Cache(tmp_path / name).has(weights_key(cell.id), TENSORS) for cell in trained)
+        assert held == {"none": 0, "one": 0, "half": 2}[name]
+
+
+def test_weights_stay_as_private_and_as_old_as_they_were(tmp_path):
+    one, two = Cache(tmp_path / "one"), Cache(tmp_path / "two")
+    key = weights_key("a")
+    one.entry(key, TENSORS, lambda path: path.read_bytes(), lambda: b"x", lambda path, made: path.write_bytes(made))
+    [entry] = one.entries()
+    entry.path.chmod(0o600)
+    os.utime(entry.path, (1e9, 1e9))
+    two.adopt(one, key, TENSORS)
+    [copy] = two.entries()
+    assert (copy.path.stat().st_mode & 0o777, copy.used) == (0o600, 1e9)
