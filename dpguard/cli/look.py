@@ -86,15 +86,15 @@ def attack_once(
 def attacks_of(model: str, asked: Sequence[str] | None, threat: Threat = Threat()) -> list[str]:  # noqa: B008 (frozen)
     """The attacks of a look: those asked for, each with its own preset, in the panel's order, else the panel's.
 
-    Without any asked for, the demo model gets its quicker panel; ``match`` alone is the whole of it there too. Where
-    candidates are disclosed, the attack that reads them is among it.
+    Without any asked for, the demo model, with LoRA or without, gets its quicker panel; ``match`` alone is the whole of
+    it there too. Where candidates are disclosed, the attack that reads them is among it.
 
     >>> attacks_of("demo", ["combined", "match"]), attacks_of("demo", None)
     (['match', 'combined'], ['rows', 'span', 'match:demo', 'combined'])
     """
     if asked:
         return in_order(LATEST, asked)
-    panel = "demo" if model == "demo" else LATEST
+    panel = "demo" if model == "demo" or model.startswith("demo+lora") else LATEST
     names = [name for name in PANELS[panel] if name != FLOOR]
     return in_order(panel, [*names, "likelihood"]) if threat.candidates else names
 

@@ -32,7 +32,9 @@ app.add_typer(records.app, name="records")
 Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of records and report.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Model = Annotated[str, typer.Option("--model", help="demo, minilm, a local folder, or a hub name.")]
+Model = Annotated[
+    str, typer.Option("--model", help="demo, minilm, a local folder, or a hub name; +lora8 after it: with LoRA.")
+]
 Targets = Annotated[int, typer.Option("--targets", min=1, help="Messages to attack.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts in one message.")]
 
@@ -322,7 +324,12 @@ def export(
 
 @app.command()
 def layers(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, minilm, a local folder, or a hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="demo, minilm, a local folder, or a hub name; +lora8 after it: with LoRA."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Show a model's blocks and roles with their share of parameters."""

@@ -16,6 +16,7 @@ from dpguard.federation.settings import Settings
 from dpguard.inputs import models
 from dpguard.inputs.family import slots
 from dpguard.inputs.models import LoadedModel
+from dpguard.policy.layers import ADAPTERS
 from dpguard.policy.table import Plan, Policy
 from dpguard.report.frontier import frontier
 from dpguard.report.recommend import Recommendation, recommend
@@ -231,8 +232,10 @@ def fill(to: str, folder: Path, made: Rehearsal, values: Mapping[str, str]) -> N
 
     The files of a project are kept with the suffix ``.txt``, so that nothing imports them here.
     """
-    form = made.message
+    form, lora = made.message, any(slot.role in ADAPTERS for slot in made.model.slots)
     values = {
+        "LORA": "[lora]" if lora else "",  # what the project installs reads the model
+        "AND_LORA": ",lora" if lora else "",
         "POLICY": made.policy,
         "MODEL": made.model.name,
         "LABELS": str(made.model.labels),

@@ -25,7 +25,7 @@ from dpguard.federation.settings import Settings
 from dpguard.federation.split import Parts
 from dpguard.federation.superlink import simulate
 from dpguard.inputs.adapters import absolute
-from dpguard.inputs.models import LoadedModel
+from dpguard.inputs.models import READY, LoadedModel
 from dpguard.inputs.texts import Example
 from dpguard.policy.ledger import Ledger
 from dpguard.policy.table import Plan
@@ -148,7 +148,7 @@ def _write(
     """What the app's processes need to know, texts among it; nothing of it outlives the run."""
     (folder / "state").mkdir()
     known = {
-        "model": absolute(model.name), "hash": model.fingerprint,
+        "model": absolute(model.name, READY), "hash": model.fingerprint,
         "rows": [dict(row) for row in plan.rows], "plan": plan.hash,
         "settings": asdict(settings), "parts": [list(part) for part in parts],
         "texts": [[e.text, e.label] for e in train], **more, "keep": sorted(more["keep"]),

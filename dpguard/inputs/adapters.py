@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def attached(name: str, module: nn.Module, folder: Path) -> nn.Module:
 
 
 def with_lora(name: str, module: nn.Module, rank: int) -> nn.Module:
-    """A model inside a fresh LoRA on the query and value of every block; only the LoRA and the head are trainable.
+    """A model inside a fresh LoRA on the query and value (or fused qkv) of every block; it and the head are trainable.
 
     As in the LoRA paper (arXiv 2106.09685, section 4.1) A is drawn, from torch's global generator, and B is zero: the
     model's outputs are the base model's, and the first gradient is B's alone.
@@ -125,12 +126,12 @@ def with_lora(name: str, module: nn.Module, rank: int) -> nn.Module:
     return peft.get_peft_model(module, config)  # type: ignore[no-any-return]
 
 
-def absolute(name: str) -> str:
-    """The same model, named so that it is found from any working folder."""
+def absolute(name: str, bundled: Container[str] = ()) -> str:
+    """The same model, named so that it is found from any working folder; ``bundled`` names are no folders."""
     new = added(name)
     base = new.base if new else name
     folder = expanded(base)
-    place = str(folder.resolve()) if folder.is_dir() else base
+    place = str(folder.resolve()) if base not in bundled and folder.is_dir() else base
     return f"{place}+lora{new.rank}" if new else place
 
 

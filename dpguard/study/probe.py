@@ -20,7 +20,7 @@ from dpguard.study.remaining import kind, words
 STEPS = 3
 """Training steps of a probe."""
 TEXTS = (64, 16)
-"""Texts that a step of it has at most, and in a second try where that was too long."""
+"""Texts that a step of it has at most; for a larger step both are probed, which tells a step's cost from a text's."""
 MINUTES = 0.5
 """That a probe may take; one that takes longer says "at least"."""
 
@@ -75,8 +75,14 @@ def short(cell: Cell, texts: int = TEXTS[0]) -> Cell:
     return replace(cell, settings=settings)
 
 
-def whole(cell: Cell, record: Record) -> float:
-    """Seconds of the whole cell, from the record of the short one."""
+def whole(cell: Cell, record: Record, smaller: Record | None = None) -> float:
+    """Seconds of the whole cell, from the record of the short one.
+
+    Args:
+        cell: the cell.
+        record: of its short form.
+        smaller: of a form with fewer texts a step; without it a step costs nothing but its texts.
+    """
     took, result = float(record.provenance["seconds"]), record.result
     if cell.leg == "leakage":
         # an attack's time is that of the whole message, and stands beside each of its texts
@@ -85,14 +91,26 @@ def whole(cell: Cell, record: Record) -> float:
         moments = len(cell.settings["observe"]) if cell.settings["at"] == "rounds" else 1
         return float(max(0.0, took - each) + each * int(cell.settings["targets"]) * moments)
     if cell.leg == "utility":
-        trained, steps = float(result["train_seconds"]), max(1, int(result["steps"]))
-        larger = cell.settings["batch_size"] / record.cell.settings["batch_size"] if _central(cell) else 1.0
-        return max(0.0, took - trained) + trained / steps * larger * _steps(cell)
+        step = (
+            _step(record) if "federation" in cell.settings else _step_of(cell.settings["batch_size"], record, smaller)
+        )
+        return max(0.0, took - float(result["train_seconds"])) + step * _steps(cell)
     return took
 
 
-def _central(cell: Cell) -> bool:
-    return cell.leg == "utility" and "federation" not in cell.settings
+def _step(record: Record) -> float:
+    """Seconds of one of its steps or rounds."""
+    return float(record.result["train_seconds"]) / max(1, int(record.result["steps"]))
+
+
+def _step_of(texts: int, record: Record, smaller: Record | None) -> float:
+    """Seconds of a step of so many texts: a part that every step costs, and one that grows with its texts."""
+    probed, step, each = int(record.cell.settings["batch_size"]), _step(record), 0.0
+    if smaller is not None:
+        less = int(smaller.cell.settings["batch_size"])
+        each = min(step / probed, max(0.0, (step - _step(smaller)) / (probed - less)))
+    each = each or step / probed
+    return step + each * (texts - probed)
 
 
 def _steps(cell: Cell) -> int:
@@ -132,11 +150,14 @@ def estimate(cells: Sequence[Cell], executor: Callable[[], Executor]) -> Estimat
         # The first one makes what all share, so it runs alone, and once more with the others.
         first = _answers(probed[:1], runner)
         answers = _answers(probed, runner)
-        late = [cell for cell, record in answers if _late(record) and short(cell) != short(cell, TEXTS[1])]
-        answers = [(cell, record) for cell, record in answers if cell not in late] + _answers(late, runner, TEXTS[1])
+        large = [cell for cell in probed if _is_large(cell)]
+        second = {cell.id: record for cell, record in _answers(large, runner, TEXTS[1]) if record.status == "done"}
         for cell, record in answers:
+            smaller = second.get(cell.id)
+            if _late(record) and smaller is not None:
+                record, smaller = smaller, None
             if record.status == "done":
-                found[kind(cell)].append(whole(cell, record))
+                found[kind(cell)].append(whole(cell, record, smaller))
             elif _late(record):
                 found[kind(cell)].append(60 * MINUTES * (1 if cell.leg == "guarantee" else 2))
                 over[kind(cell)] = None
@@ -149,6 +170,11 @@ def estimate(cells: Sequence[Cell], executor: Callable[[], Executor]) -> Estimat
     low, high = (once + sum(counts[name] * of(found[name]) for name in found) / runner.places for of in (min, max))
     missing = {name: why for name, why in unknown.items() if name not in found}
     return Estimate(low, high, len(probed), tuple(over), missing)
+
+
+def _is_large(cell: Cell) -> bool:
+    """Whether a training step has more texts than a probe's."""
+    return cell.leg == "utility" and "federation" not in cell.settings and cell.settings["batch_size"] > TEXTS[0]
 
 
 def _late(record: Record) -> bool:

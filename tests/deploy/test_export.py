@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from dpguard.deploy import golden, selftest
-from dpguard.deploy.export import export
+from dpguard.deploy.export import export, fill
 from dpguard.deploy.exporters.opacus import opacus_arguments
 from dpguard.deploy.rehearsal import Rehearsal
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
 from dpguard.policy.table import Policy
+from tests import tiny
 from tests.deploy import cases, records
 from tests.deploy.cases import DELTA
 
@@ -363,3 +366,18 @@ def _environment():
     import os
 
     return {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("framework", ["opacus", "flower", "nvflare"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_project_on_a_model_with_lora_installs_what_reads_it(framework, lora, tmp_path):
+    made = cases.model()
+    if lora:
+        made = replace(made, module=tiny.lora(made.module))
+    draft = cases.rehearsal("dp-sgd, gradients", made=made)
+    fill(framework, tmp_path, draft, {})
+    [told] = [p for p in tmp_path.iterdir() if p.name in ("requirements.txt", "pyproject.toml")]
+    needs = re.findall(r"dpguard(?:\[([a-z,]*)\])?(?:==|\")", told.read_text())
+    assert needs
+    assert any("lora" in extras.split(",") for extras in needs) == lora
+    assert "LORA@" not in told.read_text()

@@ -290,4 +290,5 @@ def test_a_folder_that_is_called_like_a_fresh_lora_is_itself(tmp_path, monkeypat
     save(tmp_path / "base")
     assert adapters.absolute("./base+lora4") == f"{tmp_path}/base+lora4"
     assert adapters.absolute("base") == f"{tmp_path}/base"
+    assert adapters.absolute("base+lora4", {"base"}) == "base+lora4"  # loaded as the bundled one, whatever lies here
     assert adapters.absolute("minilm+lora4") == "minilm+lora4"
