@@ -104,22 +104,25 @@ def test_the_table_of_the_identification_study_is_its_frontier():
 def counted(folder: str) -> pd.DataFrame:
     """Exact or not, for every reconstruction that was made from a message of a committed study."""
     scores = pd.read_parquet(ROOT / "reports" / folder / "scores.parquet")
+    scores = scores[scores.status == "done"]
     # an answer that a later attack took over is the same reconstruction
     own = (scores.attack != "prior") & ~scores.inherited.astype(bool)
     return scores[own & (scores.metric == "exact_match")]
 
 
 def counts() -> dict[str, tuple[int, int]]:
-    """What the map and its headline say in counts: (how many, of how many)."""
-    exact = counted("which-part-leaks-cola")
-    one = exact[exact.sweep_part.notna()].groupby("at").value
-    sure = exact[exact.certain.astype(bool)]
-    assert (sure.value == 1).all()
-    found = {
-        "pretrained": (one.sum()["start"], one.size()["start"]),
-        "fine-tuned": (one.sum()["tuned"], one.size()["tuned"]),
-        "certain": (len(sure), len(exact)),
-    }
+    """What the maps and their headline say in counts: (how many, of how many)."""
+    found = {}
+    for task, before in (("cola", ""), ("rotten_tomatoes", "reviews, ")):
+        exact = counted(f"which-part-leaks-{task}")
+        one = exact[exact.sweep_part.notna()].groupby("at").value
+        sure = exact[exact.certain.astype(bool)]
+        assert (sure.value == 1).all()
+        found |= {
+            f"{before}pretrained": (one.sum()["start"], one.size()["start"]),
+            f"{before}fine-tuned": (one.sum()["tuned"], one.size()["tuned"]),
+            f"{before}certain": (len(sure), len(exact)),
+        }
     for size in (1, 2, 4):
         exact = counted(f"which-part-leaks-headline-cola-batch-{size}")
         best = exact.groupby(["policy", "attack"]).value.agg(["sum", "size"]).groupby("policy").max()
@@ -148,6 +151,8 @@ def test_the_counts_of_the_map_study_are_its_records():
     assert re.search(rf"\b{held['fine-tuned'][0]}\b", PAGES[0].read_text("utf-8"))
     five = quoted_counts(ROOT / "reports/which-part-leaks-cola/five-sentences.md")
     assert {held[name] for name in ("pretrained", "fine-tuned", "certain")} <= five
+    five = quoted_counts(ROOT / "reports/which-part-leaks-rotten_tomatoes/five-sentences.md")
+    assert {held[f"reviews, {name}"] for name in ("pretrained", "fine-tuned", "certain")} <= five
     for size in (1, 4):
         path = ROOT / f"reports/which-part-leaks-headline-cola-batch-{size}/five-sentences.md"
         assert held[f"batch {size}"] in quoted_counts(path)
