@@ -27,6 +27,8 @@ from dpguard.inputs.demo import bundle
 from dpguard.inputs.family import Family, family_of, slots
 
 HUB_SECONDS = 2.0
+LONGEST = 255
+"""Bytes of a folder's name on common file systems."""
 # without any of these transformers makes an empty tokenizer that turns every word into [UNK]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -108,6 +110,8 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
             no known family, a parameter of no known role, an adapter of a missing base model or of
             another kind or size, a rank that no layer has room for, or PEFT not installed.
     """
+    if any(len(os.fsencode(part)) > LONGEST for part in Path(name).parts):
+        raise UserError(f"no model {name[:40] + '...'!r}; expected a name of at most {LONGEST} bytes")
     added = adapters.added(name)
     base = added.base if added else name
     adapter = adapters.saved(base) if base not in READY else None

@@ -278,6 +278,8 @@ def test_a_fresh_lora_that_cannot_be_made(tmp_path, monkeypatch):
             models.load(f"{base}+{wrong}")
     with pytest.raises(UserError, match="no model folder"):
         models.load("./c++/nowhere")
+    with pytest.raises(UserError, match="at most 255 bytes"):
+        models.load(f"./{'m' * 256}+lora4")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="needs PEFT"):
         models.load(f"{base}+lora4")
