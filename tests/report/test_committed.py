@@ -52,7 +52,8 @@ def test_the_frontier_is_the_records(folder):
     [metric] = set(table.leakage_metric)
     means = scores[scores.metric == metric].groupby(["policy", "attack", "at"]).value.mean()
     strongest = means.groupby("policy").max()
-    assert set(strongest.index) == set(table.index[table.leakage.notna()])
+    short = set(scores[scores.status == "missing"].policy)  # a policy with a cell to run has no leakage yet
+    assert set(strongest.index) - short == set(table.index[table.leakage.notna()])
     for policy, row in table[table.leakage.notna()].iterrows():
         assert row.leakage == pytest.approx(strongest[policy], abs=1e-6), policy
         assert means[policy, row.attack].max() == pytest.approx(row.leakage, abs=1e-6), (policy, row.attack)
