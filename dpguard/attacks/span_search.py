@@ -76,17 +76,17 @@ class Search:
         self.probe, self.evidence, self.limit, self.common = probe, evidence, limit, list(common)
         self.free = (~fixed).nonzero().flatten().tolist()
 
-    def score(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) energies and (B, L) residuals of (B, L) texts; in pieces, for states are wide."""
-        parts = ids.split(max(1, CHUNK_TOKENS // max(1, ids.shape[1])))  # type: ignore[no-untyped-call]
-        found = [self.evidence.energy(self.probe.states(self.evidence.site.layer, part)) for part in parts]
-        return torch.cat([energy for energy, _ in found]), torch.cat([rows for _, rows in found])
+    def score(self, ids: Tensor, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+        """(B,) energies and (B, L) residuals of (B, L) texts; in pieces, for states are wide.
 
-    def rough(self, ids: Tensor) -> Tensor:
-        """(B,) energies of (B, L) texts, in bfloat16 where that is quicker: good enough to put texts in order."""
+        Args:
+            ids: the texts.
+            rough: in bfloat16 where that is quicker, good enough to put texts in order.
+        """
         parts = ids.split(max(1, CHUNK_TOKENS // max(1, ids.shape[1])))  # type: ignore[no-untyped-call]
         layer = self.evidence.site.layer
-        return torch.cat([self.evidence.energy(self.probe.states(layer, part, rough=True))[0] for part in parts])
+        found = [self.evidence.energy(self.probe.states(layer, part, rough=rough)) for part in parts]
+        return torch.cat([energy for energy, _ in found]), torch.cat([rows for _, rows in found])
 
     def promising(self, ids: Tensor, places: Sequence[int] = ()) -> tuple[list[int], Tensor, Tensor]:
         """The texts of (B, L) that are worth it, with their scores: indices, (k,) energies, (k, L) residuals.
@@ -97,7 +97,7 @@ class Search:
         """
         if len(ids) <= SURE or search_dtype(self.probe.embedding) == torch.float32:
             return list(range(len(ids))), *self.score(ids)
-        order = self.rough(ids).argsort().tolist()
+        order = self.score(ids, rough=True)[0].argsort().tolist()
         best = {places[k]: k for k in reversed(order)} if places else {}
         picked = list(dict.fromkeys([*order[:SURE], *best.values()]))
         scored = self.probe.scored

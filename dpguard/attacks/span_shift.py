@@ -28,7 +28,7 @@ def realign(search: Search, trail: Trail, tokens: Tensor) -> bool:
     texts = trail.ids.new_tensor(list(drafts))[: max(0, search.limit - search.probe.scored)]
     if not len(texts):
         return False
-    order = search.rough(texts).argsort()[:PAIRS]
+    order = search.score(texts, rough=True)[0].argsort()[:PAIRS]
     options = {text for k in order.tolist() for text in _filled(search, texts[k], list(drafts.values())[k], tokens)}
     some = trail.ids.new_tensor(sorted(options - trail.tried))[: max(0, search.limit - search.probe.scored)]
     if not len(some):

@@ -18,6 +18,7 @@ from dpguard.cli.console import console, table
 from dpguard.cli.progress import bar
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs import models, texts
+from dpguard.inputs.adapters import split
 from dpguard.inputs.family import slots
 from dpguard.measure import leakage
 from dpguard.measure.leakage import Leak, Score
@@ -94,7 +95,7 @@ def attacks_of(model: str, asked: Sequence[str] | None, threat: Threat = Threat(
     """
     if asked:
         return in_order(LATEST, asked)
-    panel = "demo" if model == "demo" or model.startswith("demo+lora") else LATEST
+    panel = "demo" if split(model)[0] == "demo" else LATEST
     names = [name for name in PANELS[panel] if name != FLOOR]
     return in_order(panel, [*names, "likelihood"]) if threat.candidates else names
 

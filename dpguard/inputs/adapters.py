@@ -31,30 +31,22 @@ class Saved:
     base: str
 
 
-@dataclass(frozen=True)
-class Added:
-    """A fresh LoRA: the base model's name and the rank."""
+def split(name: str) -> tuple[str, int | None]:
+    """A model's name without ``+lora<rank>`` at its end, and the rank; None without it, or where a folder is called so.
 
-    base: str
-    rank: int
-
-
-def added(name: str) -> Added | None:
-    """What ``+lora<rank>`` at the end of a model's name asks for; None without it, or where a folder is called so.
-
-    >>> added("minilm+lora8")
-    Added(base='minilm', rank=8)
+    >>> split("minilm+lora8"), split("minilm")
+    (('minilm', 8), ('minilm', None))
 
     Raises:
         UserError: something else after a plus.
     """
     base, plus, more = name.rpartition("+")
     if not plus or "/" in more or expanded(name).exists():
-        return None
+        return name, None
     rank = more.removeprefix("lora")
     if not base or rank == more or not (rank.isascii() and rank.isdecimal()):
         raise UserError(f"no model {name!r}; expected a folder of that name, or +lora and a rank, as in 'minilm+lora8'")
-    return Added(base, int(rank))
+    return base, int(rank)
 
 
 def saved(name: str) -> Saved | None:
@@ -72,7 +64,7 @@ def saved(name: str) -> Saved | None:
     except OSError as error:
         raise UserError(f"adapter {name!r}: {FILE} cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"adapter {name!r}: {FILE} is no JSON ({str(error).partition(chr(10))[0][:200]})") from None
+        raise UserError(f"adapter {name!r}: {FILE} is no JSON ({first_line(error)})") from None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise UserError(f"adapter {name!r} names no base model; expected base_model_name_or_path in {FILE}")
@@ -128,11 +120,10 @@ def with_lora(name: str, module: nn.Module, rank: int) -> nn.Module:
 
 def absolute(name: str, bundled: Container[str] = ()) -> str:
     """The same model, named so that it is found from any working folder; ``bundled`` names are no folders."""
-    new = added(name)
-    base = new.base if new else name
+    base, rank = split(name)
     folder = expanded(base)
     place = str(folder.resolve()) if base not in bundled and folder.is_dir() else base
-    return f"{place}+lora{new.rank}" if new else place
+    return place if rank is None else f"{place}+lora{rank}"
 
 
 def expanded(name: str) -> Path:
@@ -149,6 +140,11 @@ def _peft(name: str) -> Any:
     except ImportError:
         raise UserError(f"model {name!r} needs PEFT; install it with: pip install 'dpguard[lora]'") from None
     return peft
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, at most 200 letters of it."""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def _why(error: Exception) -> str:

@@ -112,10 +112,9 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
     """
     if any(len(os.fsencode(part)) > LONGEST for part in Path(name).parts):
         raise UserError(f"no model {name[:40] + '...'!r}; expected a name of at most {LONGEST} bytes")
-    added = adapters.added(name)
-    base = added.base if added else name
+    base, rank = adapters.split(name)
     adapter = adapters.saved(base) if base not in READY else None
-    if added and adapter:
+    if adapter and rank is not None:
         raise UserError(f"model {name!r} adds LoRA to {base!r}, which is an adapter; expected its base model")
     folder = _base_folder(name, adapter) if adapter else _folder(base)
     own = adapter is not None and _has_tokenizer(adapter.folder)
@@ -125,8 +124,8 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
         module = _classifier(name, folder, labels)
         if adapter:
             module = adapters.attached(name, module, adapter.folder)
-        if added:
-            module = adapters.with_lora(name, module, added.rank)
+        if rank is not None:
+            module = adapters.with_lora(name, module, rank)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -144,7 +143,8 @@ def _tokenizer(name: str, folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, use_fast=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model {name!r} has no usable tokenizer ({_line(error)}); expected tokenizer.json beside config.json"
+            f"model {name!r} has no usable tokenizer ({adapters.first_line(error)}); expected tokenizer.json beside "
+            "config.json"
         ) from None
 
 
@@ -161,7 +161,7 @@ def _classifier(name: str, folder: str, labels: int) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, *_DAMAGED) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from None
+        raise UserError(f"model {name!r} cannot be loaded: {adapters.first_line(error)}") from None
     _check_loaded(name, module, told)
     return module
 
@@ -289,7 +289,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -7,11 +7,12 @@ policy under another name, need not run it twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpguard.errors import UserError
-from dpguard.study.cache import TENSORS, Cache, weights_key
+from dpguard.study.cache import TENSORS, Cache, cache_of, weights_key
 from dpguard.study.record import Cell
 from dpguard.study.store import Store
 
@@ -60,13 +61,19 @@ def take(store: Store, cells: Iterable[Cell], folders: Sequence[Path], *, show_t
     return frozenset(record.cell.id for record, _ in answers)
 
 
-def take_weights(cache: Cache, ids: Iterable[str], folders: Sequence[Path]) -> None:
+def take_weights(context: Mapping[str, Any], ids: Collection[str], folders: Sequence[Path]) -> None:
     """Copy the weights that cells ended with, where a folder still has them: no cell trains them again then.
 
     A federation's weights, of every round that is observed and of every client, are made again.
+
+    Args:
+        context: of the study's cells: its folder, the room of its cache, and whose weights are needed.
+        ids: cells whose answers were taken.
+        folders: of other studies.
     """
-    for cell_id, folder in itertools.product(sorted(ids), folders):
-        cache.adopt(Cache(folder), weights_key(cell_id), TENSORS)
+    needed = sorted(set(ids).intersection(context.get("keep_weights", ())))
+    for cell_id, other in itertools.product(needed, folders):
+        cache_of(context).adopt(Cache(other), weights_key(cell_id), TENSORS)
 
 
 def _done(source: Store) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study import provenance
-from dpguard.study.cache import Cache, cache_of
+from dpguard.study.cache import Cache
 from dpguard.study.driver import Driver
 from dpguard.study.executor import Executor, Limits
 from dpguard.study.grid import NEEDS, describe
@@ -105,8 +105,7 @@ def run(
             Cache(folder).tidy()
             own = [cell for cell in cells if only is None or cell.id in only]
             taken = take(store, own, reuse, show_text=show_text)
-            given = context or {}
-            take_weights(cache_of({**given, "folder": folder}), taken & set(given.get("keep_weights", ())), reuse)
+            take_weights({**(context or {}), "folder": folder}, taken, reuse)
             todo = Todo.of(own, store, retry_failed=retry_failed)
             with Interrupts() as interrupts, Display(len(todo.cells), quiet=quiet) as display:
                 driver = Driver(store, todo.cells, executor or embedded, interrupts, files=study.files)
