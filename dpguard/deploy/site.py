@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpguard.deploy import checks, files, gate
 from dpguard.deploy.checks import Refused
+from dpguard.deploy.node import epsilon, flag
 from dpguard.deploy.rehearsal import MessageForm, Rehearsal, check_weights, content_of, digest
 from dpguard.deploy.stricter import stricter
 from dpguard.engine import noise
@@ -65,7 +66,8 @@ class Site:
 
     Raises:
         Refused: a table that has no stricter of the two, or one that shares nothing.
-        UserError: an exported folder that is damaged, a ledger of another client or model, a laxer budget.
+        UserError: an exported folder that is damaged, a ledger of another client or model, a laxer budget or none
+            that is a number, an ``allow_change`` that is neither true nor false.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Site:
         generator: noise.Source | None = None,
     ) -> None:
         self.folder, self.state = Path(folder), Path(state)
+        change = flag("allow_change", allow_change)
         self.rehearsal = Rehearsal.read(folder)
+        limit = _budget(self.rehearsal, epsilon("budget", budget))
         slots = self.rehearsal.model.slots
         self.plan: Plan = self.rehearsal.plan
         if table is not None:
@@ -97,8 +101,8 @@ class Site:
         except OSError as error:
             raise UserError(f"cannot keep state in {self.state}: {error.strerror}; expected a folder") from None
         self.ledger = Ledger(
-            client, self.rehearsal.model.kind, self.rehearsal.budget.delta, _budget(self.rehearsal, budget),
-            Ledger.beside(self.state), allow_change=allow_change,
+            client, self.rehearsal.model.kind, self.rehearsal.budget.delta, limit,
+            Ledger.beside(self.state), allow_change=change,
         )  # fmt: skip
         try:
             self.ledger.accepts(self.mechanism)
@@ -307,9 +311,9 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def _budget(rehearsal: Rehearsal, own: float | None) -> float | None:
-    epsilon = rehearsal.budget.epsilon
-    if own is not None and own > epsilon:
-        raise UserError(f"budget is {own:g}, more than the {epsilon:g} that was rehearsed; expected at most that")
+    most = rehearsal.budget.epsilon
+    if own is not None and own > most:
+        raise UserError(f"budget is {own:g}, more than the {most:g} that was rehearsed; expected at most that")
     if own is not None:
         return own
     return rehearsal.budget.limit

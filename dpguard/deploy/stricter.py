@@ -35,14 +35,22 @@ def stricter(server: Plan, site: Plan) -> Plan:
 
 
 def _check_groups(server: Plan, site: Plan) -> None:
-    """Clips of different groups have no order, unless one side does not clip at all."""
-    mine = {frozenset(group.names) for group in site.groups.values()}
-    theirs = {frozenset(group.names) for group in server.groups.values()}
+    """Clips of different groups have no order, unless one side does not clip at all.
+
+    Only tensors that both train count: what one side freezes leaves its group, and the rest under the smaller of both
+    clips moves no further than either table lets it.
+    """
+    both = set(server.trained) & set(site.trained)
+    mine, theirs = _groups(site, both), _groups(server, both)
     if mine and theirs and not mine <= theirs:
         raise Refused(
             "the site's table clips other groups of tensors than the server's; expected the same groups (the same rows "
             "and 'per'), or no clip in one of them"
         )
+
+
+def _groups(plan: Plan, among: set[str]) -> set[frozenset[str]]:
+    return {frozenset(group.names) & among for group in plan.groups.values()} - {frozenset()}
 
 
 def _rule(server: Rule, site: Rule) -> Rule:

@@ -18,6 +18,7 @@ from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch, check_batch
 from dpguard.inputs.family import family_of
+from dpguard.inputs.randomness import devices_of, seeded
 from dpguard.policy.ledger import Ledger, Mechanism
 from dpguard.policy.table import Plan
 
@@ -108,8 +109,7 @@ class Client:
         with running_as(self.model, self.mode), training_only(self.model, self.plan):
             hooks = clipping.per_example(self.model, self.plan, "sum", self.grad_mode)
             try:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self._masks(step))
+                with seeded(self._masks(step), devices_of(self.model)):
                     torch.autograd.backward(per_example_losses(self.model, batch).sum())
                 return hooks.collect()
             finally:
@@ -149,14 +149,15 @@ class Client:
 
 @contextmanager
 def training_only(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """Let only the plan's trained tensors require gradients, then put everything back."""
-    before = {p: p.requires_grad for p in model.parameters()}
+    """Let only the plan's trained tensors require gradients, and none have one; then put everything back."""
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     trained = set(plan.trained)
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
+            parameter.grad = None  # a backward pass would add to the caller's
         yield
     finally:
-        for parameter, flag in before.items():
+        for parameter, (flag, grad) in before.items():
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dpguard.engine.gradients import check_task
 from dpguard.engine.modes.base import GradientMode
 from dpguard.engine.modes.fast import Fast
 from dpguard.engine.modes.loop import Loop
@@ -59,12 +60,13 @@ def check_layers(model: nn.Module) -> None:
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:
-    """`check_layers`, and that the plan is this model's.
+    """`check_layers` and `check_task`, and that the plan is this model's.
 
     Raises:
-        UserError: see `check_layers`; or a plan of another model.
+        UserError: see `check_layers` and `check_task`; or a plan of another model.
     """
     check_layers(model)
+    check_task(model)
     known = {name for name, _ in model.named_parameters()}
     strange = [name for name in plan if name not in known]
     if strange or len(known) != len(plan):

@@ -35,6 +35,7 @@ class ForwardHooks:
         self.secret = secret
         self.family = family_of(module)
         self._forked = ExitStack()
+        self._empty = False  # the call at hand has no rows
         self.handles = [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True),
@@ -51,12 +52,15 @@ class ForwardHooks:
         named = {**_by_name(module, arguments), **named}
         if named.get("return_dict") is False:
             raise UserError("return_dict is False; expected a private model to be called without it")
-        self.optimizer.empty = module.training and _tokens(named).shape[0] == 0
-        if self.optimizer.empty:
-            named = {k: _one_row(v) for k, v in named.items() if k != "labels"}
+        self._empty = _tokens(named).shape[0] == 0
+        if module.training:  # an evaluation does not change what the next step is on
+            self.optimizer.empty = self._empty
+        if self._empty:
+            # token types begin at 0, and RoBERTa has no other
+            named = {k: _one_row(v, k != "token_type_ids") for k, v in named.items() if k != "labels"}
         tokens = _tokens(named)
         mask = named.get("attention_mask")
-        if mask is None and (self.optimizer.empty or not module.training):
+        if mask is None and (self._empty or not module.training):
             mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         elif mask is None:
             mask = mask_of(named.get("input_ids"), getattr(module.config, "pad_token_id", None))
@@ -82,7 +86,7 @@ class ForwardHooks:
         Raises:
             UserError: a mean in 16 bits, which rounds every example's gradient by the private number of examples.
         """
-        if self.optimizer.empty:
+        if self._empty:
             output.logits = output.logits[:0]
             output.loss = output.logits.sum() * 0.0
         elif named.get("labels") is not None:
@@ -91,7 +95,7 @@ class ForwardHooks:
                     f"the logits are {output.logits.dtype} and the loss is a mean; expected loss_reduction='sum' in 16 "
                     "bits, because dividing by the private number of examples rounds all their gradients anew"
                 )
-            losses = losses_of_logits(output.logits, named["labels"], named["attention_mask"])
+            losses = losses_of_logits(module, output.logits, named["labels"], named["attention_mask"])
             output.loss = losses.mean() if self.mean else losses.sum()
         return output
 
@@ -113,7 +117,8 @@ def _tokens(named: dict[str, Any]) -> Tensor:
     return found
 
 
-def _one_row(value: Any) -> Any:
+def _one_row(value: Any, fill: int) -> Any:
     if isinstance(value, Tensor) and value.shape[:1] == (0,):
-        return torch.ones((1, max(1, *value.shape[1:2]), *value.shape[2:]), dtype=value.dtype, device=value.device)
+        shape = (1, max(1, *value.shape[1:2]), *value.shape[2:])
+        return torch.full(shape, fill, dtype=value.dtype, device=value.device)
     return value

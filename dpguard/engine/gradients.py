@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch
-from dpguard.inputs.family import bare, family_of
+from dpguard.inputs.family import bare, family_of, predicts_tokens
+
+SINGLE_LABEL = "single_label_classification"
 
 
 def forward_arguments(model: nn.Module, batch: Batch, embeddings: Tensor | None = None) -> dict[str, Tensor]:
@@ -67,7 +69,31 @@ def per_example_losses(
     else:
         check_padding(model, batch.input_ids, batch.attention_mask)
         logits = model(**arguments).logits
-    return losses_of_logits(logits, batch.labels if label_weights is None else label_weights, batch.attention_mask)
+    if label_weights is not None:
+        return F.cross_entropy(_precise(logits), label_weights, reduction="none")
+    return losses_of_logits(model, logits, batch.labels, batch.attention_mask)
+
+
+def check_task(model: nn.Module) -> None:
+    """Refuse a model whose own loss is another one than that of `per_example_losses`.
+
+    Raises:
+        UserError: masked tokens, several labels a text, or a number instead of classes.
+    """
+    inner = bare(model)
+    config = getattr(inner, "config", None)
+    if predicts_tokens(model):
+        if not family_of(model).causal:
+            raise UserError(
+                f"{type(inner).__name__} predicts masked tokens; expected a classifier of texts, or a decoder that "
+                "predicts the next token"
+            )
+        return
+    task, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
+    if task not in (None, SINGLE_LABEL):
+        raise UserError(f"config.problem_type is {task!r}; expected {SINGLE_LABEL!r}: one class a text")
+    if classes < 2:
+        raise UserError(f"the model has {classes} class, so it predicts a number; expected at least two classes")
 
 
 def finds_last_token(model: nn.Module) -> bool:
@@ -103,15 +129,26 @@ def check_padding(model: nn.Module, ids: Tensor | None, mask: Tensor) -> None:
         )
 
 
-def losses_of_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """(B,) losses from (B, classes) or (B, L, vocabulary) logits; see `per_example_losses`."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    if logits.dim() == 2:
-        return F.cross_entropy(logits, labels, reduction="none")
-    targets = labels.masked_fill(mask == 0, -100)[:, 1:]
-    token = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=-100)
-    return token.sum(1) / (targets != -100).sum(1).clamp(min=1)
+def losses_of_logits(model: nn.Module, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """(B,) losses from (B, classes) or (B, L, vocabulary) logits; see `per_example_losses`.
+
+    Raises:
+        UserError: a class for every token, or other labels than one class a text.
+    """
+    logits = _precise(logits)
+    if predicts_tokens(model):
+        targets = labels.masked_fill(mask == 0, -100)[:, 1:]
+        token = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        return token.sum(1) / (targets != -100).sum(1).clamp(min=1)
+    if logits.dim() != 2:
+        raise UserError(f"{type(bare(model)).__name__} has a class for every token; expected one class a text")
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise UserError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one class index a text")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _last_token_logits(model: nn.Module, arguments: dict[str, Any]) -> Tensor:

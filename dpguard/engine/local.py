@@ -86,6 +86,7 @@ def delta(client: Client, batches: Sequence[Batch], drawn_from: noise.Source) ->
     plan, state = client.plan, client.state
     parameters = trained_parameters(client.model, plan)
     before = {name: p.detach().clone() for name, p in parameters.items()}
+    grads = {name: p.grad for name, p in parameters.items()}
     try:
         with torch.no_grad():
             for name, value in state.personal.items():
@@ -97,7 +98,7 @@ def delta(client: Client, batches: Sequence[Batch], drawn_from: noise.Source) ->
         with torch.no_grad():
             for name, value in before.items():
                 parameters[name].copy_(value)
-                parameters[name].grad = None
+                parameters[name].grad = grads[name]
     return _released(client, change, drawn_from)
 
 

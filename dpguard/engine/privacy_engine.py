@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from dpguard.engine import clipping, noise, sampling
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.diagnostics import Diagnostics
 from dpguard.engine.forward import ForwardHooks
-from dpguard.engine.modes.base import GradientMode
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.engine.resolved import resolved
 from dpguard.errors import UserError
@@ -51,18 +51,17 @@ class PrivacyEngine:
         self.poisson = True
         self.seeded = False
         self._optimizer: PrivateOptimizer | None = None
-        self._attached: tuple[GradientMode, ForwardHooks] | None = None
+        self._undo = ExitStack()  # what close() takes back
         self._ledger: tuple[Ledger, Mechanism, str] | None = None
-        self._loader: sampling.PartLoader | None = None
         self._coins: noise.Source | None = None
         self._epochs: set[int] = set()
 
     def close(self) -> None:
-        """Take every hook off the module, which is then an ordinary model again (for saving, evaluating)."""
-        if self._attached is not None:
-            for part in self._attached:
-                part.detach()
-            self._attached = None
+        """Take every hook off the module, which is then an ordinary model again (for saving, evaluating).
+
+        What the policy froze requires a gradient again where it did before `make_private`.
+        """
+        self._undo.close()
 
     def make_private(
         self,
@@ -83,8 +82,8 @@ class PrivacyEngine:
         """Wire a policy into an ordinary training loop.
 
         The module stays the same object: it gets explicit position ids, a per-example loss whenever labels
-        are passed, and requires_grad False where the policy freezes. The divisor is the loader's batch
-        size, the sampling rate that over the number of examples.
+        are passed, and requires_grad False where the policy freezes, all until `close`, or until this call raises.
+        The divisor is the loader's batch size, the sampling rate that over the number of examples.
 
         Args:
             module: a Hugging Face model in train mode.
@@ -109,9 +108,9 @@ class PrivacyEngine:
             (module, optimizer, data_loader).
 
         Raises:
-            UserError: eval mode, batch normalisation, gradient checkpointing, an optimizer holding other
-                parameters, a loader without a length, a layer that no gradient mode can handle, a ledger of
-                another model or policy, or a mistake in the policy.
+            UserError: a second call (an engine serves one training), eval mode, batch normalisation, gradient
+                checkpointing, an optimizer holding other parameters, a loader without a length, a layer that no
+                gradient mode can handle, a ledger of another model or policy, or a mistake in the policy.
         """
         self._check_fresh(module, loss_reduction)
         plan = _trainable(policy, module)
@@ -121,30 +120,35 @@ class PrivacyEngine:
         loader = sampling.poisson_loader(
             data_loader, coins, physical=max_physical_batch_size, poisson=poisson_sampling, lengths=lengths
         )
-        self.examples, batch_size = sampling.public_sizes(data_loader)
-        self.plan, self.poisson, self.seeded = plan, poisson_sampling, seed is not None
+        examples, batch_size = sampling.public_sizes(data_loader)
         # of the caller's own batches the share that one pass' batches are, its last one dropped or not
-        self.sampling_rate = batch_size / self.examples if poisson_sampling else 1 / len(loader)
-        self._ledger = self._entered(ledger, module, run)
-        trained = set(plan.trained)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in trained)
-        mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
-        private = PrivateOptimizer(
-            optimizer, module, plan, mode,
-            batch_size=batch_size, drawn_from=drawn_from, before_release=self._before_release,
-        )  # fmt: skip
+        rate = batch_size / examples if poisson_sampling else 1 / len(loader)
+        entered = _entered(ledger, module, plan, run, rate=rate, poisson=poisson_sampling)
+        with ExitStack() as undo:
+            for parameter in module.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            _freeze(module, plan)
+            mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
+            undo.callback(mode.detach)
+            private = PrivateOptimizer(
+                optimizer, module, plan, mode,
+                batch_size=batch_size, drawn_from=drawn_from, before_release=self._before_release,
+            )  # fmt: skip
+            undo.callback(ForwardHooks(module, private, loss_reduction, secret=seed is None).detach)
+            self._undo = undo.pop_all()
         loader.on_part = private.begin_part
-        self._loader, self._coins, self._epochs = loader, coins, set()
-        hooks = ForwardHooks(module, private, loss_reduction, secret=seed is None)
-        self._optimizer, self._attached = private, (mode, hooks)
+        # only now: an engine whose set-up was refused has no policy, and books nothing
+        self.plan, self.poisson, self.seeded = plan, poisson_sampling, seed is not None
+        self.examples, self.sampling_rate, self._ledger = examples, rate, entered
+        self._optimizer, self._coins = private, coins
         return module, private, loader
 
     def _check_fresh(self, module: nn.Module, loss_reduction: str) -> None:
-        if self.steps:
+        if self._optimizer is not None:
+            made = f"has made {self.steps} steps under its policy" if self.steps else "serves another training"
             raise UserError(
-                f"this engine has made {self.steps} steps under its policy already; expected an engine of its own for "
-                "every training (and one ledger for all of them)"
+                f"this engine {made} already; expected an engine of its own for every training (and one ledger for all "
+                "of them)"
             )
         if not module.training:
             raise UserError("the model is in eval mode; expected train mode (call model.train() first)")
@@ -182,28 +186,16 @@ class PrivacyEngine:
             raise UserError(f"cannot keep a ledger in {folder}: {error.strerror}; expected a folder") from None
         return Ledger(client, identity(module), delta, budget, Ledger.beside(folder), allow_change=allow_change)
 
-    def _entered(self, ledger: Ledger | None, module: nn.Module, run: str) -> tuple[Ledger, Mechanism, str] | None:
-        if ledger is None or self.plan is None:
-            return None
-        if ledger.model != identity(module):
-            raise UserError(
-                f"the ledger is of model {ledger.model!r}, this one is {identity(module)!r}; expected the ledger of "
-                "this model (PrivacyEngine.open_ledger)"
-            )
-        sampling_word: Sampling = "poisson" if self.poisson else "shuffle"
-        mechanism = Mechanism.of(self.plan, sampling_rate=self.sampling_rate, sampling=sampling_word)
-        ledger.accepts(mechanism)
-        return ledger, mechanism, run if self.poisson else f"{run} {os.urandom(4).hex()}"
-
-    def _before_release(self) -> None:
-        epoch = self._loader.batch_sampler.epoch if self._loader else 0  # type: ignore[union-attr]
+    def _before_release(self, passes: Iterable[int]) -> int:
+        """Count a message before its noise is drawn; returns how many there were before it."""
         if self._ledger is not None:
             ledger, mechanism, run = self._ledger
             # own batches: every pass over the loader is a run of its own, in which each example appears once
-            run = run if self.poisson else f"{run}, pass {epoch}"
-            ledger.spend_next(mechanism, run)
-        self._epochs.add(epoch)
+            for name in [run] if self.poisson else [f"{run}, pass {number}" for number in sorted(passes)]:
+                ledger.spend_next(mechanism, name)
+        self._epochs.update(passes)
         self.steps += 1
+        return self.steps - 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep beside the model's and the optimizer's: steps, policy and adaptive bounds.
@@ -303,6 +295,29 @@ def _trainable(policy: Policy | Plan | str | Path, module: nn.Module) -> Plan:
     if not plan.trained:
         raise UserError("the policy trains nothing of this model; expected at least one trained tensor")
     return plan
+
+
+def _freeze(module: nn.Module, plan: Plan) -> None:
+    trained = set(plan.trained)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def _entered(
+    ledger: Ledger | None, module: nn.Module, plan: Plan, run: str, *, rate: float, poisson: bool
+) -> tuple[Ledger, Mechanism, str] | None:
+    """What every step is entered as, where there is a ledger."""
+    if ledger is None:
+        return None
+    if ledger.model != identity(module):
+        raise UserError(
+            f"the ledger is of model {ledger.model!r}, this one is {identity(module)!r}; expected the ledger of "
+            "this model (PrivacyEngine.open_ledger)"
+        )
+    sampling_word: Sampling = "poisson" if poisson else "shuffle"
+    mechanism = Mechanism.of(plan, sampling_rate=rate, sampling=sampling_word)
+    ledger.accepts(mechanism)
+    return ledger, mechanism, run if poisson else f"{run} {os.urandom(4).hex()}"
 
 
 def _check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

@@ -16,12 +16,17 @@ from dpguard.engine.sampling import Part
 from dpguard.errors import UserError
 from dpguard.policy.table import Plan
 
+HOOKS = tuple(
+    f"register_{what}_{when}_hook" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
+)
+
 
 class PrivateOptimizer(Optimizer):
     """The caller's optimizer, stepping on the message that leaves instead of the raw gradient.
 
     ``param.grad`` between ``backward()`` and ``step()`` is not what leaves the client; inside ``step`` it
-    is replaced by the message (shared tensors) or by the noised mean (withheld ones).
+    is replaced by the message (shared tensors) or by the noised mean (withheld ones). Step hooks are the
+    inner optimizer's: they run once a logical batch, and find the message in ``param.grad``, never a raw gradient.
 
     Args:
         inner: the caller's.
@@ -30,8 +35,8 @@ class PrivateOptimizer(Optimizer):
         mode: the attached gradient mode.
         batch_size: the public batch size, the divisor.
         drawn_from: source of the noise.
-        before_release: called once a logical batch before anything is noised; raises when nothing may leave.
-        mask_seed: public seed of random pruning masks.
+        before_release: called once a logical batch before anything is noised, with the passes over the loader that
+            the batch may be of; gives the number of messages before this one, raises when nothing may leave.
     """
 
     def __init__(
@@ -43,8 +48,7 @@ class PrivateOptimizer(Optimizer):
         *,
         batch_size: int,
         drawn_from: noise.Source,
-        before_release: Callable[[], None],
-        mask_seed: int = 0,
+        before_release: Callable[[frozenset[int]], int],
     ) -> None:
         self.inner = inner
         self.plan = plan
@@ -55,13 +59,16 @@ class PrivateOptimizer(Optimizer):
         self.diagnostics = Diagnostics()
         self.source = drawn_from
         self._before_release = before_release
-        self._mask_seed = mask_seed
         self._open = False
         self._last_part = True
         self._fetched = False
         self._handed = 0  # examples of the batch at hand
+        self._own: frozenset[int] = frozenset()  # the pass of what was fetched to train on since the last step
+        self._passes = frozenset({0})  # and of what was fetched in eval mode, where that may be trained on as well
         self.empty = False
         self.last_message: dict[str, Tensor] = {}
+        for name in HOOKS:
+            setattr(self, name, getattr(inner, name))
 
     # What schedulers and checkpoints ask an optimizer for is the inner one's.
     @property
@@ -86,6 +93,24 @@ class PrivateOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the inner optimizer's state."""
         self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Let the inner optimizer step on more of what the policy trains.
+
+        Raises:
+            UserError: any other tensor, which would train without clip and noise.
+        """
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else given if isinstance(given, set) else list(given)
+        trained = {id(self.parameters_by_name[name]) for name in self.plan.trained}
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]  # (name, tensor), or a tensor
+        strange = sum(id(parameter) not in trained for parameter in tensors)
+        if strange:
+            raise UserError(
+                f"{strange} of {len(tensors)} tensors of the new group are not trained by the policy and would train "
+                "without clip and noise; expected only tensors with train: true in the table"
+            )
+        self.inner.add_param_group({**param_group, "params": given})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, per-example ones included, and the last message (the same tensors).
@@ -121,6 +146,9 @@ class PrivateOptimizer(Optimizer):
         # what is fetched in eval mode may be evaluated, or trained on after model.train()
         self._fetched, self._last_part = not evaluating, part.last
         self._handed = self.mode.folded + part.rows  # a part that was given up is not among the folded ones
+        if not evaluating:
+            self._own = frozenset({part.epoch})
+        self._passes = self._own | {part.epoch}
 
     def fold(self) -> None:
         """Clip and sum what went backward so far: call it between the physical parts of a logical batch."""
@@ -150,11 +178,11 @@ class PrivateOptimizer(Optimizer):
         self._check_rows(clipped.rows)
         self._handed = 0
         self._check_frozen()
-        self._before_release()
+        number = self._before_release(self._passes)
         self.diagnostics.record(clipped.norms, clipped.sums, clipped.dropped, self.plan, self.batch_size)
-        self._emit(clipped)
+        self._emit(clipped, number)
         self.inner.step()
-        self.empty = False
+        self.empty, self._own = False, frozenset()
         self._follow_quantiles(clipped.norms)
         return loss
 
@@ -181,7 +209,12 @@ class PrivateOptimizer(Optimizer):
         trained = set(self.plan.trained)
         for parameter in (p for group in self.inner.param_groups for p in group["params"]):
             name = names.get(id(parameter))
-            if name is not None and name not in trained and parameter.grad is not None:
+            if name is None:
+                raise UserError(
+                    f"the optimizer holds a tensor of shape {tuple(parameter.shape)} that make_private did not see and "
+                    "that would train without clip and noise; expected only the module's own"
+                )
+            if name not in trained and parameter.grad is not None:
                 raise UserError(
                     f"{name!r} is frozen by the policy and has a gradient; expected train: true for it in the table, "
                     "or requires_grad left False and zero_grad() after a backward pass of your own"
@@ -192,11 +225,10 @@ class PrivateOptimizer(Optimizer):
         """True when the last call of `step` really stepped."""
         return not self._open
 
-    def _emit(self, clipped: wire.ClippedSum) -> None:
+    def _emit(self, clipped: wire.ClippedSum, number: int) -> None:
+        """Noise and release; every message has a random mask of its own, by its public ``number``."""
         self.last_message = {}
-        for out in wire.emit(
-            clipped, self.plan, batch_size=self.batch_size, drawn_from=self.source, mask_seed=self._mask_seed
-        ):
+        for out in wire.emit(clipped, self.plan, batch_size=self.batch_size, drawn_from=self.source, mask_seed=number):
             parameter = self.parameters_by_name[out.name]
             parameter.grad = (out.mean if out.wire is None else out.wire).to(parameter.dtype)
             if out.wire is not None:

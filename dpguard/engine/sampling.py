@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Part:
         first: it begins a logical batch.
         last: it ends one.
         rows: its examples; private.
-        epoch: 1 in the first pass over the loader.
+        epoch: of the pass that it belongs to: 1 in the first over the loader.
     """
 
     first: bool
@@ -81,10 +82,11 @@ class PartSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         parts: deque[Part] = deque()
         self.parts, self.epoch = parts, self.epoch + 1
+        epoch = self.epoch  # another pass may begin inside this one
         for batch in self.batches:
             pieces = self._cut(list(batch))
             for index, piece in enumerate(pieces):
-                parts.append(Part(index == 0, index == len(pieces) - 1, len(piece), self.epoch))
+                parts.append(Part(index == 0, index == len(pieces) - 1, len(piece), epoch))
                 yield piece
 
     def _cut(self, batch: list[int]) -> list[list[int]]:
@@ -140,6 +142,11 @@ class PartLoader(DataLoader[Any]):
         parts: deque[Part] | None = None
         for value in super().__iter__():
             parts = sampler.parts if parts is None else parts  # of this pass, also when another one begins inside it
+            if self.persistent_workers and parts is not sampler.parts:
+                raise UserError(
+                    "another pass over the loader began inside this one, and persistent workers serve only the newest; "
+                    "expected one pass at a time, or persistent_workers=False"
+                )
             part = parts.popleft()
             if self.on_part is not None:
                 self.on_part(part)
@@ -179,6 +186,13 @@ def public_sizes(loader: DataLoader[Any]) -> tuple[int, int]:
     return examples, int(size)
 
 
+KEPT = (
+    "num_workers", "pin_memory", "pin_memory_device", "timeout", "worker_init_fn", "multiprocessing_context",
+    "generator", "prefetch_factor", "persistent_workers",
+)  # fmt: skip
+"""What the private loader takes over of the caller's; not ``in_order``, because parts are told apart by their order."""
+
+
 def poisson_loader(
     loader: DataLoader[Any],
     drawn_from: noise.Source,
@@ -210,18 +224,21 @@ def poisson_loader(
     return PartLoader(
         loader.dataset,
         batch_sampler=PartSampler(batches, physical, lengths),
-        collate_fn=_empty_aware(loader.collate_fn, loader.dataset),
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
+        collate_fn=_EmptyAware(loader.collate_fn, loader.dataset),
+        **{name: getattr(loader, name) for name in KEPT},
     )
 
 
-def _empty_aware(collate: Callable[[list[Any]], Any], dataset: Any) -> Callable[[list[Any]], Any]:
-    def collated(items: list[Any]) -> Any:
-        # the shape of a batch is learnt from a real example, of which no row is kept
-        return collate(items) if items else no_rows(collate([dataset[0]]))
+@dataclass(frozen=True)
+class _EmptyAware:
+    """A caller's collate function that also makes empty batches; no closure, because spawned workers pickle it."""
 
-    return collated
+    collate: Callable[[list[Any]], Any]
+    dataset: Any
+
+    def __call__(self, items: list[Any]) -> Any:
+        # the shape of a batch is learnt from a real example, of which no row is kept
+        return self.collate(items) if items else no_rows(self.collate([self.dataset[0]]))
 
 
 def no_rows(batch: Any) -> Any:
@@ -230,8 +247,15 @@ def no_rows(batch: Any) -> Any:
         return batch[:0]
     if is_dataclass(batch) and not isinstance(batch, type):
         return replace(batch, **{f.name: no_rows(getattr(batch, f.name)) for f in fields(batch)})
+    if isinstance(batch, MutableMapping):  # a tokenizer's stays one, with all that it can do beside
+        empty = copy.copy(batch)
+        for key, value in batch.items():
+            empty[key] = no_rows(value)
+        return empty
     if isinstance(batch, Mapping):
         return {key: no_rows(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named one takes its values one by one
+        return type(batch)(*(no_rows(value) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(no_rows(value) for value in batch)
     return batch

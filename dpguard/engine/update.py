@@ -27,7 +27,7 @@ class Update:
         mask_seed: public seed of random pruning masks.
         local_steps: how many steps a delta holds.
         training: how those were made (public), None for a gradient.
-        clients: how many updates were averaged.
+        clients: how many clients' updates were averaged.
     """
 
     tensors: dict[str, Tensor]
@@ -42,6 +42,8 @@ class Update:
 
 def aggregate(updates: Sequence[Update]) -> Update:
     """The plain mean of several clients' updates: what a server sees through secure aggregation.
+
+    An update that is a mean already counts for all of its clients.
 
     Args:
         updates: of the same kind, over the same tensors.
@@ -63,5 +65,6 @@ def aggregate(updates: Sequence[Update]) -> Update:
             raise UserError(f"update {number} is of another kind than the first; expected one kind, batch size and way")
         if {name: value.shape for name, value in other.tensors.items()} != shapes:
             raise UserError(f"update {number} holds other tensors than the first; expected one policy and one model")
-    tensors = {name: torch.stack([u.tensors[name] for u in updates]).mean(0) for name in first.tensors}
-    return replace(first, tensors=tensors, clients=sum(u.clients for u in updates))
+    clients = sum(u.clients for u in updates)
+    sums = {name: torch.stack([u.tensors[name] * u.clients for u in updates]).sum(0) for name in first.tensors}
+    return replace(first, tensors={name: value / clients for name, value in sums.items()}, clients=clients)

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpguard.engine.release.prune import random_indices
+from dpguard.engine.release.prune import entries, random_indices
 from dpguard.policy.table import Plan, Rule
 
 ALL, BITMAP, LIST = 0, 1, 2
@@ -46,7 +46,7 @@ def message_bytes(tensors: Mapping[str, Tensor], plan: Plan) -> int:
 def _size(value: Tensor, rule: Rule) -> int:
     total = value.numel()
     if not _leaves_out(rule):
-        count = _random_count(total, rule) if _public_mask(rule) else total
+        count = entries(rule.keep, total) if _public_mask(rule) else total
         return _values_size(count, rule)
     kept = int(torch.count_nonzero(value))
     return 1 + min(
@@ -65,10 +65,6 @@ def _leaves_out(rule: Rule) -> bool:
 
 def _public_mask(rule: Rule) -> bool:
     return not rule.release and rule.keep < 1 and rule.prune == "random" and rule.bits != 1
-
-
-def _random_count(total: int, rule: Rule) -> int:
-    return max(1, math.ceil(rule.keep * total))
 
 
 def _bits(rule: Rule) -> int | None:
@@ -115,7 +111,7 @@ def _encoded(name: str, value: Tensor, rule: Rule, mask_seed: int) -> bytes:
 
 
 def _mask(name: str, size: int, rule: Rule, mask_seed: int) -> Numbers:
-    count = _random_count(size, rule)
+    count = entries(rule.keep, size)
     found: Numbers = random_indices(size, count, name=name, mask_seed=mask_seed).numpy()
     return found
 
@@ -180,7 +176,7 @@ def _decoded(message: bytes, at: int, name: str, rule: Rule, mask_seed: int) -> 
     where: Numbers | slice = slice(None)
     count = total
     if _public_mask(rule):
-        where, count = _mask(name, total, rule, mask_seed), _random_count(total, rule)
+        where, count = _mask(name, total, rule, mask_seed), entries(rule.keep, total)
     elif _leaves_out(rule):
         how, at = message[at], at + 1
         if how == BITMAP:

@@ -24,7 +24,7 @@ from dpguard.errors import UserError
 from dpguard.federation.personal import frozen_at_home
 from dpguard.federation.settings import Settings, rounds_of
 from dpguard.federation.turn import sampling_rate
-from dpguard.policy.guarantee import Guarantee, sigma_eff
+from dpguard.policy.guarantee import Guarantee, check_delta, sigma_eff
 from dpguard.policy.ledger import Mechanism
 from dpguard.policy.reasons import why_infinite
 from dpguard.policy.statement import View
@@ -139,10 +139,12 @@ def promise(plan: Plan, settings: Settings, sizes: Sequence[int], *, seeds: Coll
         delta: of (epsilon, delta).
 
     Raises:
-        UserError: see `check`.
+        UserError: see `check`; or a delta that promises nothing to the texts of the largest client.
     """
     check(plan, settings)
     counted = claim_plan(plan, settings)
+    if plan.unit == "example":  # the worst client is a small one, and one delta must do for all
+        check_delta(delta, max(sizes))
     taken = [(rounds, client) for seed in seeds for client, rounds in enumerate(rounds_of(settings, seed)) if rounds]
     worst: Promise | None = None
     for rounds, client in _undominated(taken, sizes):

@@ -6,6 +6,7 @@ judged itself, as it leaves but for pruning and quantising.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +25,12 @@ from dpguard.policy.table import Group, Plan, Rule
 
 ALPHA = 1e-9
 """Chance of a false alarm a tensor: a study has thousands of them."""
+HIDDEN = 0.1
+"""Rounding of the weights that may move them by a larger share of a bound or a noise would hide a mistake in it."""
 
 
 class DefenceError(RuntimeError):
-    """The emitted tensors do not obey the table: a bug, and the cell fails with it."""
+    """The emitted tensors do not obey the table, or nothing can tell: the cell fails with it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def check_change(threat: Threat, model: LoadedModel, plan: Plan, batches: Sequen
     """The same of messages that are the change of the weights after local steps.
 
     Noise: the difference of two messages whose steps drew no text, which is Gaussian whatever the number of steps.
-    Clip: the difference of the messages with and without all texts at the same noise.
+    Clip: the difference of the messages with and without all texts at the same noise. Where the weights' own rounding
+    hides too much of either (in 16 bits, or with tiny steps), the messages are made anew from a copy in float64.
 
     Args:
         threat: makes the messages, as it makes those that are attacked.
@@ -91,35 +95,87 @@ def check_change(threat: Threat, model: LoadedModel, plan: Plan, batches: Sequen
         seed: of the noise.
 
     Raises:
-        DefenceError: as `check`.
+        DefenceError: as `check`; or a bound or noise that float64 does not show either.
     """
     linear = threat.linear()
     whole = replace(plan, rules={name: replace(rule, keep=1.0, bits=None, release=()) for name, rule in plan.items()})
+    found, copied = _messages(linear, model, whole, batches, seed), ""
+    if found.hidden():
+        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in model.module.parameters()})
+        copied = f", on a copy of the weights in float64, because rounding in {' and '.join(narrow)} hides too much"
+        wide = replace(model, module=copy.deepcopy(model.module).double())
+        found = _messages(linear, wide, whole, batches, seed)
+    if blurred := found.hidden():
+        raise DefenceError(f"{blurred} is too small beside the weights' own rounding to be measured, even in float64")
+    rules = [plan[name] for name in plan.shared]
+    return Effect(
+        clip=_clip(plan, found.full.tensors, found.empty.tensors, found.bound, found.rounding),
+        noise=_noise(rules, found.empty.tensors, found.again.tensors, found.std, found.rounding),
+        judged=_words(found.full, threat is not linear) + copied,
+    )
 
+
+@dataclass(frozen=True)
+class _Messages:
+    """Changes of one model's weights: with all texts, and twice without any.
+
+    Attributes:
+        plan: the policy, of whole messages.
+        weights: shared tensor -> its weights.
+        full, empty: at the same noise.
+        again: without texts, at other noise.
+        most: texts of the largest batch.
+    """
+
+    plan: Plan
+    weights: dict[str, Tensor]
+    full: Update
+    empty: Update
+    again: Update
+    most: int
+
+    def bound(self, group: Group) -> float:
+        """How far all texts in all steps may move a clip group."""
+        if group.unit == "update":
+            return group.clip
+        return sum(_step_weights(self.full)) * self.most * group.clip / self.full.batch_size
+
+    def std(self, rule: Rule) -> float:
+        """What the table claims of the noise."""
+        return _change_std(rule, self.full)
+
+    def rounding(self, name: str) -> float:
+        """How far rounding alone may move a tensor between two of the messages."""
+        sent = self.full.tensors[name]
+        size = _norm([sent]) + _norm([self.empty.tensors[name]])
+        if self.plan[name].unit == "update":  # clipped and noised after the last step
+            return 4 * torch.finfo(sent.dtype).eps * size
+        # each step of both rounds the weights by half an eps at most; as much again for the optimizer's own
+        start = self.weights[name]
+        return 2 * self.full.local_steps * torch.finfo(start.dtype).eps * (size + _norm([start]))
+
+    def hidden(self) -> str:
+        """A clip or noise of which rounding may hide more than `HIDDEN`, or "" ."""
+        for key, group in self.plan.groups.items():
+            names = [name for name in group.names if name in self.full.tensors]
+            if math.hypot(*(self.rounding(n) for n in names)) > HIDDEN * self.bound(group):
+                return f"the bound of clip group {key!r}"
+        for name in self.plan.shared:
+            claimed = self.std(self.plan[name])
+            if claimed and self.rounding(name) > HIDDEN * claimed * math.sqrt(self.full.tensors[name].numel()):
+                return f"the noise on {name!r}"
+        return ""
+
+
+def _messages(threat: Threat, model: LoadedModel, plan: Plan, batches: Sequence[Batch], seed: int) -> _Messages:
     def send(noise_seed: int, *, texts: bool) -> Update:
-        return linear.message(model, whole, batches, noise_seed=noise_seed, texts=texts)
+        return threat.message(model, plan, batches, noise_seed=noise_seed, texts=texts)
 
     full, empty, again = send(seed, texts=True), send(seed, texts=False), send(seed + 1, texts=False)
     _check_wire(full.tensors, plan)
-    most, parameters = max(len(batch) for batch in batches), dict(model.module.named_parameters())
-
-    def bound(group: Group) -> float:
-        if group.unit == "update":
-            return group.clip
-        return sum(_step_weights(full)) * most * group.clip / full.batch_size
-
-    def rounding(name: str) -> float:
-        # weights are rounded to their own precision in every step
-        start = parameters[name].detach()
-        size = _norm([start]) + _norm([full.tensors[name]]) + _norm([empty.tensors[name]])
-        return 4 * full.local_steps * torch.finfo(start.dtype).eps * size
-
-    rules = [plan[name] for name in plan.shared]
-    return Effect(
-        clip=_clip(plan, full.tensors, empty.tensors, bound, rounding),
-        noise=_noise(rules, empty.tensors, again.tensors, lambda rule: _change_std(rule, full), rounding),
-        judged=_words(full, threat is not linear),
-    )
+    named = dict(model.module.named_parameters())
+    weights = {name: named[name].detach() for name in plan.shared}
+    return _Messages(plan, weights, full, empty, again, max(len(batch) for batch in batches))
 
 
 def _words(update: Update, other: bool) -> str:

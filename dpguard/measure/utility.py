@@ -19,6 +19,7 @@ from dpguard.engine.privacy_engine import PrivacyEngine
 from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs.batch import Batch, collate
+from dpguard.inputs.randomness import devices_of, seeded
 from dpguard.inputs.texts import Example
 from dpguard.policy.table import Plan
 
@@ -82,15 +83,13 @@ def train(
     """
     check_central(plan)
     started = time.perf_counter()
-    flags = {p: p.requires_grad for p in model.parameters()}
     model.to(device)
     model.train()
     inner = _optimizer(optimizer, model, plan, learning_rate)
     rows = _encode(examples, tokenizer)
     encoded = DataLoader(rows, batch_size=batch_size, collate_fn=_pad(tokenizer))  # type: ignore[arg-type,var-annotated]
     engine = PrivacyEngine()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, devices_of(model)):
         module, private, loader = engine.make_private(
             module=model, optimizer=inner, data_loader=encoded, policy=plan, seed=seed, loss_reduction="sum",
             max_physical_batch_size=physical, lengths=[len(ids) for ids, _ in rows],
@@ -104,8 +103,7 @@ def train(
         finally:
             engine.close()
             model.eval()
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+            for parameter in model.parameters():
                 parameter.grad = None
     seconds = time.perf_counter() - started
     return Trained(

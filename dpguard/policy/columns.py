@@ -14,6 +14,8 @@ PER = ("row", "block", "role", "tensor")
 MODES = ("clip", "normalise")
 UNITS = ("example", "update")
 PRUNE = ("magnitude", "random")
+MOST = 1e12
+"""Of clips and noise: far above anything meant, and its square and products are numbers still."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,12 @@ def _word(known: tuple[str, ...]) -> Callable[[Any], str]:
     return read
 
 
+def _noise(value: Any) -> float:
+    return number(value, most=MOST)
+
+
 def _clip(value: Any) -> float | Quantile:
-    return _quantile(value) if isinstance(value, Mapping) else number(value, above=0)
+    return _quantile(value) if isinstance(value, Mapping) else number(value, above=0, most=MOST)
 
 
 def _quantile(value: Mapping[Any, Any]) -> Quantile:
@@ -120,7 +126,7 @@ def _quantile(value: Mapping[Any, Any]) -> Quantile:
     found = {}
     for key, given in value.items():
         try:
-            found[key] = number(given, above=0, below=1 if key == "quantile" else None)
+            found[key] = number(given, above=0, below=1 if key == "quantile" else None, most=MOST)
         except UserError as error:
             raise UserError(f"setting {key!r} {error.sentence}", loc=(key,)) from None
     return Quantile(**found)
@@ -167,8 +173,8 @@ COLUMNS: dict[str, Column] = {
         Column("per", _word(PER), "trained", "how the row's parameters form clip groups: row, block, role or tensor"),
         Column("mode", _word(MODES), "trained", "clip = scale down to C, normalise = scale to C"),
         Column("unit", _word(UNITS), "trained", "what is clipped: each example, or the client's whole update once"),
-        Column("noise", number, "trained", "noise multiplier: std of the sum's noise / clip"),
-        Column("noise_std", number, "sent", "absolute std per entry on the wire; never a guarantee"),
+        Column("noise", _noise, "trained", "noise multiplier: std of the sum's noise / clip"),
+        Column("noise_std", _noise, "sent", "absolute std per entry on the wire; never a guarantee"),
         Column(
             "keep",
             lambda v: number(v, above=0, most=1),

@@ -10,6 +10,9 @@ import math
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr, ndtri
 
+FAR = 1e8
+"""Beyond this mu epsilon is told by its upper bound."""
+
 
 def delta_of(epsilon: float, mu: float) -> float:
     """Smallest delta of a mu-Gaussian mechanism (sensitivity / std = mu) at this epsilon.
@@ -33,8 +36,8 @@ def epsilon_of(mu: float, delta: float) -> float:
     if mu == 0 or delta_of(0.0, mu) <= delta:
         return 0.0
     high = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1.0
-    if math.isinf(high):
-        return math.inf
+    if mu > FAR:  # the root is lost in rounding, and this bound, infinity included, is not 1e-7 of it away
+        return high
     return float(
         brentq(
             lambda e: math.log(max(delta_of(e, mu), 1e-300)) - math.log(delta),

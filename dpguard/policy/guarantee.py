@@ -240,11 +240,20 @@ def check_arguments(q: float, steps: int, delta: float, sampling: str, examples:
         raise UserError(f"sampling rate is {q!r}; expected a number above 0 and at most 1")
     if not math.isfinite(steps) or steps != int(steps) or steps < 1:
         raise UserError(f"steps is {steps!r}; expected a whole number of at least 1")
+    check_delta(delta, examples)
+    if sampling not in ("poisson", "shuffle"):
+        raise UserError(f"unknown sampling {sampling!r}{did_you_mean(sampling, ['poisson', 'shuffle'])}")
+
+
+def check_delta(delta: float, examples: int | None) -> None:
+    """Refuse a delta that promises nothing to one of so many examples.
+
+    Raises:
+        UserError: an argument out of range, or a delta above one over the number of examples.
+    """
     if not 0 < delta < 1:
         raise UserError(f"delta is {delta!r}; expected a number above 0 and below 1")
     if examples is not None and examples < 1:
         raise UserError(f"examples is {examples!r}; expected a whole number of at least 1")
     if examples is not None and delta > 1 / examples:
         raise UserError(f"delta is {delta:g}, larger than 1 / {examples} examples; expected at most {1 / examples:.1e}")
-    if sampling not in ("poisson", "shuffle"):
-        raise UserError(f"unknown sampling {sampling!r}{did_you_mean(sampling, ['poisson', 'shuffle'])}")

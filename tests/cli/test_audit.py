@@ -54,6 +54,7 @@ def test_no_guarantee_is_said_so(told):
         (["audit", "dp-sdg"], "dp-sgd"),
         (["audit", "dp-sgd", "--model", "./nowhere"], "nowhere"),
         (["audit", "dp-sgd", "--batch-size", "0"], "batch-size"),
+        (["audit", "dp-sgd", "--batch-size", "100000000000"], "from 1 to 4096"),
         (["audit", "dp-sgd", "--seed", "-1"], "seed"),
         (["audit", "missing.yaml"], "missing.yaml"),
     ],

@@ -81,7 +81,12 @@ def test_a_training_step_with_opacus_calling_convention_sends_the_gates_tensors(
     )  # fmt: skip
     sums = {}
     emit = optimizer._emit
-    optimizer._emit = lambda clipped: (sums.update({n: v.clone() for n, v in clipped.sums.items()}), emit(clipped))[1]
+
+    def listen(clipped, number):
+        sums.update({name: value.clone() for name, value in clipped.sums.items()})
+        emit(clipped, number)
+
+    optimizer._emit = listen
     for part in loader:
         optimizer.zero_grad()
         module(**part).loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from dpguard.deploy.site import Site, weights_digest
 from dpguard.deploy.stricter import stricter
 from dpguard.errors import UserError
 from dpguard.inputs.family import slots
+from dpguard.policy.guarantee import sigma_eff
 from dpguard.policy.ledger import BudgetSpent
 from dpguard.policy.table import Policy
 from tests.deploy import cases
@@ -161,10 +163,13 @@ def test_a_site_enforces_its_own_stricter_table(tmp_path):
     own = tmp_path / "own.yaml"
     rows = [{"layers": "all", "clip": 0.5, "noise": 1.6}, {"layers": "embeddings", "train": False}]
     own.write_text(yaml.safe_dump({"name": "own", "rows": rows}))
-    with pytest.raises(Refused, match="other groups"):
-        Site(folder, tmp_path / "s", client="a", table=own)  # one clip group over fewer tensors
+    assert_without_embeddings(Site(folder, tmp_path / "t", client="a", table=own), made)
     own.write_text(yaml.safe_dump({"name": "own", "rows": [{"layers": "embeddings", "share": False}]}))
-    with Site(folder, tmp_path / "s", client="a", table=own) as site:
+    assert_without_embeddings(Site(folder, tmp_path / "s", client="a", table=own), made)
+
+
+def assert_without_embeddings(opened, made):
+    with opened as site:
         reply = training.one_round(
             site, cases.model(), cases.texts(), training.first_weights(cases.model()), round_number=1
         )
@@ -200,6 +205,60 @@ def test_tables_without_an_order_are_refused(rows):
     server = Policy([{"layers": "all", "clip": 1.0, "noise": 0.8, "keep": 0.5}]).plan(parts)
     with pytest.raises(Refused, match="expected the same"):
         stricter(server, Policy(rows).plan(parts))
+
+
+FROZEN = {"layers": "embeddings", "train": False}
+
+
+def test_a_layer_that_one_side_freezes_leaves_its_clip_group():
+    """A smaller set at a smaller clip is the stricter one, whoever freezes."""
+    parts = slots(cases.model().module)
+    laxer, tighter = {"layers": "all", "clip": 1.0, "noise": 0.8}, {"layers": "all", "clip": 0.5, "noise": 1.0}
+    for server, site in (([laxer], [tighter, FROZEN]), ([laxer, FROZEN], [tighter])):
+        merged = stricter(Policy(server).plan(parts), Policy(site).plan(parts))
+        (group,) = merged.groups.values()
+        assert (group.clip, {rule.noise for rule in group.rules}) == (0.5, {1.0})
+        assert not any("embeddings" in name for name in merged.trained)
+
+
+def test_groups_that_differ_where_both_train_are_refused():
+    parts = slots(cases.model().module)
+    server = Policy([{"layers": "all", "clip": 1.0, "noise": 0.8}]).plan(parts)
+    for rows in (
+        [{"layers": "all", "clip": 0.5, "noise": 1.0, "per": "block"}, FROZEN],
+        [{"layers": ["block[0]", "head"], "clip": 0.5, "noise": 1.0}, FROZEN],
+    ):
+        with pytest.raises(Refused, match="other groups"):
+            stricter(server, Policy(rows).plan(parts))
+
+
+def test_what_is_left_of_two_tables_promises_no_less_than_either():
+    parts = slots(cases.model().module)
+    starts = [{"layers": "all", "clip": c, "noise": n, "per": per} for c, n in ((1.0, 0.8), (0.5, 1.0))
+              for per in ("row", "block")]  # fmt: skip
+    mores = [
+        [],
+        [FROZEN],
+        [{"layers": "block[0]", "train": False}],
+        [{"layers": "block[0]", "clip": 0.2, "noise": 0.5}],
+        [{"layers": ["embeddings", "pooler", "head"], "train": False}, {"layers": "block[1]", "train": False}],
+    ]
+    tables = [Policy([start, *more]).plan(parts) for start in starts for more in mores]
+    merged = 0
+    for server, site in itertools.product(tables, tables):
+        try:
+            found = stricter(server, site)
+        except Refused:
+            continue
+        merged += 1
+        assert sigma_eff(found, 9) >= max(sigma_eff(server, 9), sigma_eff(site, 9)) - 1e-12
+        assert set(found.trained) == set(server.trained) & set(site.trained)
+        for group in found.groups.values():
+            for plan in (server, site):
+                # each group lies inside one of either table, at its clip or below
+                assert any(set(group.names) <= set(of.names) and group.clip <= of.clip for of in plan.groups.values())
+            assert len({rule.clip for rule in group.rules}) == 1
+    assert len(tables) < merged < len(tables) ** 2
 
 
 def test_other_clients_ledgers_budgets_and_too_few_texts_are_refused(tmp_path):

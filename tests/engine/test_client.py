@@ -67,6 +67,22 @@ def test_the_model_is_left_as_it_was_found():
     assert sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()) == hooks
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_gradients_of_the_callers_own_are_left_as_they_were(steps):
+    model = tiny.module("bert")
+    plan = Policy([{"layers": "all", "clip": 1.0}, {"layers": "head", "train": False}]).plan(slots(model))
+    batch = batch_for(model)
+    unseen = Client(model, plan, seed=0).observe([batch] * steps if steps else batch).tensors
+    for parameter in list(model.parameters())[::2]:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    kept = {name: p.grad for name, p in model.named_parameters()}
+    seen = Client(model, plan, seed=0).observe([batch] * steps if steps else batch).tensors
+    assert all(torch.equal(seen[name], unseen[name]) for name in unseen), "and they are no part of the message"
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is kept[name]
+        assert parameter.grad is None or bool((parameter.grad == 7.0).all())
+
+
 def test_fresh_noise_every_time_and_none_that_repeats_without_a_seed():
     model = tiny.module("bert")
     plan = Policy.load("dp-sgd").plan(slots(model))
@@ -115,6 +131,18 @@ def test_dropout_is_what_the_client_says_it_is():
     assert torch.equal(moving[1], moving[2])
     with pytest.raises(UserError, match="expected 'eval' or 'train'"):
         Client(model, plan, mode="test")
+
+
+def test_random_numbers_on_other_devices_are_left_alone(monkeypatch):
+    """``torch.manual_seed`` seeds every device, and only those that are known of would be put back."""
+
+    def everywhere(_seed):
+        raise AssertionError("every device was seeded")
+
+    model = tiny.module("bert")
+    plan = Policy([]).plan(slots(model))
+    monkeypatch.setattr(torch, "manual_seed", everywhere)
+    assert Client(model, plan, mode="train", seed=0).observe(batch_for(model)).tensors
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -177,6 +177,13 @@ def test_the_aggregate_is_the_plain_mean():
     assert aggregate([mean, mean]).clients == 6
 
 
+def test_an_aggregate_of_aggregates_counts_every_client_once():
+    """In secure aggregation by groups a group of two is no more than two clients."""
+    one, two, three = (Update({"w": torch.tensor([x])}, 4) for x in (0.0, 0.0, 9.0))
+    mean = aggregate([aggregate([one, two]), three])
+    assert (mean.tensors["w"].item(), mean.clients) == (3.0, 3)
+
+
 def test_updates_that_do_not_belong_together_have_no_mean():
     a, b = Update({"w": torch.ones(2)}, 4), Update({"w": torch.ones(2)}, 8)
     with pytest.raises(UserError, match="update 2 is of another kind"):

@@ -44,6 +44,48 @@ def test_passes_are_entered_in_the_ledger_one_by_one(tmp_path):
         assert ledger.epsilon() == pytest.approx(gaussian.epsilon_of(math.sqrt(3), 1e-5))
 
 
+def worth(engine, passes):
+    return engine.get_epsilon(1e-5) == pytest.approx(gaussian.epsilon_of(math.sqrt(passes), 1e-5))
+
+
+def test_a_step_counts_for_the_pass_that_its_batch_is_of(tmp_path):
+    with PrivacyEngine.open_ledger(tiny.module("bert"), tmp_path, client="ward", delta=1e-5) as ledger:
+        engine, module, optimizer, loader = private(DP, batch_size=6, poisson_sampling=False, ledger=ledger)
+        first, second = iter(loader), iter(loader)
+        next(first)
+        optimizer.zero_grad()  # given up
+        train_step(module, optimizer, next(second))
+        train_step(module, optimizer, next(first))
+        assert worth(engine, 2)
+        assert ledger.epsilon() == pytest.approx(gaussian.epsilon_of(math.sqrt(2), 1e-5))
+
+
+def test_an_evaluation_over_the_training_loader_is_no_pass():
+    engine, module, optimizer, loader = private(DP, batch_size=6, poisson_sampling=False)
+    for _ in range(2):
+        for batch in loader:  # all but the very first are fetched in eval mode
+            module.train()
+            train_step(module, optimizer, batch)
+            module.eval()
+            with torch.no_grad():
+                for other in loader:
+                    module(**other)
+    assert engine.steps == 10
+    assert worth(engine, 2)
+
+
+def test_where_the_pass_of_a_batch_cannot_be_told_both_count():
+    engine, module, optimizer, loader = private(DP, batch_size=6, poisson_sampling=False)
+    batch = next(iter(loader))
+    optimizer.zero_grad()
+    module.eval()
+    next(iter(loader))
+    module.train()
+    module(**batch).loss.backward()
+    optimizer.step()
+    assert worth(engine, 2)
+
+
 @pytest.mark.parametrize("poisson", [True, False])
 @pytest.mark.parametrize("make", [
     lambda: WeightedRandomSampler([1.0] * len(EXAMPLES), len(EXAMPLES)),
@@ -153,6 +195,89 @@ def test_a_model_or_loader_that_is_private_already_is_refused():
         made_private(module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
     engine.close()
     made_private(module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+
+
+def again(engine, module, **changes):
+    loader = DataLoader(EXAMPLES, batch_size=6, collate_fn=collator)
+    inner = torch.optim.SGD(module.parameters(), lr=0.1)
+    given = {"module": module, "optimizer": inner, "data_loader": loader, "policy": Policy(DP)}
+    return engine.make_private(**{**given, **changes})
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_second_training_before_the_first_step_books_nothing(tmp_path, closed):
+    with PrivacyEngine.open_ledger(tiny.module("bert"), tmp_path, client="ward", delta=1e-5) as ledger:
+        engine, module, optimizer, loader = private(DP, ledger=ledger)
+        plan = engine.plan
+        if closed:
+            engine.close()
+        quiet = Policy([{"layers": "all", "clip": 1.0, "noise": 9.0}])
+        with pytest.raises(UserError, match="this engine serves another training already; expected an engine of its"):
+            again(engine, tiny.module("bert").train(), policy=quiet, ledger=ledger)
+        assert engine.plan is plan
+        if not closed:
+            train_step(module, optimizer, next(iter(loader)))
+            assert ledger.epsilon() == pytest.approx(engine.get_epsilon(1e-5))
+
+
+HEAD = Policy([{"layers": "all", "train": False}, {"layers": "head", "train": True, "clip": 1.0, "noise": 1.0}])
+
+
+def flags(module):
+    return [parameter.requires_grad for parameter in module.parameters()]
+
+
+def test_what_a_policy_freezes_is_frozen_until_close():
+    module = tiny.module("bert").train()
+    module.get_input_embeddings().weight.requires_grad_(False)  # the caller's own
+    before = flags(module)
+    engine = PrivacyEngine()
+    again(engine, module, policy=HEAD)
+    assert sum(flags(module)) == 2
+    engine.close()
+    assert flags(module) == before
+    other = PrivacyEngine()
+    again(other, module)
+    assert len(other.plan.trained) == sum(before)
+
+
+@pytest.mark.parametrize("mode", ["fats", "opacus"])
+def test_a_refused_set_up_leaves_module_and_engine_as_they_were(mode, monkeypatch):
+    def refuse(*_arguments, **_named):
+        raise UserError("refused")
+
+    module, engine = tiny.module("bert").train(), PrivacyEngine()
+    before = flags(module)
+    with monkeypatch.context() as patched:
+        patched.setattr("dpguard.engine.privacy_engine.ForwardHooks.__init__", refuse)  # the last that can go wrong
+        with pytest.raises(UserError):
+            again(engine, module, policy=HEAD, grad_mode=mode)
+    assert flags(module) == before
+    assert engine.plan is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+    again(engine, module)
+    assert len(engine.plan.trained) == len(before)
+
+
+def test_tensors_without_clip_and_noise_never_join_the_optimizer():
+    module = tiny.module("bert").train()
+    inner = torch.optim.SGD(module.classifier.parameters(), lr=0.1)
+    engine = PrivacyEngine()
+    only = Policy([{"layers": "embeddings", "train": False}, {"layers": "all", "clip": 1.0, "noise": 1.0}])
+    _module, optimizer, loader = again(engine, module, policy=only, optimizer=inner)
+    added = torch.nn.Parameter(torch.zeros(3))
+    for group in (added, [added], [("added", added)], [module.get_input_embeddings().weight]):
+        with pytest.raises(UserError, match="1 of 1 tensors of the new group are not trained by the policy"):
+            optimizer.add_param_group({"params": group})
+    optimizer.add_param_group({"params": iter(module.bert.pooler.parameters()), "lr": 0.2})
+    before = module.bert.pooler.dense.bias.detach().clone()
+    sent = train_step(module, optimizer, next(iter(loader)))
+    moved = before - module.bert.pooler.dense.bias
+    assert torch.allclose(moved, 0.2 * sent["bert.pooler.dense.bias"], atol=1e-6)
+    optimizer.param_groups[0]["params"].append(added)
+    with pytest.raises(UserError, match=r"a tensor of shape \(3,\) that make_private did not see"):
+        train_step(module, optimizer, next(iter(loader)))
+    assert engine.steps == 1
 
 
 def test_batch_normalisation_anywhere_is_named_before_the_policy_is_read():

@@ -28,6 +28,21 @@ def test_the_largest_are_kept_and_no_more(keep: float, filled: float) -> None:
         assert float(sent[chosen].abs().min()) >= float(value[~chosen].abs().max())
 
 
+@pytest.mark.parametrize(("keep", "size"), [(0.07, 100), (0.14, 50), (0.29, 100), (0.55, 1000), (1.1e-7, 10**9)])
+def test_a_share_that_is_a_whole_number_of_entries_sends_no_more(keep: float, size: int) -> None:
+    """.07 of 100 is 7.000000000000001 in floats."""
+    assert prune.entries(keep, size) == round(keep * size)
+    if size <= 1000:
+        for method in ("magnitude", "random"):
+            sent = prune.apply(torch.ones(size), (keep, method), name="w", mask_seed=0)
+            assert int(sent.sum()) == round(keep * size)
+
+
+def test_a_share_that_is_no_whole_number_is_rounded_up() -> None:
+    asked = {(0.071, 100): 8, (0.3, 3): 1, (0.4, 3): 2, (1e-9, 10): 1}
+    assert {at: prune.entries(*at) for at in asked} == asked
+
+
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1, 0.01])
 def test_among_equal_entries_there_are_still_no_more(keep: float) -> None:
     value = torch.randint(-2, 3, (1000,), generator=torch.Generator().manual_seed(5)).float()

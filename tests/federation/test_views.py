@@ -11,6 +11,7 @@ from scipy.stats import chi2
 from dpguard.engine.accounting import guarantee
 from dpguard.engine.client import Client
 from dpguard.engine.local import LocalState, LocalTraining
+from dpguard.errors import UserError
 from dpguard.federation import views
 from dpguard.federation.leak import FederatedThreat
 from dpguard.federation.server import mean_update
@@ -151,6 +152,17 @@ def test_the_promise_is_the_worst_clients_over_all_seeds():
     assert told.guarantee.epsilon == pytest.approx(max(each))
     assert told.examples == sizes[told.client]
     assert f"takes part in {told.rounds} of 5 rounds" in told.guarantee.statement
+
+
+def test_the_delta_must_do_for_the_largest_client_too():
+    """The worst epsilon is a small client's, and a delta that is small for it may promise nothing to the others."""
+    plan, chosen = small.plan(small.NOISED, small.model()), settings(clients=2, per_round=2)
+    for sizes in ([10, 5000], [5000, 10]):
+        with pytest.raises(UserError, match=r"delta is 0.01, larger than 1 / 5000 examples"):
+            views.promise(plan, chosen, sizes, seeds=[0], delta=1e-2)
+        assert views.promise(plan, chosen, sizes, seeds=[0], delta=2e-4).examples == 10
+    whole = small.plan([{"layers": "all", "clip": 1.0, "noise": 1.0, "unit": "update"}], small.model())
+    assert views.promise(whole, chosen, [10, 5000], seeds=[0], delta=1e-2).guarantee.unit == "client"
 
 
 def test_dropping_out_is_told_with_its_price():

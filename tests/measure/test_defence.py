@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dpguard.engine import local, noise, wire
 from dpguard.engine.client import Client
@@ -132,10 +134,7 @@ def test_what_is_claimed_of_a_change_is_what_its_steps_add_up_to():
     )
 
 
-@pytest.mark.parametrize("factor", [0.9, 0.0, 1.1])
-@pytest.mark.parametrize("name", ["dp-sgd", "whole", "uncalibrated"])
-@pytest.mark.parametrize("steps", ["one step", "many", "adam"])
-def test_wrong_noise_on_local_steps_alone_is_caught(monkeypatch, factor, name, steps):
+def noised_by(factor):
     class Wrong:
         wide = staticmethod(noise.wide)
 
@@ -143,7 +142,14 @@ def test_wrong_noise_on_local_steps_alone_is_caught(monkeypatch, factor, name, s
         def add_noise_(total, std, drawn_from, divide_by=1):
             return noise.add_noise_(total, factor * std, drawn_from, divide_by=divide_by)
 
-    monkeypatch.setattr(local, "noise", Wrong)
+    return Wrong
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.0, 1.1])
+@pytest.mark.parametrize("name", ["dp-sgd", "whole", "uncalibrated"])
+@pytest.mark.parametrize("steps", ["one step", "many", "adam"])
+def test_wrong_noise_on_local_steps_alone_is_caught(monkeypatch, factor, name, steps):
+    monkeypatch.setattr(local, "noise", noised_by(factor))
     with pytest.raises(defence.DefenceError, match="the table claims"):
         judged(CHANGED[name], **STEPS[steps])
     assert defence.check(client(CHANGED[name]), BATCH).noise, "the gradient's own path is sound"
@@ -167,3 +173,42 @@ def test_a_withheld_layer_in_a_change_is_caught(monkeypatch):
     monkeypatch.setattr(FederatedThreat, "message", leaky)
     with pytest.raises(defence.DefenceError, match="on the wire"):
         judged(CHANGED["withheld"])
+
+
+def judged_in(dtype, rows, **more):
+    made = replace(LOADED, module=copy.deepcopy(LOADED.module).to(dtype))
+    return defence.check_change(Threat(**more), made, Policy(rows).plan(slots(made.module)), [BATCH])
+
+
+SHORT = {"local_steps": 2, "learning_rate": 1e-3}
+"""Steps that 16 bits hardly show."""
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)])
+def test_what_the_weights_own_rounding_hides_is_measured_in_float64(monkeypatch, dtype, rate):
+    steps = {"local_steps": 2, "learning_rate": rate}
+    found = judged_in(dtype, DP_SGD, **steps)
+    assert f"in float64, because rounding in {str(dtype).removeprefix('torch.')} hides too much" in found.judged
+    for measured, claimed in found.noise.values():
+        assert measured == pytest.approx(claimed, rel=0.15)
+    monkeypatch.setattr(local, "noise", noised_by(0.5))
+    with pytest.raises(defence.DefenceError, match="the table claims"):
+        judged_in(dtype, DP_SGD, **steps)
+
+
+def test_a_clip_that_rounding_hides_is_caught(monkeypatch):
+    monkeypatch.setattr(wire, "clip_factors", lambda norms, *_: norms * 0 + 1)
+    with pytest.raises(defence.DefenceError, match="above its bound"):
+        judged_in(torch.bfloat16, [{"layers": "all", "clip": 0.05}], **SHORT)
+
+
+def test_noise_on_the_whole_change_is_not_rounded_with_the_weights(monkeypatch):
+    assert "float64" not in judged_in(torch.bfloat16, CHANGED["whole"], **SHORT).judged
+    monkeypatch.setattr(local, "noise", noised_by(0.9))
+    with pytest.raises(defence.DefenceError, match="the table claims"):
+        judged_in(torch.bfloat16, CHANGED["whole"], **SHORT)
+
+
+def test_what_no_precision_shows_does_not_pass():
+    with pytest.raises(defence.DefenceError, match="too small beside the weights' own rounding"):
+        judged_in(torch.float32, DP_SGD, local_steps=1, learning_rate=1e-15)

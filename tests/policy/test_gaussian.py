@@ -41,6 +41,16 @@ def test_extremes():
     assert gaussian.epsilon_of(1000.0, 1e-5) == pytest.approx(504_264, rel=1e-3)
 
 
+@pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.9])
+def test_where_the_root_is_lost_in_rounding_epsilon_is_an_upper_bound(delta):
+    """Tiny noise: the search ended in a traceback from mu = 1e35 or so on, and below the truth before."""
+    at = [gaussian.epsilon_of(mu, delta) for mu in (0.999 * gaussian.FAR, 1.001 * gaussian.FAR, 1e20, 1e100, 1e150)]
+    assert at == sorted(at)
+    assert all(epsilon >= 0.5 * mu**2 for epsilon, mu in zip(at[2:], (1e20, 1e100, 1e150), strict=True))
+    assert at[1] == pytest.approx(at[0] * (1.001 / 0.999) ** 2, rel=1e-6)
+    assert gaussian.epsilon_of(1e200, delta) == math.inf
+
+
 @pytest.mark.parametrize(
     ("kappa", "mu", "bound"),
     [

@@ -108,6 +108,18 @@ def test_a_tied_tensor_is_one_tensor():
         ([{"layers": "all", "keep": 1.5}], ("rows", 0, "keep"), "above 0 and at most 1"),
         ([{"layers": "all", "clip": False}], ("rows", 0, "clip"), "is False; expected a number above 0"),
         ([{"layers": "all", "clip": -1}], ("rows", 0, "clip"), "a number above 0"),
+        (
+            [{"layers": "all", "clip": 1e308}],
+            ("rows", 0, "clip"),
+            "is 1e+308; expected a number above 0 and at most 1e+12",
+        ),
+        (
+            [{"layers": "all", "clip": 1.0, "noise": "1.0e+160"}],
+            ("rows", 0, "noise"),
+            "expected a number at least 0 and at most 1e+12",
+        ),
+        ([{"layers": "all", "noise_std": 1e13}], ("rows", 0, "noise_std"), "at most 1e+12"),
+        ([{"layers": "all", "clip": {"quantile": 0.5, "start": 1e13}}], ("rows", 0, "clip", "start"), "at most 1e+12"),
         ([{"layers": "all", "clip": {"quantil": 0.5}}], ("rows", 0, "clip", "quantil"), "did you mean 'quantile'?"),
         ([{"layers": "all", "clip": {"start": 1}}], ("rows", 0, "clip"), "a mapping with 'quantile'"),
         ([{"layers": "all", "clip": {"quantile": 1}}], ("rows", 0, "clip", "quantile"), "above 0 and below 1"),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpguard.deploy import checks
 from dpguard.deploy.checks import Refused
+from dpguard.deploy.node import epsilon, flag
 from dpguard.deploy.rehearsal import MessageForm, Rehearsal
 from dpguard.deploy.server import Server
 from dpguard.deploy.site import Reply, Site, as_tensors
@@ -55,7 +56,8 @@ def open_site(context: Context, folder: str | Path | None = None) -> Site:
         folder: the exported folder when the node names none: the app's own.
 
     Raises:
-        UserError: no folder, no place for the state, or what `Site` refuses.
+        UserError: no folder, no place for the state, a budget that is no number, ``dpguard-allow-change`` neither true
+            nor false, or what `Site` refuses.
     """
     node, run = context.node_config, context.run_config
     found = node.get("dpguard-folder", folder)
@@ -68,10 +70,10 @@ def open_site(context: Context, folder: str | Path | None = None) -> Site:
     if state is None:
         raise UserError("no place for the ledger; expected dpguard-state in the node's configuration")
     name = node.get("dpguard-client", "client" if part is None else f"client-{part}")
-    budget, table = node.get("dpguard-budget"), node.get("dpguard-table")
+    budget, change, table = "dpguard-budget", "dpguard-allow-change", node.get("dpguard-table")
     return Site(
         str(found), str(state), client=str(name), table=None if table is None else str(table),
-        budget=None if budget is None else float(budget), allow_change=bool(node.get("dpguard-allow-change", False)),
+        budget=epsilon(budget, node.get(budget)), allow_change=flag(change, node.get(change, False)),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dpguard.engine import wire
 from dpguard.engine.audit import batches
 from dpguard.engine.audit.report import Row, counted, judged, not_applicable
 from dpguard.engine.audit.subject import MASK_SEED, Subject, shrunk
-from dpguard.engine.release.prune import random_indices
+from dpguard.engine.release.prune import entries, random_indices
 from dpguard.policy.table import Plan, Rule
 
 LARGEST = 1024
@@ -90,7 +90,7 @@ def _operations(plan: Plan, messages: list[wire.Message], batch_size: int) -> li
 
 def _pruning_fault(rule: Rule, sent: Tensor, noised: Tensor) -> str:
     """Which entries leave is decided by the noised magnitudes or by the public mask."""
-    count = max(1, math.ceil(rule.keep * sent.numel()))
+    count = entries(rule.keep, sent.numel())
     kept = sent != 0
     if int(kept.sum()) > count:
         return f"sends {int(kept.sum())} of {sent.numel()} entries, not {count}"

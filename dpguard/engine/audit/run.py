@@ -14,6 +14,8 @@ from dpguard.inputs.models import LoadedModel
 from dpguard.policy.layers import Slot
 from dpguard.policy.table import Plan, Policy
 
+MOST_BATCH = 4096
+"""Twice as many examples go through the mechanism at once, every one with its own gradient: some gigabytes."""
 MOST_SEED = 2**32
 """Seeds of the draws are spaced a million apart and must fit 64 bits."""
 
@@ -40,7 +42,7 @@ def audit(
         model: a loaded model or its name: real texts go through it as well.
         slots: resolve the policy against these instead; without ``model`` and ``slots`` the bundled demo
             model's are taken.
-        batch_size: the public batch size, at least 1.
+        batch_size: the public batch size, from 1 to `MOST_BATCH`.
         seed: of everything random, from 0 to `MOST_SEED` - 1.
         thorough: add check D, some ten seconds more.
         mechanism: (plan, batch size) -> the mechanism to judge; the engine's own when None.
@@ -49,8 +51,8 @@ def audit(
     Raises:
         UserError: a batch size or a seed out of range, or a policy that does not fit the model.
     """
-    if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}; expected at least 1")
+    if not 1 <= batch_size <= MOST_BATCH:
+        raise UserError(f"batch size is {batch_size}; expected a whole number from 1 to {MOST_BATCH}")
     if not 0 <= seed < MOST_SEED:
         raise UserError(f"seed is {seed}; expected a whole number from 0 to {MOST_SEED - 1}")
     loaded = models.load(model) if isinstance(model, str) else model

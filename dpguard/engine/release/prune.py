@@ -13,8 +13,17 @@ SORTED = 8
 """One entry in so many, or fewer: sorting the largest is quicker than finding the smallest of them."""
 
 
+def entries(keep: float, size: int) -> int:
+    """How many of ``size`` entries are sent: ceil(keep * size), at least one.
+
+    >>> entries(0.07, 100), entries(0.071, 100), entries(0.001, 100)
+    (7, 8, 1)
+    """
+    return max(1, math.ceil(keep * size * (1 - 1e-12)))  # .07 * 100 is 7.000000000000001 in floats
+
+
 def apply(tensor: Tensor, setting: tuple[float, str], *, name: str, mask_seed: int) -> Tensor:
-    """Zero all but ceil(keep * n) entries (at least one).
+    """Zero all but ``keep`` of the entries (see `entries`).
 
     Args:
         tensor: the noised gradient of one parameter.
@@ -29,7 +38,7 @@ def apply(tensor: Tensor, setting: tuple[float, str], *, name: str, mask_seed: i
     if keep >= 1:
         return tensor
     flat = tensor.flatten()
-    count = max(1, math.ceil(keep * flat.numel()))
+    count = entries(keep, flat.numel())
     if method == "magnitude":
         chosen = largest(flat, count)
     else:

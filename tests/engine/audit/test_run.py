@@ -172,7 +172,12 @@ def test_a_policy_that_trains_nothing():
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"batch_size": 0}, "batch size is 0"), ({"seed": -1}, "seed is -1"), ({"seed": 2**62}, "seed is 4611")],
+    [
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": 2_000_000}, "expected a whole number from 1 to 4096"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**62}, "seed is 4611"),
+    ],
 )
 def test_mistakes(wrong, said):
     with pytest.raises(UserError, match=said):
