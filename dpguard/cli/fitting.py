@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpguard.cli.console import console, table
+from dpguard.cli.naming import by_options
 from dpguard.cli.progress import bar
 from dpguard.engine.fit_clips import Fitted, FittedGroup, check_fittable, check_quantile, fit
 from dpguard.errors import UserError
@@ -48,8 +49,10 @@ def fit_clips(
     quantile = check_quantile(quantile)
     _check_out(out, policy)
     given = Policy.load(policy)
-    public = public_texts(data, text=text, label=label)
+    with by_options(text, label):
+        public = public_texts(data, text=text, label=label)
     loaded = models.load(model, labels=max(2, 1 + max(e.label for e in public)))
+    texts.check_labels(public, loaded.classes)
     check_fittable(given.plan(slots(loaded.module)))
     chosen = random.Random(seed).sample(public, min(examples, len(public)))
     texts.check_lengths(chosen, loaded.tokenizer, loaded.max_tokens)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dpguard.attacks.panel import FLOOR, LATEST, PANELS, attack, in_order
 from dpguard.cli.console import console, table
+from dpguard.cli.naming import by_options
 from dpguard.cli.progress import bar
 from dpguard.errors import UserError, did_you_mean
 from dpguard.inputs import models, texts
@@ -49,8 +50,10 @@ def attack_once(
     """Attack a few messages under one policy and print true text beside recovered text."""
     _check_closed(threat, batch_size)
     rows = Policy.load(policy)
-    corpus = texts.load(data, text=text, label=label)
+    with by_options(text, label):
+        corpus = texts.load(data, text=text, label=label)
     loaded = models.load(model, labels=corpus.classes)
+    texts.check_labels((*corpus.train, *corpus.test), loaded.classes)
     plan = rows.plan(slots(loaded.module))
     if not plan.shared:
         raise UserError(f"policy {policy!r} shares nothing, so there is no message to attack")

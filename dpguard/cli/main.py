@@ -357,6 +357,10 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
+INSTEAD = dict.fromkeys(("check", "dry-run", "plan", "validate"), "dpguard run STUDY --dry-run")
+"""What somebody wants who writes a word that is no command, where it is not the one spelt most alike."""
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit status 2."""
     command = typer.main.get_command(app)
@@ -369,6 +373,9 @@ def main() -> None:
         # typer would print a framed usage text; one sentence says it
         # typer and click each add the nearest name
         said = re.sub(r"( Did you mean [^?]*\?)\1+$", r"\1", error.format_message())
+        word = re.match(r"No such command '([^']*)'\.", said)
+        if word and word[1] in INSTEAD:
+            said = f"{word[0]} Did you mean '{INSTEAD[word[1]]}'?"
         print(f"dpguard: {said}", file=sys.stderr)
         status = 2
     except (click.Abort, KeyboardInterrupt):

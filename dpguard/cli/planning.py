@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpguard.cli.naming import in_study
 from dpguard.errors import UserError
 from dpguard.study.calibration import Kept, calibrated
 from dpguard.study.corpora import corpus_of
@@ -46,6 +46,7 @@ class Ground:
         corpus: the texts.
         data: what `inputs.texts` was asked for.
         slots: the model's parameters.
+        classes: of its head.
         model_id, data_id: what identifies them in a cell.
     """
 
@@ -54,6 +55,7 @@ class Ground:
     slots: Sequence[Slot]
     model_id: dict[str, Any]
     data_id: dict[str, Any]
+    classes: int
 
 
 def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
@@ -73,7 +75,7 @@ def read_ground(study: Study) -> Ground:
         UserError: what cannot be read, with its place in the study.
     """
     data = {**study.data.model_dump(), "beside": str(Path(study.document.path).parent), "owner": study.owner_column}
-    with study.locating("data"), _asked_by_split(study):
+    with study.locating("data"), in_study(study):
         corpus = corpus_of({"data": data})
     # torch comes with these: the texts are read, and their mistakes told, before
     from dpguard.inputs import models, texts
@@ -81,13 +83,14 @@ def read_ground(study: Study) -> Ground:
 
     with study.locating("model"):
         loaded = models.load(study.model, labels=corpus.classes, seed=0)
+        texts.check_labels((*corpus.train, *corpus.test), loaded.classes)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
     _check_candidates(study, len(set(corpus.public)))
     model_id = {"name": study.model, "hash": loaded.fingerprint, "reading": loaded.reading}
     data_id = {
         "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
-    return Ground(corpus, data, slots(loaded.module), model_id, data_id)
+    return Ground(corpus, data, slots(loaded.module), model_id, data_id, loaded.classes)
 
 
 def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
@@ -148,18 +151,6 @@ def _check_splits(study: Study, cells: Sequence[Cell], corpus: Any) -> None:
     for label, named in own.items():
         with named.document.locating(*named.loc, "federation"):
             check_split([cell for cell in cells if cell.policy == label], corpus)
-
-
-@contextmanager
-def _asked_by_split(study: Study) -> Iterator[None]:
-    """The texts know their columns, not who asked for them: a client's column is asked for by the split."""
-    try:
-        yield
-    except UserError as error:
-        column = study.owner_column
-        if column is None or not error.sentence.startswith(f"no column {column!r}"):
-            raise
-        raise UserError(f"{error.sentence} (asked for by federation.split)", where=error.where) from None
 
 
 def _check_candidates(study: Study, public: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpguard.cli.console import console
 from dpguard.errors import UserError
+from dpguard.report.again import left_out
 from dpguard.report.files import meant
 from dpguard.report.frontier import Frontier, frontier
 from dpguard.report.missing import missing
@@ -59,8 +60,11 @@ def render_report(
     screen.print(terminal_table(found, screen.width))
     screen.print()
     screen.print(decision.sentence, style="bold", markup=False)
-    if lacking := missing(found, decision).results:
-        screen.print(f"{count(lacking, 'result')} missing or failed: the report says which.", markup=False)
+    lacking = missing(found, decision, left_out(result))
+    if lacking.left_out:
+        screen.print(lacking.left_out, markup=False)
+    if lacking.results:
+        screen.print(f"{count(lacking.results, 'result')} missing or failed: the report says which.", markup=False)
     if note := moved_cap(result.spec, found.leakage_metric, decision.caps):
         screen.print(note, markup=False)
     screen.print(f"report: {page}", markup=False)
@@ -113,6 +117,8 @@ def print_recommendation(
     if kept := Caps(**of_study).words() if asked else []:
         out.print(f"The study's own caps hold beside yours: {', '.join(kept)}.", markup=False)
     out.print(decision.sentence, style="bold", markup=False)
+    if others := missing(found, decision, left_out(result)).left_out:
+        out.print(others, markup=False)
     for line in (*decision.why, *decision.limits, *decision.sensitivity):
         out.print(f"- {line}", markup=False)
     out.print()

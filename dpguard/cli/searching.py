@@ -79,7 +79,9 @@ def run(
 def _sum(first: Summary, later: Summary, planned: Planned, store: Store) -> Summary:
     """Two runs as one: what ran in both counts once, as it ended."""
     ran, took = first.ran | later.ran, first.took | later.took
-    return Summary.of(planned.cells, store, ran, took, interrupted=later.interrupted, stopped=later.stopped)
+    return Summary.of(
+        planned.cells, store, ran, took, interrupted=later.interrupted, stopped=later.stopped, reused=first.reused
+    )
 
 
 def _records(folder: Path) -> Mapping[str, Record]:

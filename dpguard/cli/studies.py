@@ -211,11 +211,12 @@ def merge_shards(out: Path, folders: list[Path]) -> int:
 
 
 def _only(planned: Planned, labels: Sequence[str]) -> Planned:
-    """The plan of some policies."""
+    """The plan of some policies; its study keeps the names of the others."""
     cells = of_policies(planned.cells, labels)
     shown = {cell.policy for cell in cells}
     policies = tuple(named for named in planned.study.policies if named.label in shown)
-    return replace(planned, cells=cells, study=replace(planned.study, policies=policies))
+    left_out = tuple(named.label for named in planned.study.policies if named.label not in shown)
+    return replace(planned, cells=cells, study=replace(planned.study, policies=policies, left_out=left_out))
 
 
 def _own(part: Shard | None, planned: Planned) -> list[Cell]:

@@ -9,7 +9,8 @@ from dpguard.study.spec import Study
 
 def warnings(study: Study, ground: Ground) -> list[str]:
     """All of them that apply, one sentence each."""
-    return [sentence for sentence in (unkept(study, ground), overlap(ground), unscored(study, ground)) if sentence]
+    found = (unkept(study, ground), overlap(ground), alone(study, ground), unscored(study, ground))
+    return [sentence for sentence in found if sentence]
 
 
 def unkept(study: Study, ground: Ground) -> str:
@@ -35,13 +36,24 @@ def overlap(ground: Ground) -> str:
     return f"of the {held:,} held-out texts {what} as well: utility is judged on {'it' if seen == 1 else 'them'} too"
 
 
+def alone(study: Study, ground: Ground) -> str:
+    """A sentence when a model is trained on texts of one class only, else ""."""
+    labels = {example.label for example in ground.corpus.train}
+    if study.utility is None or len(labels) > 1:
+        return ""
+    return (
+        f"all {len(ground.corpus.train):,} training texts have label {min(labels)}: a model that always answers it "
+        "learned them, so utility says nothing about a policy"
+    )
+
+
 def unscored(study: Study, ground: Ground) -> str:
     """A sentence when a closed world has more candidates than its attack scores, else ""."""
     from dpguard.attacks.panel import attack, in_order
 
     if study.leakage is None or not study.leakage.threat.candidates or "labels" in study.leakage.threat.know:
         return ""
-    count, classes = study.leakage.threat.candidates, ground.corpus.classes
+    count, classes = study.leakage.threat.candidates, ground.classes
     try:
         attacks = [attack(name) for name in in_order(study.leakage.panel, study.leakage.attacks)]
     except UserError:

@@ -212,6 +212,11 @@ class Frontier:
         return "each client's own commonest class" if self.by_client else "the commonest class"
 
     @property
+    def idle(self) -> float | None:
+        """What an answer without a model is worth; None where it is not known."""
+        return 0.0 if self.utility_metric == "mcc" else self.majority
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Every recorded leakage metric, the one that the report leads with first."""
         found = sorted({metric for row in self.rows for metric in row.measures} - {self.leakage_metric})

@@ -31,6 +31,8 @@ from dpguard.stats import Interval
 
 BOUND: dict[str, Any] = {"color": RED, "marker": "_", "markersize": 13, "markeredgewidth": 1.8, "zorder": 1.4}
 """A bound as a tick of its own."""
+FLOOR: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (2, 2))}
+"""What a guess scores, as a line."""
 
 
 def height(rows: int, *, narrow: bool) -> float:
@@ -134,10 +136,8 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
         xs, ys = zip(*content.curves[0], strict=True)
         ax.plot(xs, ys, color=RED, linewidth=1.6, zorder=1.4, gid="bound")
         ax.fill_between(xs, [content.chance or 0.0] * len(xs), ys, color=LINE, alpha=0.6, linewidth=0, zorder=0.4)
-    for level, name in ((content.floor, "floor: a guess, no message"),):
-        if level is not None:
-            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            ax.text(0.01, level, name, transform=ax.get_yaxis_transform(), color=MUTED, va="top")
+    if content.floor is not None:
+        ax.axhline(content.floor, zorder=1, **FLOOR)
     for point in (p for p in content.points if p.labelled):
         colour = point.band.colour if point.band else OPEN
         _bar_at(ax, point.sigma, point.measured, RED if point.broken else colour, f"measured-{point.number}")
@@ -155,6 +155,8 @@ def draw_over_noise(ax: Axes, content: OverNoise, *, narrow: bool) -> None:
     if content.curves:
         look: dict[str, Any] = {"linestyle": "none", **BOUND} if len(content.curves) > 1 else {"color": RED}
         handles.append(Line2D([], [], linewidth=1.6, label="the most that the guarantee allows", **look))
+    if content.floor is not None:  # not on the line itself: markers and bars may be anywhere along it
+        handles.append(Line2D([], [], label="floor: a guess, no message", **FLOOR))
     legend(ax, handles, 2 if narrow else len(handles))
     _name_noised(ax, content, narrow=narrow)
 

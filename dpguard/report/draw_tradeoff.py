@@ -29,9 +29,11 @@ from dpguard.report.text import short
 
 NEAR = 0.45
 """Of floor and ceiling: nearer than this, their names stand one above the other."""
+UNDER, RINGS = 4.4, 4
+"""By how much a point grows for each that covers it, so that a ring of it shows, and up to how many times."""
 RING: dict[str, Any] = {
     "marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.3,
-    "linestyle": "none", "zorder": 2.9, "clip_on": False,
+    "linestyle": "none", "zorder": 3.3, "clip_on": False,
 }  # fmt: skip
 """Around the recommended policy."""
 
@@ -43,7 +45,8 @@ def draw_tradeoff(ax: Axes, content: Tradeoff, *, narrow: bool, chosen: str = ""
     for point in content.points:
         _point(ax, point)
         if point.policy == chosen:
-            ax.plot([point.leakage.value], [point.utility.value], **RING)
+            ring = {**RING, "markersize": RING["markersize"] + _grown(point)}
+            ax.plot([point.leakage.value], [point.utility.value], **ring)
     handles = band_handles(point.band for point in content.points)
     if len(content.front) > 1:
         handles.append(Line2D([], [], color=INK, alpha=0.55, linewidth=1.1, label="Pareto front"))
@@ -56,9 +59,7 @@ def draw_tradeoff(ax: Axes, content: Tradeoff, *, narrow: bool, chosen: str = ""
 
 
 def _limits(ax: Axes, content: Tradeoff) -> None:
-    ends = [end for p in content.points for end in (p.utility.low, p.utility.high)]
-    ends += [level for level in (content.majority, content.undefended) if level is not None]
-    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    low, high = content.heights
     room = max(0.08 * (high - low), 0.02)
     ax.set_xlim(-0.02, 1.03)
     ax.set_ylim(low - room, high + room)
@@ -89,7 +90,13 @@ def _point(ax: Axes, point: Point) -> None:
     if point.labelled:
         ax.plot([x.low, x.high], [y.value, y.value], gid=f"bar-{point.number}", **bars)
         ax.plot([x.value, x.value], [y.low, y.high], gid=f"bar-{point.number}-u", **bars)
-    marker(ax, x.value, y.value, point.band, size=8.4, gid=f"point-{point.number}")
+    size, lower = 8.4 + _grown(point), 0.01 * point.under
+    marker(ax, x.value, y.value, point.band, size=size, gid=f"point-{point.number}", lower=lower)
+
+
+def _grown(point: Point) -> float:
+    """By how much a point is larger than one that nothing covers."""
+    return UNDER * min(point.under, RINGS)
 
 
 def _names(ax: Axes, content: Tradeoff, narrow: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpguard.report.frontier import CONTROL, Frontier, Row
 from dpguard.report.style import Band, band
@@ -14,6 +15,8 @@ LABELLED = 24
 """With more points than this, only the front (no more of it than this) and the control are named and have bars."""
 LISTED = 60
 """With more policies than this, the leakage chart lists only the front and the control."""
+NEAR = (0.004, 0.01)
+"""Of the picture's width and height: points nearer than this cover each other."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Point:
     """One policy in the trade-off picture.
 
     ``number`` is its row in the table, counted from 1; only ``labelled`` points have a name and interval bars.
+    ``under`` counts the points at its place that are drawn on top of it, so that it must be larger to be seen.
     """
 
     number: int
@@ -30,6 +34,7 @@ class Point:
     band: Band | None
     on_front: bool
     labelled: bool
+    under: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,17 @@ class Tradeoff:
     x_label: str
     y_label: str
 
+    @property
+    def heights(self) -> tuple[float, float]:
+        """Least and greatest utility in the picture."""
+        levels = [level for level in (self.majority, self.undefended) if level is not None]
+        return _heights(self.points, levels)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether some point lies under another one."""
+        return any(point.under for point in self.points)
+
 
 def tradeoff_content(frontier: Frontier) -> Tradeoff:
     """Compute the trade-off picture."""
@@ -81,7 +97,7 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
     absent = [(row.policy, why_absent(row)) for row in frontier.rows if not (row.leakage and row.utility)]
     control = frontier.ceiling
     return Tradeoff(
-        points,
+        _stacked(points),
         tuple(sorted({(p.leakage.value, p.utility.value) for p in points if p.on_front})),
         frontier.floor.value if frontier.floor else None,
         control.leakage.value if control and control.leakage else None,
@@ -92,6 +108,32 @@ def tradeoff_content(frontier: Frontier) -> Tradeoff:
         f"Leakage: {metric_name(frontier.leakage_metric)} of the strongest attack (less is better)",
         f"Utility: {metric_name(frontier.utility_metric)} on held-out texts",
     )
+
+
+def _heights(points: Sequence[Point], levels: Sequence[float] = ()) -> tuple[float, float]:
+    ends = [*(end for point in points for end in (point.utility.low, point.utility.high)), *levels]
+    return min(ends, default=0.0), max(ends, default=1.0)
+
+
+def _stacked(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, those under others counted: on top are those with a guarantee, the strongest first.
+
+    In a crowd there is no room for rings around rings, and none are counted.
+    """
+    if len(points) > LABELLED:
+        return tuple(points)
+    low, high = _heights(points)
+    wide, tall = NEAR[0], NEAR[1] * max(high - low, 0.02)
+    found: dict[int, Point] = {}
+    for point in sorted(points, key=lambda p: (p.band.most if p.band else math.inf, p.band is None, p.number)):
+        above = [
+            other.under
+            for other in found.values()
+            if abs(other.leakage.value - point.leakage.value) <= wide
+            and abs(other.utility.value - point.utility.value) <= tall
+        ]
+        found[point.number] = replace(point, under=1 + max(above)) if above else point
+    return tuple(found[point.number] for point in points)
 
 
 def _named(rows: Sequence[Row]) -> set[str]:

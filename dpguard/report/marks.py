@@ -40,8 +40,12 @@ def marker(
     *,
     size: float = 6.5,
     gid: str | None = None,
+    lower: float = 0.0,
 ) -> None:
-    """Filled circles in their colour of the epsilon scale, or open diamonds without a formal guarantee."""
+    """Filled circles in their colour of the epsilon scale, or open diamonds without a formal guarantee.
+
+    ``lower`` is by how much they are drawn under others.
+    """
     ax.plot(
         x if isinstance(x, list) else [x],
         y if isinstance(y, list) else [y],
@@ -51,7 +55,7 @@ def marker(
         markeredgecolor=INK if band else OPEN,
         markeredgewidth=0.7 if band else 1.5,
         linestyle="none",
-        zorder=3.1 if band else 3,  # where both lie on one place the promise shows, and can be pointed at
+        zorder=(3.1 if band else 3) - lower,  # where both lie on one place the promise shows, and can be pointed at
         clip_on=False,
         gid=gid,
     )

@@ -37,6 +37,7 @@ def template(name: str, *, escape: bool) -> Template:
         "metric": text.metric_name,
         "at": text.at_name,
         "plain": text.plain,
+        "unbroken": text.unbroken,
         "md": text.markdown,
         "along": along,
     }

@@ -50,18 +50,45 @@ def called(policy: str) -> str:
 def caution(frontier: Frontier, case: Case) -> str:
     """That no attack could read the policy's messages, or that it is not shown to beat an answer without a model."""
     told = ["No attack could read its messages: its leakage is that of a guess."] if case.row.guessed else []
-    return " ".join(told + _idle(frontier, case))
+    idle = "" if _learnt(frontier, case.utility) else "It is not shown to have learnt anything."
+    weak = no_use(frontier)
+    told += [weak, idle] if weak else [_idle(frontier, case)]
+    return " ".join(filter(None, told))
 
 
-def _idle(frontier: Frontier, case: Case) -> list[str]:
-    """Without a model, accuracy and F1 are those of one answer (`Frontier.majority`), Matthews correlation is 0."""
-    idle = 0.0 if frontier.utility_metric == "mcc" else frontier.majority
-    if idle is None or case.utility > idle:
-        return []
-    return [
+def _learnt(frontier: Frontier, utility: float) -> bool:
+    """Whether a utility, at its lower end, is above that of an answer without a model."""
+    return frontier.idle is None or utility > frontier.idle
+
+
+def _idle(frontier: Frontier, case: Case) -> str:
+    if _learnt(frontier, case.utility):
+        return ""
+    return (
         f"But it is not shown to have learnt anything: always answering {frontier.commonest} reaches "
-        f"{metric_name(frontier.utility_metric)} {number(idle, 3)}."
-    ]
+        f"{metric_name(frontier.utility_metric)} {number(frontier.idle, 3)}."
+    )
+
+
+def no_use(frontier: Frontier) -> str:
+    """That utility has no power: not even the undefended control is shown to have learnt anything; else empty."""
+    control = frontier.ceiling
+    if control is None or control.utility is None or _learnt(frontier, control.utility.low):
+        return ""
+    alike = " (all test texts are of one class)" if frontier.majority == 1 and not frontier.by_client else ""
+    return (
+        f"Utility has no power here: without any defence {metric_name(frontier.utility_metric)} may be as low as "
+        f"{number(control.utility.low, 3)}, where always answering {frontier.commonest} reaches "
+        f"{number(frontier.idle, 3)}{alike}."
+    )
+
+
+def no_use_of_any(frontier: Frontier, cases: Sequence[Case]) -> str:
+    """The same where nothing is chosen yet, with what it means for these cases."""
+    told = no_use(frontier)
+    if not told or any(_learnt(frontier, case.utility) for case in cases):
+        return told
+    return f"{told} What is chosen would not be shown to have learnt anything."
 
 
 def points(value: float) -> str:
@@ -213,8 +240,9 @@ def _relaxed(cases: Sequence[Case], caps: Caps) -> Iterator[Relaxed]:
             yield name, replace(caps, **{cap: value}), case, value
 
 
-def sensitivity(chosen: Case, cases: Sequence[Case], caps: Caps, metric: str) -> list[str]:
+def sensitivity(frontier: Frontier, chosen: Case, cases: Sequence[Case], caps: Caps) -> list[str]:
     """For each cap, the least relaxing of it alone that changes the choice for the better, and what that would gain."""
+    metric = frontier.utility_metric
     told: dict[str, str] = {}
     changes: dict[str, float] = {}
     for name, relaxed, _, value in _relaxed(cases, caps):
@@ -228,14 +256,24 @@ def sensitivity(chosen: Case, cases: Sequence[Case], caps: Caps, metric: str) ->
         if name == "utility" and less > 0:
             told[name] = (
                 f"Accepting {points(gain)} less {metric_name(metric)} (at least {number(value, 3)}) would bring "
-                f"leakage down by {points(less)}: {called(other.policy)} would be chosen."
+                f"leakage down by {points(less)}: {called(other.policy)} would be chosen{_but_idle(frontier, other)}."
             )
         elif name != "utility" and gain > 0:
             told[name] = (
                 f"{_with(name, value, caps)} you would gain {points(gain)} of {metric_name(metric)}: "
-                f"{called(other.policy)} would be chosen."
+                f"{called(other.policy)} would be chosen{_but_idle(frontier, other)}."
             )
-    return [*told.values(), *_safer(chosen, cases, caps, metric, told), *_steady(chosen, caps, changes)]
+    safer = [] if "utility" in told else _safer(frontier, chosen, cases, caps)
+    return [*told.values(), *safer, *_steady(chosen, caps, changes), *_whatever(frontier)]
+
+
+def _but_idle(frontier: Frontier, case: Case) -> str:
+    """The caution at a policy that another cap would admit."""
+    return "" if _learnt(frontier, case.utility) else ", which is not shown to have learnt anything"
+
+
+def _whatever(frontier: Frontier) -> list[str]:
+    return ["Utility has no power here, whatever the caps."] if no_use(frontier) else []
 
 
 def _with(name: str, value: float, caps: Caps) -> str:
@@ -245,17 +283,19 @@ def _with(name: str, value: float, caps: Caps) -> str:
     return f"With an epsilon of up to {show_epsilon(value)}"
 
 
-def _safer(chosen: Case, cases: Sequence[Case], caps: Caps, metric: str, told: dict[str, str]) -> list[str]:
+def _safer(frontier: Frontier, chosen: Case, cases: Sequence[Case], caps: Caps) -> list[str]:
     """What less leakage would cost, where relaxing the utility asked for does not change the choice by itself."""
-    if caps.min_utility is None or "utility" in told:
+    if caps.min_utility is None:
         return []
     safer = [c for c in cases if set(misses(c, caps)) == {"utility"} and c.leakage < chosen.leakage]
     if not safer:
         return []
     near = max(safer, key=lambda c: (c.utility, -c.leakage, c.policy))
+    less, cost = chosen.leakage - near.leakage, chosen.utility - near.utility
+    metric = metric_name(frontier.utility_metric)
     return [
-        f"{points(chosen.leakage - near.leakage).capitalize()} less leakage would cost "
-        f"{points(chosen.utility - near.utility)} of {metric_name(metric)}: {visible(near.policy)} has both."
+        f"{points(less).capitalize()} less leakage would cost {points(cost)} of {metric}: "
+        f"{visible(near.policy)} has both{_but_idle(frontier, near)}."
     ]
 
 
@@ -300,11 +340,12 @@ def _too_few(case: Case, beyond: Mapping[str, float], caps: Caps) -> str:
     return f" Its mean is {number(found.value, 3)} on {count(found.n, 'target')}: more of them narrow the interval."
 
 
-def what_would_admit(cases: Sequence[Case], caps: Caps) -> list[str]:
+def what_would_admit(frontier: Frontier, cases: Sequence[Case], caps: Caps) -> list[str]:
     """For each cap, the least relaxing of it alone under which some policy qualifies."""
     told: dict[str, str] = {}
     for name, relaxed, _, value in _relaxed(cases, caps):
         shown = show_epsilon(value) if name == "epsilon" else number(value, 3)
         least, best = "at least" if name == "utility" else "at most", choose(fitting(cases, relaxed), relaxed)
-        told.setdefault(name, f"With {name} {least} {shown}, {called(best.policy)} would be chosen.")
-    return list(told.values())
+        idle = _but_idle(frontier, best)
+        told.setdefault(name, f"With {name} {least} {shown}, {called(best.policy)} would be chosen{idle}.")
+    return [*told.values(), *(_whatever(frontier) if told else [])]

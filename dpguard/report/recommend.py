@@ -34,7 +34,7 @@ class Recommendation:
         limits: what it does not protect.
         sensitivity: what relaxing a cap would gain.
         caps: the caps it was decided under.
-        caution: why the named policy may be worth nothing; else empty.
+        caution: why what is chosen may be worth nothing; else empty.
     """
 
     verdict: Verdict
@@ -45,6 +45,11 @@ class Recommendation:
     sensitivity: tuple[str, ...] = ()
     caps: Caps = field(default_factory=Caps)
     caution: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The sentence without the caution."""
+        return self.sentence.removesuffix(self.caution).rstrip()
 
 
 def recommend(
@@ -76,31 +81,37 @@ def recommend(
     if stopped := broken(frontier) or no_power(frontier):
         verdict, sentence = stopped
         return Recommendation(verdict, sentence, caps=caps)
+    cases = [case for row in frontier.rows if (case := Case.of(row))]
+    caution = reasons.no_use_of_any(frontier, cases)
     if not caps:
         sentence = "No caps were set, so no policy is recommended: the frontier below is the answer."
-        return Recommendation("no caps", sentence, caps=caps)
-    cases = [case for row in frontier.rows if (case := Case.of(row))]
+        return Recommendation("no caps", _with(sentence, caution), caps=caps, caution=caution)
     fit = fitting(cases, caps)
     if not fit:
         return Recommendation(
             "none qualifies",
-            reasons.none_qualifies(cases, caps, frontier.utility_metric),
+            _with(reasons.none_qualifies(cases, caps, frontier.utility_metric), caution),
             why=tuple(reasons.unmeasured(frontier)),
-            sensitivity=tuple(reasons.what_would_admit(cases, caps)),
+            sensitivity=tuple(reasons.what_would_admit(frontier, cases, caps)),
             caps=caps,
+            caution=caution,
         )
     chosen = choose(fit, caps)
     caution = reasons.caution(frontier, chosen)
     return Recommendation(
         "recommended",
-        " ".join(filter(None, (reasons.answer(frontier, chosen), caution))),
+        _with(reasons.answer(frontier, chosen), caution),
         chosen.policy,
         tuple(reasons.why(frontier, chosen, fit, caps)),
         tuple(reasons.limits(frontier, chosen.row)),
-        tuple(reasons.sensitivity(chosen, cases, caps, frontier.utility_metric)),
+        tuple(reasons.sensitivity(frontier, chosen, cases, caps)),
         caps,
         caution,
     )
+
+
+def _with(sentence: str, caution: str) -> str:
+    return f"{sentence} {caution}" if caution else sentence
 
 
 def moved_cap(spec: Mapping[str, Any], metric: str, caps: Caps) -> str:

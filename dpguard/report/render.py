@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from dpguard.report import card, pdf, pictures, text
+from dpguard.report import again, card, pdf, pictures, text
 from dpguard.report.chance import measured_on, public_texts
 from dpguard.report.differences import compared
 from dpguard.report.figure_content import tradeoff_content
@@ -54,6 +54,7 @@ def render(result: StudyResult, folder: Path, *, metric: str | None = None) -> P
     made = card.content(result, table, decision, decision.policy) if decision.policy else None
     context = _context(result, table, decision) | {
         "card": card.to_markdown(made) if made else "",
+        "stacked": any(tradeoff_content(made).stacked for made in (table, *(other.table for other in others))),
         "by_attack": "attacks" in drawn,
         "maps": [found for name, found in drawn.items() if name.startswith("map")],
     }
@@ -137,13 +138,14 @@ def _context(result: StudyResult, table: Frontier, decision: Recommendation) -> 
         "chosen": next((view for view in views if view.row.policy == decision.policy), None),
         "frontier": table,
         "views": views,
-        "missing": missing(table, decision),
+        "missing": missing(table, decision, again.left_out(result)),
+        "reproduce": again.reproduce(result),
         "violations": violations(table),
         "sandwich": sandwich_content(table),
         "over_noise": over_noise_content(table),
         "saw": next((row.saw for row in table.rows if row.measures), "one message"),
         "closed": any(row.candidates for row in table.rows),
-        "chance": measured_on(texts) if (texts := _public_texts(result)) else "on public texts",
+        "chance": measured_on(_public_texts(result)),
         "comparisons": compared(result, table, decision.policy),
         "absent": tradeoff_content(table).absent,
         "crowded": not all(point.labelled for point in tradeoff_content(table).points),

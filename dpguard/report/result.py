@@ -84,6 +84,11 @@ class StudyResult:
         return list(dict.fromkeys(named + found))
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Policies of the study file that were not asked for (``--only``)."""
+        return tuple(str(name) for name in self.spec.get("left_out") or ())
+
+    @property
     def synthetic(self) -> bool:
         """Whether the texts are the bundled ones, which describe nobody."""
         data = self.spec.get("data")

@@ -17,6 +17,8 @@ from dpguard.stats import Interval
 
 LISTED = 30
 """With more policies than this, only the front, the control and what broke its bound are listed."""
+CERTAIN = 1 - 1e-9
+"""A bound from here on allows everything."""
 LABELLED = 24
 """With more points than this over noise, only those of the front and what broke its bound are named."""
 
@@ -182,7 +184,7 @@ def over_noise_content(frontier: Frontier) -> OverNoise | None:
         colour, broken = band(row.epsilon), found.broken
         point = Noised(number, row.policy, row.sigma_eff, found.measured, found.bound, colour, broken, labelled=True)
         points.append(point)
-        if found.bound is not None and found.upper is not None and 0 < found.upper < 1:
+        if found.bound is not None and found.upper is not None and found.upper > 0:
             starts.append((row.sigma_eff, found.upper, found.bound))
     if len({point.sigma for point in points}) < 2:
         return None
@@ -206,9 +208,13 @@ def _curves(
     """The closed form through the recorded bounds, over the whole range of noise.
 
     A bound is Phi(Phi^-1(kappa) + c / sigma), c being the root of the number of messages seen: recorded bounds tell c.
+    A bound of 1 tells none: where no line goes through it, it is one for all noise.
     """
-    inside = [(sigma, kappa, bound) for sigma, kappa, bound in starts if bound < 1 - 1e-9]
+    inside = [(sigma, kappa, bound) for sigma, kappa, bound in starts if bound < CERTAIN]
     kinds = sorted({(kappa, round(sigma * float(ndtri(bound) - ndtri(kappa)), 6)) for sigma, kappa, bound in inside})
     steps = [least * (most / least) ** (n / 80) for n in range(81)]
-    lines = (tuple((sigma, success_bound(kappa, c / sigma)) for sigma in steps) for kappa, c in kinds)
+    lines = [tuple((sigma, success_bound(kappa, c / sigma)) for sigma in steps) for kappa, c in kinds]
+    whole = [(sigma, kappa) for sigma, kappa, bound in starts if bound >= CERTAIN]
+    if any(all(success_bound(k, c / sigma) < 1 - 1e-6 for k, c in kinds if k == kappa) for sigma, kappa in whole):
+        lines.append(tuple((sigma, 1.0) for sigma in steps))
     return tuple(line for line, _ in groupby(lines))

@@ -28,21 +28,14 @@ class Band:
     night: str
 
 
-def _bands() -> tuple[Band, ...]:
-    day = seaborn.color_palette("viridis", as_cmap=True)
-    limits = ((1.0, "ε ≤ 1"), (3.0, "ε ≤ 3"), (10.0, "ε ≤ 10"), (math.inf, "ε > 10"))
-    shades = zip((0.10, 0.36, 0.58, 0.76), (0.50, 0.66, 0.80, 0.94), strict=True)
-    return tuple(
-        Band(most, name, _hex(day(light)), _hex(day(dark)))
-        for (most, name), (light, dark) in zip(limits, shades, strict=True)
-    )
-
-
-def _hex(colour: tuple[float, ...]) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])
-
-
-BANDS = _bands()
+# From cool for a strong promise to warm for a weak one: green would read as safe wherever it stood. Blue against amber
+# is told apart with any colour vision, and each step is lighter than the one before.
+BANDS = (
+    Band(1.0, "ε ≤ 1", "#17346e", "#4f74c8"),
+    Band(3.0, "ε ≤ 3", "#2a7ab0", "#559fc6"),
+    Band(10.0, "ε ≤ 10", "#a68b5b", "#c7ab7a"),
+    Band(math.inf, "ε > 10", "#f0a030", "#ffd27a"),
+)
 
 
 def band(epsilon: float | None) -> Band | None:

@@ -208,6 +208,15 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, visible(metric).replace("_", " "))
 
 
+def unbroken(text: str) -> str:
+    """Text of a headline, in which no line ends inside a metric's name.
+
+    >>> unbroken("0.96 ROUGE-L") == "0.96 ROUGE" + chr(0x2011) + "L"
+    True
+    """
+    return re.sub(r"\bROUGE-(?=[12L]\b)", "ROUGE\N{NON-BREAKING HYPHEN}", text)
+
+
 def at_name(at: str) -> str:
     """Where in the training the message was taken, in words."""
     return AT_NAMES.get(at, visible(at))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpguard.report import federations
+from dpguard.report.again import just
 from dpguard.report.chance import best_guess
 from dpguard.report.evidence import Evidence, evidence
 from dpguard.report.frontier import Frontier, Row
@@ -23,8 +22,6 @@ PRINTED = ("parameters", "fraction", "share", "train", "clip", "group", "noise",
 """Order of the columns of a resolved table; others follow."""
 CHECKS = 12
 """Lines of the defence-effect check printed for each policy."""
-_COMMAND = re.compile(r"[\w .,:;=+*%/\[\]()-]{1,160}", re.ASCII)
-"""Names of policies that a page can print inside a command; others would be read as something else somewhere."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class PolicyView:
         utility: facts of the utility leg: (name, value).
         evidence: worst targets, empty when texts are hidden.
         more_evidence: how many targets are not shown.
-        again: words after the study's command that run this policy alone, "" for a name that is not plain (`_COMMAND`).
+        again: words after the study's command that run this policy alone, "" for one that is not plain (`again.just`).
     """
 
     number: int
@@ -140,17 +137,8 @@ def _view(number: int, row: Row, result: StudyResult, frontier: Frontier, scores
         tuple(_utility_facts([r for r in done if r.cell.leg == "utility"])),
         shown,
         more,
-        _again(row.policy),
+        just([row.policy]),
     )
-
-
-def _again(policy: str) -> str:
-    """What makes ``dpguard run STUDY`` run one policy, with the control that it is compared with.
-
-    >>> _again("part block=3")
-    "--only 'part block=3' --out again"
-    """
-    return f"--only {shlex.quote(policy)} --out again" if _COMMAND.fullmatch(policy) else ""
 
 
 def table_rows(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

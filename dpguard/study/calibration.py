@@ -62,6 +62,7 @@ def calibrated(
             )  # fmt: skip
             return [dict(row) for row in policy.rows]
 
+        named.plan(slots)  # what the rows cannot mean is told at its own place, not at the target's
         with named.document.locating(*named.loc, "epsilon"):
             return replace(named, policy=Policy(kept(key, rows), named.label), epsilon=None)
 

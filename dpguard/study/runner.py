@@ -115,8 +115,9 @@ def run(
                 driver.drive()
         unfinished = len(driver.finished) < len(todo.cells)
         return Summary.of(
-            own, store, driver.finished.keys(), taken, interrupted=unfinished, stopped=interrupts.count > 0
-        )
+            own, store, driver.finished.keys(), taken, interrupted=unfinished, stopped=interrupts.count > 0,
+            reused=[str(folder) for folder in reuse],
+        )  # fmt: skip
 
 
 def limits_of(study: Study) -> Limits:

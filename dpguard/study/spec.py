@@ -52,6 +52,7 @@ class Study:
         privacy, recommend: delta and caps.
         document: the file, for places in error sentences.
         limits, cache: of its cells and of what they share; they change no result.
+        left_out: policies of its file that were not asked for (``--only``), so that a report can name them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Study:
     federation: Federation | None = None
     limits: CellLimits = field(default_factory=CellLimits)
     cache: Shared = field(default_factory=Shared)
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -177,6 +179,7 @@ class Study:
             "model": self.model,
             "data": self.data.model_dump(mode="json"),
             "policies": [named.label for named in self.policies],
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
             "sweeps": {n.label: {"entry": n.entry, "values": dict(n.values)} for n in self.policies if n.values},
             "leakage": self.leakage and self.leakage.model_dump(mode="json"),
             "utility": self.utility and self.utility.model_dump(mode="json"),

@@ -32,6 +32,7 @@ class Summary:
         ignored_kinds: what was ignored, in words, with counts.
         ran, took: ids of the cells of this run, and of those that were taken over.
         stopped: Ctrl-C was pressed, whether or not a cell was left then.
+        reused: folders whose answers were asked for; one that had none to give is a mistake in its name, most likely.
     """
 
     planned: int
@@ -49,17 +50,19 @@ class Summary:
     ran: frozenset[str] = field(default=frozenset(), compare=False)
     took: frozenset[str] = field(default=frozenset(), compare=False)
     stopped: bool = False
+    reused: tuple[str, ...] = ()
 
     @staticmethod
     def of(
-        cells: Sequence[Cell], store: Store, ran: Set[str], took: Set[str], *, interrupted: bool, stopped: bool
-    ) -> Summary:
+        cells: Sequence[Cell], store: Store, ran: Set[str], took: Set[str], *, interrupted: bool, stopped: bool,
+        reused: Sequence[str] = (),
+    ) -> Summary:  # fmt: skip
         """The summary of a run, or of several in a row, from the store as they left it.
 
         Args:
             cells: all that were to be answered.
             store: with their records.
-            ran, took, interrupted, stopped: see the class.
+            ran, took, interrupted, stopped, reused: see the class.
         """
         statuses = store.statuses()
         here = {cell.id: statuses.get(cell.id, "") for cell in cells}
@@ -83,6 +86,7 @@ class Summary:
             ran=frozenset(ran),
             took=frozenset(took),
             stopped=stopped,
+            reused=tuple(reused),
         )
 
     @property
@@ -102,6 +106,8 @@ class Summary:
         >>> Summary(3, 1, 0, 2, 0, 0, False, lost=2).sentence
         '3 cells: 0 done, 2 failed, 1 from an earlier run; the same command runs the 2 that were ended from outside \
 again'
+        >>> Summary(3, 0, 3, 0, 0, 0, False, reused=("reports/old",)).sentence
+        '3 cells: 3 done, 0 taken from reports/old'
         """
         stored = self.resumed + self.taken + self.done + self.skipped
         if self.interrupted and stored == self.planned:
@@ -115,7 +121,8 @@ again'
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         parts += [f"{self.failed} failed"] if self.failed else []
         parts += [f"{self.resumed} from an earlier run"] if self.resumed else []
-        parts += [f"{self.taken} taken from another folder"] if self.taken else []
+        if self.taken or self.reused:
+            parts.append(f"{self.taken} taken from {'another folder' if self.taken else ' and '.join(self.reused)}")
         parts += [f"{self.left} failed there and left as {'it is' if self.left == 1 else 'they are'}"] * bool(self.left)
         text = f"{self.planned} cells: {', '.join(parts)}"
         if self.ignored:

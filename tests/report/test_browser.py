@@ -137,6 +137,15 @@ def test_nothing_scrolls_sideways_but_tables_in_their_boxes(browser, page, width
     assert browser.evaluate(outside) == []
 
 
+def test_on_a_phone_a_policy_s_card_has_the_number_that_the_pictures_name_it_by(browser, page):
+    before = "getComputedStyle(document.querySelectorAll('.frontier tbody th')[2], '::before').content"
+    browser.open(page, width=390)
+    assert "3" in browser.evaluate(before)
+    assert not browser.evaluate("document.querySelector('.frontier tbody td').checkVisibility()")
+    browser.open(page, width=1200)
+    assert browser.evaluate(before) == "none"
+
+
 def test_headings_come_in_order_and_every_picture_has_a_name(opened):
     levels = opened.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map((h) => +h.tagName[1])")
     assert levels[0] == 1

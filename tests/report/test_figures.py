@@ -86,6 +86,31 @@ def test_drawn_points_and_bars_are_the_content(table):
         assert tuple(bar) == (point.leakage.low, point.leakage.high)
 
 
+def placed(*policies):
+    rows = [
+        Row(name, leakage=Interval(x, 0, 1, 9), utility=Interval(y, 0.4, 0.9, 9), epsilon=epsilon)
+        for name, x, y, epsilon in policies
+    ]
+    return Frontier(tuple(rows), "rougeL", "accuracy")
+
+
+def test_a_point_under_another_shows_as_a_ring_around_it():
+    """A hollow diamond under a circle could not be seen at all."""
+    inf = float("inf")
+    table = placed(("bare", 0.2, 0.7, inf), ("apart", 0.8, 0.7, inf), ("weak", 0.2, 0.701, 20.0), ("dp", 0.2, 0.7, 1.0))
+    content = tradeoff_content(table)
+    assert [point.under for point in content.points] == [2, 0, 1, 0]
+    assert content.stacked
+    drawn = {line.get_gid(): line for line in figures.tradeoff(table).lines}
+    bare, apart, weak, dp = (drawn[f"point-{number}"] for number in (1, 2, 3, 4))
+    assert bare.get_markersize() > weak.get_markersize() + 2 > dp.get_markersize() + 4
+    assert bare.get_zorder() < weak.get_zorder() < dp.get_zorder()
+    assert apart.get_markersize() < dp.get_markersize()
+    assert not tradeoff_content(placed(("a", 0.2, 0.7, 1.0), ("b", 0.21, 0.7, 1.0), ("c", 0.2, 0.72, inf))).stacked
+    crowd = placed(*((f"p{n}", 0.2, 0.7, 1.0) for n in range(LABELLED + 1)))
+    assert not tradeoff_content(crowd).stacked
+
+
 def test_names_do_not_cover_each_other(table):
     ax = figures.tradeoff(table)
     ax.figure.draw_without_rendering()

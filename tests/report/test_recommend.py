@@ -142,6 +142,57 @@ def test_a_policy_that_may_have_learnt_nothing_is_named_with_a_caution(metric, b
     assert got.sentence.endswith(got.caution)
 
 
+def weak(*rows, low=0.45, majority=0.5, **settings):
+    """A study whose undefended control is not shown to beat always answering one class."""
+    control = replace(CONTROL, utility=Interval(max(low, 0.5), low, 1.0, 9))
+    return replace(board(*rows, control=control), majority=majority, **settings)
+
+
+def test_utility_that_cannot_tell_the_control_from_an_idle_answer_has_no_power_whatever_is_decided():
+    told = (
+        "Utility has no power here: without any defence accuracy may be as low as 0.450, where always answering the "
+        "commonest class reaches 0.500."
+    )
+    nothing = " What is chosen would not be shown to have learnt anything."
+    table = weak(policy("calm", 0.35, 0.3), policy("bold", 0.4, 0.48))
+    got = recommend(table, max_leakage=0.3)
+    assert (got.verdict, got.caution) == ("none qualifies", told + nothing)
+    assert got.sentence == f"{got.answer} {got.caution}"
+    assert got.answer.startswith("None qualifies")
+    assert got.answer.endswith("too much).")
+    assert got.sensitivity == (
+        "With leakage at most 0.350, calm would be chosen, which is not shown to have learnt anything.",
+        "Utility has no power here, whatever the caps.",
+    )
+    assert recommend(table).sentence.endswith(f"is the answer. {told}{nothing}")
+    chosen = recommend(table, max_leakage=0.36)
+    assert chosen.policy == "calm"
+    assert chosen.caution == f"{told} It is not shown to have learnt anything."
+    assert "bold would be chosen, which is not shown to have learnt anything." in chosen.sensitivity[0]
+    assert chosen.sensitivity[-1] == "Utility has no power here, whatever the caps."
+    lucky = recommend(weak(policy("lucky", 0.2, 0.6)), max_leakage=0.3)
+    assert (lucky.policy, lucky.caution) == ("lucky", told)
+
+
+def test_test_texts_of_one_class_prove_nothing_of_utility():
+    got = recommend(weak(policy("calm", 0.4, 0.9), low=0.9, majority=1.0), max_leakage=0.3)
+    assert "always answering the commonest class reaches 1.000 (all test texts are of one class)." in got.caution
+    own = weak(policy("calm", 0.4, 0.9), low=0.9, majority=1.0, by_client=True)
+    assert "(all test texts" not in recommend(own, max_leakage=0.3).caution
+    matthews = weak(policy("calm", 0.4, 0.1), low=-0.1, majority=None, utility_metric="mcc")
+    assert "Matthews correlation may be as low as −0.100" in recommend(matthews, max_leakage=0.3).caution
+
+
+def test_what_another_cap_would_admit_is_said_to_have_learnt_nothing():
+    table = replace(board(policy("idle", 0.35, 0.5), policy("mute", 0.05, 0.4)), majority=0.5)
+    [line] = recommend(table, max_leakage=0.3, min_utility=0.45).sensitivity[:1]
+    assert line.endswith("idle would be chosen, which is not shown to have learnt anything.")
+    table = replace(board(policy("good", 0.25, 0.8), policy("mute", 0.05, 0.4)), majority=0.5)
+    got = recommend(table, max_leakage=0.3, min_utility=0.6)
+    assert (got.policy, got.caution) == ("good", "")
+    assert any("mute has both, which is not shown to have learnt anything." in line for line in got.sensitivity)
+
+
 def test_relaxing_a_cap_says_what_it_would_gain():
     table = board(policy("calm", 0.2, 0.6), policy("bold", 0.35, 0.85), policy("hush", 0.05, 0.4))
     got = recommend(table, max_leakage=0.3, min_utility=0.5)

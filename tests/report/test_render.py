@@ -17,7 +17,7 @@ from dpguard.report.evidence import SHOWN
 from dpguard.report.page import digest as digest_of
 from dpguard.report.render import render
 from dpguard.study.record import Record, TextRow
-from tests.report.made_up_study import POLICIES, sample, sentence
+from tests.report.made_up_study import POLICIES, leakage, sample, sentence
 
 PICTURES = ("tradeoff", "sandwich", "over_noise", "attacks", "map", "map_end", "map_utility")
 ROOT = Path(__file__).parents[2]
@@ -169,6 +169,16 @@ def test_failed_and_skipped_cells_are_on_the_first_screen(page):
     assert "needs the federation" in first
 
 
+def test_no_line_of_the_headline_ends_inside_a_metric_s_name(tmp_path):
+    study = sample(8)
+    weak = [r for r in study.records if not (r.cell.leg == "leakage" and r.cell.policy == "none")]
+    weak += [leakage("none", at, 0.0, 8)[0] for at in ("start", "end")]
+    text = render(replace(study, records=weak), tmp_path).read_text("utf-8")
+    headline = re.search(r'<h2 id="decision" class="answer">(.*?)</h2>', text)[1]
+    assert "ROUGE\N{NON-BREAKING HYPHEN}L" in headline
+    assert "ROUGE-" not in headline
+
+
 def test_every_policy_has_its_table_statement_and_attacks(page):
     for number, name in enumerate(POLICIES, 1):
         assert f"policy-{number}" in page.ids
@@ -184,6 +194,34 @@ def test_chance_is_said_with_the_public_texts_that_it_was_measured_on(page, fold
     assert f"what a guess scores that saw no message, {few}" in page.text
     assert few in (folder / "report.md").read_text("utf-8")
     assert few in (folder / "card.md").read_text("utf-8")
+
+
+def test_a_chance_that_was_measured_on_nobody_knows_how_many_texts_says_that(tmp_path):
+    study = sample(4)
+    records = [
+        replace(r, result={**r.result, "kappa": {m: {**k, "texts": 0} for m, k in r.result["kappa"].items()}})
+        if r.cell.leg == "guarantee"
+        else r
+        for r in study.records
+    ]
+    render(replace(study, records=records), tmp_path)
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "that saw no message, measured on a number of public texts that is not on record." in text
+
+
+def test_a_utility_without_power_is_said_in_the_decision(tmp_path):
+    study = sample(20)
+    records = [
+        replace(r, result={**r.result, "labels": [0] * 400}) if r.cell.leg == "utility" and r.status == "done" else r
+        for r in study.records
+    ]
+    spec = {**study.spec, "recommend": {"max_leakage": 0.01}}
+    render(replace(study, study={**study.study, "spec": spec}, records=records), tmp_path)
+    told = "(all test texts are of one class). What is chosen would not be shown to have learnt anything."
+    text = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert text.count(told) == 1
+    assert text.index("None qualifies") < text.index(told) < text.index("Utility has no power here, whatever the caps.")
+    assert told.replace("(", "").partition(".")[2] in (tmp_path / "report.md").read_text("utf-8")
 
 
 def test_what_was_measured_on_the_message_is_beside_the_claim(page):

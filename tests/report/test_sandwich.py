@@ -65,6 +65,43 @@ def test_the_curve_over_noise_goes_through_the_recorded_bounds(table):
     assert over_noise_content(replace(table, rows=table.rows[:2])) is None
 
 
+def bounded(table, metric="rougeL", **ends):
+    """The frontier with other chances and bounds."""
+    rows = [
+        replace(row, measures={**row.measures, metric: replace(row.measures[metric], **ends)})
+        if row.sigma_eff and metric in row.measures else row
+        for row in table.rows
+    ]  # fmt: skip
+    return replace(table, rows=tuple(rows))
+
+
+def test_a_bound_of_one_is_drawn_over_noise_as_in_the_sandwich(table):
+    certain = bounded(table, upper=1.0, bound=1.0)
+    [panel] = sandwich_content(certain, ["rougeL"]).panels
+    assert {part.bound for part in panel.slices if part.policy in SIGMAS and part.measured} == {1.0}
+    content = over_noise_content(certain)
+    [curve] = content.curves
+    assert (curve[0][0], curve[-1][0]) == (content.points[0].sigma, content.points[-1].sigma)
+    assert {level for _, level in curve} == {1.0}
+    ax = figures.over_noise(certain)
+    assert "the most that the guarantee allows" in [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert [line.get_gid() for line in ax.lines].count("bound") == 1
+
+
+def test_a_bound_of_one_at_little_noise_is_on_the_line_through_the_others(table):
+    less = [replace(row, sigma_eff=0.01, measures={
+        "rougeL": replace(row.measures["rougeL"], bound=success_bound(CHANCES["rougeL"], 100))
+    }) if row.policy == "dp-sgd noise=0.3" else row for row in table.rows]  # fmt: skip
+    assert len(over_noise_content(replace(table, rows=tuple(less))).curves) == 1
+
+
+def test_the_floor_over_noise_is_named_where_nothing_runs_through_its_name(table):
+    for narrow in (False, True):
+        ax = figures.over_noise(table, narrow=narrow)
+        assert not [text for text in ax.texts if "floor" in text.get_text()]
+        assert "floor: a guess, no message" in [text.get_text() for text in ax.figure.legends[0].get_texts()]
+
+
 def leak(policy, scores, *, seed=0, messages=None, **settings):
     rows = [{"target": t, "attack": a, "metrics": {"rougeL": v, "exact_match": float(v == 1)}} for a, t, v in scores]
     cell = Cell("leakage", policy, [{"layers": "all"}], {}, {}, {"at": "start", **settings}, seed)
@@ -123,6 +160,15 @@ def test_the_measured_chance_is_told_from_the_example(texts, few):
         ),
         ("bound on exact recovery from one message", "0.08 (for example, where a guess succeeds with chance 0.01)"),
     )
+
+
+def test_a_chance_from_records_that_do_not_say_on_how_many_texts_says_that():
+    kappa = {"rougeL": {"value": 0.1, "upper": 0.12, "bound": 0.4}}
+    promise = promised("dp", kappa=kappa, bound={"kappa": 0.01, "success": 0.08})
+    study = StudyResult({}, [leak("dp", [("prior", 0, 0.1), ("span", 0, 0.2)]), promise])
+    [view] = policy_views(study, frontier(study))
+    told = dict(view.guarantee)["chance of the best guess without a message"]
+    assert told == "ROUGE-L 0.1 (at most 0.12), measured on a number of public texts that is not on record"
 
 
 def test_rows_with_other_sizes_and_floors_say_so():

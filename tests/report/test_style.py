@@ -44,6 +44,14 @@ def test_marks_have_contrast(palette):
 
 
 @pytest.mark.parametrize("shade", ["colour", "night"])
+def test_the_epsilon_scale_goes_from_cool_to_warm(shade):
+    """A large epsilon in green would read as the safest of all."""
+    parts = [[int(getattr(band, shade)[n : n + 2], 16) for n in (1, 3, 5)] for band in BANDS]
+    assert all(blue > green > red for red, green, blue in parts[:2])
+    assert all(red > green > blue for red, green, blue in parts[2:])
+
+
+@pytest.mark.parametrize("shade", ["colour", "night"])
 def test_the_epsilon_scale_is_a_scale_without_hue(shade):
     levels = [luminance(getattr(band, shade)) for band in BANDS]
     assert levels == sorted(levels)
