@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dpguard.errors import UserError, did_you_mean
+from dpguard.errors import UserError, did_you_mean, nearest_name
 
 Loc = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -367,6 +367,4 @@ def _lower(message: str) -> str:
 def _near(path: Path) -> str:
     """A clause naming the YAML file in the same folder that is spelt most alike, or ""."""
     folder = path.parent
-    known = [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else []
-    clause = did_you_mean(path.name, known)
-    return clause if clause.startswith("; did you mean") else ""
+    return nearest_name(path.name, [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else [])

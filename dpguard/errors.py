@@ -45,3 +45,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if swept := difflib.get_close_matches(str(word), families, n=1, cutoff=0.6):
         return f"; did you mean {families[swept[0]]!r} or another {swept[0]!r}?"
     return f"; expected one of: {', '.join(names)}" if names else ""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """A clause naming the file or folder that is spelt most alike, or "" when none is near; endings do not count.
+
+    >>> nearest_name("stduy.yaml", ["study.yaml", "other.yaml"])
+    "; did you mean 'study.yaml'?"
+    >>> nearest_name("nosuch.yaml", ["33-sum.yaml"])
+    ''
+    """
+
+    def alike(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    near = [one for one in sorted(known) if alike(_stem(name), _stem(one)) >= 0.6]
+    return f"; did you mean {max(near, key=lambda one: alike(name, one))!r}?" if near else ""
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] or name

@@ -75,6 +75,9 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
         Document.read(tmp_path / "stduy.yaml")
     with pytest.raises(UserError, match=r"zzzzz: no such file$"):
         Document.read(tmp_path / "zzzzz")
+    (tmp_path / "33-sum.yaml").write_text("a: 1")  # near to the next for its ending alone
+    with pytest.raises(UserError, match=r"nosuch\.yaml: no such file$"):
+        Document.read(tmp_path / "nosuch.yaml")
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -196,6 +198,13 @@ def module(family: str, *, width: int = 64, blocks: int = 3, seed: int = 0, labe
         if parameter.dim() == 2 and "embed" not in name:
             parameter.data.mul_(3.0)
     return made.eval()
+
+
+def headless(folder: Path) -> None:
+    """Take the head's weights out of a saved BERT classifier: what a pretrained encoder looks like."""
+    file = folder / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if not name.startswith("classifier.")}
+    save_file(kept, file, metadata={"format": "pt"})
 
 
 def lora(model: Any, *, seed: int = 0, **options: Any) -> Any:

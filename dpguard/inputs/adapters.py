@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import warnings
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dpguard.errors import UserError
@@ -19,6 +22,7 @@ FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTED = frozenset({"query", "value", "qkv"})
 """Roles of the layers that a fresh LoRA sits on, the LoRA paper's choice (arXiv 2106.09685, section 4.2)."""
+_HEAD = re.compile(r"(?:^|\.)(?:classifier(?:\.out_proj)?|score)\.weight$")
 SCALE = 2.0
 """Alpha over rank of a fresh LoRA."""
 
@@ -74,6 +78,27 @@ def saved(name: str) -> Saved | None:
     if not any((folder / weights).is_file() for weights in WEIGHTS):
         raise UserError(f"adapter {name!r} has no weights; expected {WEIGHTS[0]} beside {FILE}")
     return Saved(folder, base)
+
+
+def classes(folder: Path) -> int | None:
+    """Number of classes of the head that an adapter saved beside its matrices; None where it saved none.
+
+    A file that cannot be read has none here: `attached` says what is wrong with it.
+    """
+    try:
+        shapes = _shapes(folder)
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError):
+        return None
+    return next((shape[0] for name, shape in shapes.items() if _HEAD.search(name) and len(shape) == 2), None)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    safe, old = (folder / file for file in WEIGHTS)
+    if not safe.is_file():
+        saved = torch.load(old, map_location="cpu", weights_only=True)
+        return {name: tuple(value.shape) for name, value in saved.items()}
+    with safe_open(safe, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def attached(name: str, module: nn.Module, folder: Path) -> nn.Module:

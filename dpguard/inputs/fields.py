@@ -6,9 +6,13 @@ Every function takes the value, its column's name and ``file:line``, and raises 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from dpguard.errors import UserError
+
+_WHOLE = re.compile(r"\d{1,9}(?:\.0*)?")
+"""A class index in a table; pandas writes 1.0 where a column had a missing value."""
 
 
 def text(value: Any, column: str, where: str) -> str:
@@ -23,7 +27,9 @@ def text(value: Any, column: str, where: str) -> str:
 def label(value: Any, column: str, where: str) -> int:
     """A class index, from 0."""
     digits = value.strip() if isinstance(value, str) else value
-    if isinstance(digits, str) and digits.isdecimal():
+    if isinstance(digits, str) and _WHOLE.fullmatch(digits):
+        digits = int(digits.partition(".")[0])
+    elif isinstance(digits, float) and digits.is_integer():
         digits = int(digits)
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits < 10_000:
         raise UserError(f"{column} is {value!r}; expected a class index (0, 1, 2, ...)", where=where)

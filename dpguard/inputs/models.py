@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dpguard.errors import UserError
+from dpguard.errors import UserError, nearest_name
 from dpguard.inputs import adapters
 from dpguard.inputs.demo import bundle
 from dpguard.inputs.family import Family, family_of, slots
+from dpguard.inputs.randomness import seeded
 
 HUB_SECONDS = 2.0
 LONGEST = 255
@@ -41,6 +42,8 @@ TOKENIZER_FILES = (
 
 FRESH = ("head", "pooler")
 """Roles that a checkpoint may lack: they are drawn from the seed."""
+OTHER_TASKS = ("ForTokenClassification", "ForMultipleChoice")
+"""Ends of architectures whose head is called like a text classifier's and is none: such a checkpoint has no head."""
 
 _PLACES = (
     "_name_or_path",
@@ -75,6 +78,11 @@ class LoadedModel:
     max_tokens: int
 
     @property
+    def classes(self) -> int:
+        """Number of classes that its head tells apart; the texts may have fewer (`texts.check_labels`)."""
+        return int(self.module.config.num_labels)  # type: ignore[union-attr,arg-type]
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) of every parameter's name and bytes."""
         digest = hashlib.sha256()
@@ -102,7 +110,8 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
             folder with an adapter_config.json is a PEFT adapter: its base model is loaded with it, and
             only the adapter (and what it saved beside it, such as a head) is trainable. ``+lora8`` after any
             of them adds a fresh LoRA of rank 8 (`adapters.with_lora`).
-        labels: number of classes; a fresh head is drawn when the checkpoint has none of that size.
+        labels: number of classes of the head that is drawn when the checkpoint has none; a checkpoint's own head
+            stays as it is, whatever its number of classes (`LoadedModel.classes`).
         seed: seed of that fresh head and of LoRA's fresh A matrices.
 
     Raises:
@@ -118,12 +127,14 @@ def load(name: str, *, labels: int = 2, seed: int = 0) -> LoadedModel:
         raise UserError(f"model {name!r} adds LoRA to {base!r}, which is an adapter; expected its base model")
     folder = _base_folder(name, adapter) if adapter else _folder(base)
     own = adapter is not None and _has_tokenizer(adapter.folder)
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _quiet(), seeded(seed):
         tokenizer = _tokenizer(name, str(adapter.folder) if adapter and own else folder)
-        module = _classifier(name, folder, labels)
         if adapter:
+            saved = adapters.classes(adapter.folder)
+            module = _classifier(name, folder, saved or labels, replaced=saved is not None)
             module = adapters.attached(name, module, adapter.folder)
+        else:
+            module = _classifier(name, folder, labels)
         if rank is not None:
             module = adapters.with_lora(name, module, rank)
     if tokenizer.pad_token is None:
@@ -148,37 +159,60 @@ def _tokenizer(name: str, folder: str) -> Any:
         ) from None
 
 
-def _classifier(name: str, folder: str, labels: int) -> Any:
+def _classifier(name: str, folder: str, labels: int, *, replaced: bool = False) -> Any:
+    """The classifier of a folder, with the folder's own head where it has one.
+
+    Args:
+        name: the model's.
+        folder: where it is.
+        labels: number of classes of a head that is drawn.
+        replaced: an adapter brings a head of so many classes, whatever the folder has.
+    """
+    module, told = _pretrained(name, folder, labels)
+    other = bool(module.config.architectures) and all(a.endswith(OTHER_TASKS) for a in module.config.architectures)
+    if not (replaced or other) and _unfit(told) & {slot.name for slot in slots(module) if slot.role == "head"}:
+        module, told = _pretrained(name, folder, None)  # the checkpoint's own head, of as many classes as it has
+    _check_loaded(name, module, told, head=replaced or other)
+    return module
+
+
+def _pretrained(name: str, folder: str, labels: int | None) -> tuple[Any, Mapping[str, Any]]:
+    """A classifier of so many classes, or as many as its own head has, and what transformers says of the loading."""
     from transformers import AutoModelForSequenceClassification
 
     try:
-        module, told = AutoModelForSequenceClassification.from_pretrained(
+        return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
             folder,
-            num_labels=labels,
+            **({} if labels is None else {"num_labels": labels}),
             attn_implementation="eager",
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # they are looked at: see _check_loaded
             dtype=torch.float32,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, *_DAMAGED) as error:
         raise UserError(f"model {name!r} cannot be loaded: {adapters.first_line(error)}") from None
-    _check_loaded(name, module, told)
-    return module
 
 
-def _check_loaded(name: str, module: nn.Module, told: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that leaves more than a head as it was drawn: its reports would be about noise.
+def _unfit(told: Mapping[str, Any]) -> set[str]:
+    """Tensors of another size than the checkpoint's."""
+    return {key if isinstance(key, str) else key[0] for key in told["mismatched_keys"]}
+
+
+def _check_loaded(name: str, module: nn.Module, told: Mapping[str, Any], *, head: bool) -> None:
+    """Refuse a checkpoint that leaves more than a missing head as it was drawn: its reports would be about noise.
 
     Args:
         name: the model's.
         module: as loaded.
         told: what transformers says of the loading: ``missing_keys`` and ``mismatched_keys``.
+        head: whether the head may be of another size than the checkpoint's.
     """
-    drawn = [*told["missing_keys"], *(key if isinstance(key, str) else key[0] for key in told["mismatched_keys"])]
     roles = {slot.name: slot.role for slot in slots(module)}
-    if odd := sorted(key for key in drawn if key in roles and roles[key] not in FRESH):
+    odd = {key for key in told["missing_keys"] if key in roles and roles[key] not in FRESH}
+    odd |= {key for key in _unfit(told) if key in roles and not (head and roles[key] == "head")}
+    if odd:
         raise UserError(
-            f"model {name!r} has no weights that fit {odd[0]!r} ({len(odd)} of {len(roles)} tensors); expected a "
+            f"model {name!r} has no weights that fit {min(odd)!r} ({len(odd)} of {len(roles)} tensors); expected a "
             "checkpoint of the model that config.json describes"
         )
 
@@ -223,8 +257,17 @@ def _folder(name: str) -> str:
     if _is_path(name):
         raise UserError(
             f"no model folder {name!r}; expected 'demo', 'minilm', a folder in Hugging Face format, or a hub name"
+            f"{_near(path)}"
         )
     return _hub(name)
+
+
+def _near(path: Path) -> str:
+    """A clause naming the folder beside ``path`` that is spelt most alike, or ""."""
+    try:
+        return nearest_name(path.name, [one.name for one in path.parent.iterdir() if one.is_dir()])
+    except OSError:
+        return ""
 
 
 def _is_path(name: str) -> bool:
@@ -247,12 +290,12 @@ def _hub(name: str) -> str:
     except HFValidationError:
         raise UserError(
             f"no model folder {name!r}, and no hub name looks like that; expected 'demo', 'minilm', or a folder in "
-            "Hugging Face format"
+            f"Hugging Face format{_near(adapters.expanded(name))}"
         ) from None
     if not hub_reachable():
         raise UserError(
             f"model {name!r} is no local folder, is not cached, and no model hub can be reached; "
-            "expected 'demo', 'minilm', or a folder in Hugging Face format"
+            f"expected 'demo', 'minilm', or a folder in Hugging Face format{_near(adapters.expanded(name))}"
         )
     return name
 

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpguard.errors import UserError, did_you_mean
+
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+
+class NoColumnError(UserError):
+    """A column that is not there; whoever asked for it adds how to name another.
+
+    Attributes:
+        column: what was asked for.
+        instead: what to name instead, "" where no column is left.
+    """
+
+    def __init__(self, column: str, known: Sequence[str], asked: Collection[str], where: str) -> None:
+        said = did_you_mean(column, known)
+        super().__init__(f"no column {column!r}{said}", where=where)
+        left = [name for name in known if name not in asked]
+        near = [name for name in left if said == f"; did you mean {name!r}?"] or left
+        self.column = column
+        self.instead = near[0] if len(near) == 1 else "COLUMN" * bool(near)
+
+    def told(self, how: Callable[[str], str]) -> UserError:
+        """The same mistake with ``how`` to name the column, where there is one to name."""
+        more = f" (name it with {how(self.instead)})" if self.instead else ""
+        return UserError(f"{self.sentence}{more}", where=self.where)
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,7 +48,8 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
             file and line.
     """
     readers: dict[str, Callable[[Path], Iterable[tuple[int, dict[str, Any]]]]] = {
-        ".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+        ".jsonl": _jsonl, ".json": _jsonl, ".csv": partial(_csv, columns), ".tsv": partial(_csv, columns),
+        ".parquet": _parquet,
     }  # fmt: skip
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -31,13 +57,22 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
     count = 0
     for line, row in reader(path):
         where = f"{path}:{line}"
-        for column in columns:
-            if column not in row:
-                raise UserError(f"no column {column!r}{did_you_mean(column, [str(k) for k in row])}", where=where)
+        check_columns(columns, [str(key) for key in row], where)
         count += 1
         yield where, row
     if count == 0:
         raise UserError("has no rows; expected at least one text", where=str(path))
+
+
+def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Refuse a row without one of ``columns``.
+
+    Raises:
+        NoColumnError: the first that is missing.
+    """
+    for column in columns:
+        if column not in known:
+            raise NoColumnError(column, known, columns, where)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -54,7 +89,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(columns: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # the module's own refuses a text of more than 131,072 characters
     comma = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(_lines(path), delimiter=comma, strict=True)
@@ -62,6 +97,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         names = list(reader.fieldnames or ())
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"has two columns {twice!r}; expected each name once", where=f"{path}:1")
+        if names:
+            _check_header(columns, names, comma, f"{path}:1")
         for row in reader:
             if None in row:
                 raise UserError(
@@ -73,6 +110,15 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(
             f"is no CSV ({error}); expected quotes that close, or a .jsonl file", where=f"{path}:{reader.line_num}"
         ) from None
+
+
+def _check_header(columns: Sequence[str], names: Sequence[str], comma: str, where: str) -> None:
+    """A header without a column is told before any row is; one that another mark separates is told as that."""
+    missing = [column for column in columns if column not in names]
+    other = next((mark for mark in SEPARATORS if mark != comma and mark in names[0]), None)
+    if missing and len(names) == 1 and other:
+        raise UserError(f"looks separated by {other!r}; expected {SEPARATORS[comma]}", where=where)
+    check_columns(columns, names, where)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -10,12 +10,12 @@ import importlib.util
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpguard.errors import UserError, did_you_mean
+from dpguard.errors import UserError, nearest_name
 from dpguard.inputs import fields, tables
 from dpguard.inputs.demo import bundle
 
@@ -66,7 +66,7 @@ class Corpus:
 
     @property
     def classes(self) -> int:
-        """Number of classes, at least 2."""
+        """Number of classes of the texts, at least 2; a model's head may have more (`models.LoadedModel.classes`)."""
         return max(2, 1 + max(e.label for e in (*self.train, *self.test)))
 
     @property
@@ -121,8 +121,8 @@ def load(
         locate: turns a file named in a study into a path.
 
     Raises:
-        UserError: a missing or empty file, a missing column, a label that is no class index, an empty
-            text, an unreachable hub; with file and line.
+        UserError: a missing or empty file, a missing column, a label that is no class index, classes that no
+            training text has, an empty text, an unreachable hub; with file and line.
     """
     if path == "demo":
         files = bundle.paths()
@@ -161,6 +161,7 @@ def _assemble(name: str, train: list[Example], test: list[Example] | None, publi
 
     All copies of a text go to one side.
     """
+    _check_classes(train, test or ())
     random.Random(SPLIT_SEED).shuffle(train)
     held_out = []
     if test is None:
@@ -175,6 +176,31 @@ def _assemble(name: str, train: list[Example], test: list[Example] | None, publi
     private = {_alike(e.text) for e in train}
     public = [t for t in public if _alike(t) not in private]
     return Corpus(name, tuple(train), tuple(test), tuple(public), held_out=tuple(held_out))
+
+
+def _check_classes(train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Refuse a class that no training text has: a stray label would make a head of as many classes."""
+    known = {example.label for example in train}
+    gap = next((index for index in range(max(known, default=0)) if index not in known), None)
+    if gap is not None and known != {1}:  # one class alone may be either of two
+        first = next(example for example in train if example.label > gap)
+        raise UserError(
+            f"label is {first.label}, and no text has label {gap}; expected class indices without gaps (0, 1, 2, ...)",
+            where=first.where,
+        )
+    if strange := next((example for example in test if example.label not in known), None):
+        said = f"label is {strange.label}, and no training text has it; expected {_any_of(known)}"
+        raise UserError(said, where=strange.where)
+
+
+def _any_of(labels: Iterable[int]) -> str:
+    """Class indices without gaps in words.
+
+    >>> _any_of(range(2)), _any_of({0, 1, 2, 3, 4})
+    ('0 or 1', '0 to 4')
+    """
+    known = sorted(labels)
+    return " or ".join(map(str, known)) if len(known) < 3 else f"{known[0]} to {known[-1]}"
 
 
 def _apart(items: list[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -240,9 +266,9 @@ def _existing(name: str, path: Path, key: str) -> Path:
 
 def _missing(name: str, path: Path, key: str) -> NoReturn:
     folder = path.parent if path.parent.is_dir() else Path()
-    near = did_you_mean(path.name, [p.name for p in folder.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
+    near = nearest_name(path.name, [p.name for p in folder.iterdir() if p.is_file()]) if path.parent.is_dir() else ""
     sentence = f"no data file {name!r}; expected 'demo', a .jsonl, .csv or .parquet file, or a hub name"
-    raise UserError(sentence + (near if near.startswith("; did") else ""), loc=(key,))
+    raise UserError(sentence + near, loc=(key,))
 
 
 def _is_hub_name(name: str, path: Path) -> bool:
@@ -277,11 +303,34 @@ def _from_hub(name: str, text: str, label: str, owner: str | None) -> Corpus:
 def _hub_rows(name: str, split: str, rows: Any, text: str, label: str, owner: str | None) -> Iterator[Example]:
     for index, row in enumerate(rows, 1):
         where = f"{name}/{split}:{index}"
-        for column in (text, label, *([owner] if owner else [])):
-            if column not in row:
-                raise UserError(f"no column {column!r}{did_you_mean(column, list(row))}", where=where)
+        tables.check_columns((text, label, *([owner] if owner else [])), list(row), where)
         whose = None if owner is None else fields.owner(row[owner], owner, where)
         yield Example(fields.text(row[text], text, where), fields.label(row[label], label, where), None, where, whose)
+
+
+def check_labels(items: Iterable[Example], classes: int) -> None:
+    """Refuse texts of a class that the model's head does not have: another head would make it another model.
+
+    Args:
+        items: the texts.
+        classes: of the head (`models.LoadedModel.classes`).
+
+    Raises:
+        UserError: the first such text, with file and line; or a head of one class.
+    """
+    if classes < 2:
+        raise UserError(
+            f"the model's head has {classes} class, so it predicts a number; expected a head of at least two classes, "
+            "or a checkpoint without a head"
+        )
+    beyond = [example for example in items if example.label >= classes]
+    if beyond:
+        first = min(beyond, key=lambda example: (len(example.where), example.where))  # in the file's order
+        raise UserError(
+            f"label is {first.label}, and the model's head has {classes} classes; expected {_any_of(range(classes))} "
+            "(or a checkpoint without a head)",
+            where=first.where,
+        )
 
 
 def too_long(tokens: int, most: int) -> str:

@@ -34,6 +34,12 @@ def one_sentence(result, *parts):
         ),
         ("privacy:", "utility: {epochs: 2}\nprivacy:", 12, "twice"),
         ("layers: all", "layers: [all, 'block[7]']", 9, "it has blocks 0 to 2"),
+        (
+            "sweep: {noise: [0.5]}\n    rows:\n      - {layers: all, clip: 1.0, noise: $noise}",
+            "rows:\n      - {layers: 'block[7]', clip: 1.0}\n    epsilon: 8",
+            8,
+            "it has blocks 0 to 2",
+        ),
         ("clip: 1.0, ", "", 9, "without a clip"),
         ("noise: $noise}", "noise: $noise, keep: 1.5}", 9, "above 0 and at most 1"),
         ("clip: 1.0", "clip: no", 9, "'no' is read as False by YAML"),
@@ -59,6 +65,7 @@ def test_a_mistake_in_a_study(home, told, tmp_path, old, new, line, said):
 def test_a_word_that_is_no_command_has_its_nearest_named_once(told):
     status, _out, err = told("runn")
     assert (status, err.count("Did you mean 'run'?")) == (2, 1)
+    one_sentence(told("check", "study.yaml"), "No such command 'check'. Did you mean 'dpguard run STUDY --dry-run'?")
 
 
 def test_a_study_is_no_policy_and_a_dry_run_checks_what_a_run_does(home, told, tmp_path):
@@ -120,7 +127,7 @@ def test_mistakes_on_the_command_line(home, told, tmp_path):
     one_sentence(told("guarantee", "block[9]", *common), "it has blocks 0 to 2")
     where = ("--model", home / "model", "--data", home / "texts.jsonl")
     one_sentence(told("attack", *where, "--attack", "spam"), "did you mean 'span'?")
-    one_sentence(told("attack", *where, "--text", "txt"), "did you mean 'text'?")
+    one_sentence(told("attack", *where, "--text", "txt"), "did you mean 'text'? (name it with --text text)")
     one_sentence(told("attack", *where, "--targets", "999"), "expected at most")
     one_sentence(told("attack", *where, "--know", "label"), "did you mean 'labels'?")
     one_sentence(told("attack", *where, "--know", "none"), "expected one of: count, labels, lengths, nothing")

@@ -34,6 +34,41 @@ def test_a_data_folder_without_the_expected_files(told, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_of_another_name_is_told_with_how_to_name_it(home, told, tmp_path):
+    file = tmp_path / "texts.csv"
+    file.write_text("sentence,label\n" + "".join(f"w{i} w{i + 1},{i % 2}\n" for i in range(40)))
+    path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(file)))
+    named = "(name it with data: {path: ..., text: sentence})"
+    one_sentence(told("run", path, "--out", tmp_path / "out"), "texts.csv:1: no column 'text'", named)
+    for command in (("attack",), ("fit-clips", "dp-sgd")):
+        answer = told(*command, "--model", home / "model", "--data", file)
+        one_sentence(answer, "texts.csv:1: no column 'text'", "(name it with --text sentence)")
+    file.write_text("text\n" + "".join(f"w{i} w{i + 1}\n" for i in range(40)))
+    one_sentence(told("run", path), "texts.csv:1: no column 'label'; expected one of: text\n")
+
+
+def test_a_label_that_the_models_head_has_no_class_for(home, told, tmp_path):
+    """The head was drawn again, of three classes, and everything measured on that."""
+    rows = [json.loads(line) for line in (home / "texts.jsonl").read_text().splitlines()]
+    rows = [{**row, "label": 2 if i in (30, 40, 50, 60) else row["label"]} for i, row in enumerate(rows)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(file)))
+    said = "label is 2, and the model's head has 2 classes; expected 0 or 1 (or a checkpoint without a head)"
+    one_sentence(told("run", path, "--out", tmp_path / "out"), "texts.jsonl:", said)
+    for command in (("attack",), ("fit-clips", "dp-sgd")):
+        one_sentence(told(*command, "--model", home / "model", "--data", file), "texts.jsonl:", said)
+
+
+def test_texts_of_one_class_are_warned_of(home, told, tmp_path):
+    rows = [json.loads(line) for line in (home / "texts.jsonl").read_text().splitlines()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({**row, "label": 1}) + "\n" for row in rows))
+    path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(tmp_path / "texts.jsonl")))
+    status, _out, err = told("run", path, "--out", tmp_path / "out", "--dry-run")
+    assert status == 0
+    assert "all 54 training texts have label 1: a model that always answers it" in err
+
+
 def test_a_model_folder_without_a_tokenizer(home, told, tmp_path):
     shutil.copytree(home / "model", tmp_path / "model")
     for name in ("tokenizer.json", "vocab.txt"):

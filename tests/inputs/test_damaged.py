@@ -6,6 +6,8 @@ import json
 
 import pyarrow
 import pytest
+import torch
+import transformers
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
@@ -71,7 +73,45 @@ def test_a_vocabulary_of_another_size_is_no_model(folder):
 
 
 def test_a_fresh_head_is_the_normal_case(folder):
-    assert models.load(str(folder), labels=5).module.config.num_labels == 5
+    tiny.headless(folder)
+    assert models.load(str(folder), labels=5).classes == 5
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("labels", [2, 3, 10])
+def test_a_checkpoints_own_head_is_never_drawn_again(tmp_path, family, labels):
+    """One stray label 9 put ten random classes in place of a trained head of three."""
+    trained = tiny.module(family, width=16, blocks=2, labels=3)
+    trained.save_pretrained(tmp_path)
+    tiny.tokenizer(family in ("gpt2", "llama")).save_pretrained(tmp_path)
+    found = models.load(str(tmp_path), labels=labels)
+    assert found.classes == 3
+    state = found.module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+
+
+def test_a_head_that_config_json_does_not_describe_is_no_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    named = {"id2label": {k: str(k) for k in range(4)}, "label2id": {str(k): k for k in range(4)}}
+    (folder / "config.json").write_text(json.dumps({**config, **named}))
+    with pytest.raises(UserError, match=r"has no weights that fit 'classifier\.bias' \(2 of \d+ tensors\)"):
+        models.load(str(folder), labels=3)
+
+
+def test_a_pooler_of_another_size_is_no_model(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["bert.pooler.dense.bias"] = weights["bert.pooler.dense.bias"][:8].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights that fit 'bert\.pooler\.dense\.bias'"):
+        models.load(str(folder))
+
+
+def test_the_head_of_another_task_is_no_head(folder):
+    """A tagger's head is called like a text classifier's, and has the classes of tokens."""
+    config = transformers.BertConfig.from_pretrained(folder, num_labels=9)
+    transformers.BertForTokenClassification(config).save_pretrained(folder)
+    assert models.load(str(folder), labels=2).classes == 2
 
 
 def test_a_checkpoint_that_is_a_pointer_or_cut_short(folder):

@@ -75,6 +75,8 @@ def test_damaged_weights_are_one_sentence(tmp_path, content):
 
 def test_the_fingerprint_and_the_fresh_head_follow_weights_and_seed(tmp_path):
     folder = str(save(tmp_path))
+    assert models.load(folder, seed=0).fingerprint == models.load(folder, seed=1).fingerprint
+    tiny.headless(tmp_path)
     assert models.load(folder, labels=3, seed=0).fingerprint == models.load(folder, labels=3, seed=0).fingerprint
     assert models.load(folder, labels=3, seed=0).fingerprint != models.load(folder, labels=3, seed=1).fingerprint
 
@@ -101,7 +103,7 @@ def test_bad_models_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"is no model: expected a config\.json"):
         models.load(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match=r"no model folder '\./nowhere'"):
+    with pytest.raises(UserError, match=r"no model folder '\./nowhere'.*or a hub name$"):
         models.load("./nowhere")
     (tmp_path / "file.bin").write_text("x")
     with pytest.raises(UserError, match="is a file; expected a folder"):
@@ -112,6 +114,16 @@ def test_bad_models_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="no model hub can be reached"):
         models.load("some-company/some-model")
+
+
+def test_a_misspelt_folder_has_its_neighbour_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ward-model").mkdir()
+    (tmp_path / "ward-modle.txt").write_text("no folder")
+    for name in ("./ward-modle", str(tmp_path / "ward-modle"), "ward-modle", "ward modle"):
+        with pytest.raises(UserError, match=r"; did you mean 'ward-model'\?$"):
+            models.load(name)
 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch):
@@ -171,8 +183,6 @@ def test_an_adapters_base_may_be_named_relatively_or_be_bundled(tmp_path):
 
 def test_bad_adapters_are_one_sentence(tmp_path):
     folder = save_adapter(tmp_path)
-    with pytest.raises(UserError, match=r"does not fit its base model: size mismatch for .*classifier"):
-        models.load(str(folder), labels=3)
     configure(tmp_path, base_model_name_or_path="../gone")
     with pytest.raises(UserError, match=r"base model of adapter '.*adapter' is missing: no model folder '\.\./gone'"):
         models.load(str(folder))
@@ -188,6 +198,19 @@ def test_bad_adapters_are_one_sentence(tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json is no JSON"):
         models.load(str(folder))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("file", adapters.WEIGHTS)
+def test_an_adapter_brings_its_own_head(tmp_path, family, file):
+    """Its classes are those that it was trained for, whatever the base model's head or the texts have."""
+    save(tmp_path / "base", family)
+    made = tiny.lora(tiny.module(family, labels=5))
+    made.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    made.save_pretrained(tmp_path / "adapter", safe_serialization=file == adapters.WEIGHTS[0])
+    assert (tmp_path / "adapter" / file).is_file()
+    for labels in (2, 5, 9):
+        assert models.load(str(tmp_path / "adapter"), labels=labels).classes == 5
 
 
 def test_an_adapter_with_missing_matrices_is_refused(tmp_path):

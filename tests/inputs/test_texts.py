@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -68,6 +70,11 @@ def test_entities_are_kept_where_known(tmp_path):
         ([{"text": "a", "label": -1}], "label is -1"),
         ([{"text": "a", "lable": 1}], "no column 'label'; did you mean 'lable'?"),
         ([{"txt": "a", "label": 1}], "no column 'text'; did you mean 'txt'?"),
+        ([{"text": "a", "label": 0}, {"txt": "a", "label": 1}], "a.jsonl:2: no column 'text'"),
+        ([{"text": "a", "label": 0.5}], "label is 0.5; expected a class index"),
+        ([{"text": "a", "label": "0.5"}], "label is '0.5'; expected a class index"),
+        ([{"text": "a", "label": "1" * 5000}], "expected a class index"),
+        ([{"text": "a", "label": math.inf}], "label is inf; expected a class index"),
         ([{"text": "  ", "label": 1}], "text is '  '; expected a text"),
         ([], "has no rows; expected at least one text"),
     ],
@@ -158,6 +165,75 @@ def test_no_row_of_a_table_is_cut_or_joined_silently(tmp_path, name, content, sa
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(said)):
         texts.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "sentence,label\nit, he said,1\n", "a.csv:1: no column 'text'; expected one of: label, sentence"),
+        ("a.csv", "text;label\nit, he said;1\n", "a.csv:1: looks separated by ';'; expected commas"),
+        ("a.csv", "text\tlabel\na\t1\n", r"a.csv:1: looks separated by '\t'; expected commas"),
+        ("a.tsv", "text,label\na,1\n", "a.tsv:1: looks separated by ','; expected tabs"),
+        ("a.csv", "", "a.csv: has no rows"),
+    ],
+)
+def test_a_missing_column_is_told_at_the_header(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        texts.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_whole_numbers_with_a_point_are_class_indices(tmp_path, kind):
+    """pandas writes 1.0 once a label was missing."""
+    rows = [{**row, "label": float(row["label"])} for row in ROWS]
+    found = texts.load(write(tmp_path / f"a{kind}", rows))
+    assert [e.label for e in found.train] == [e.label for e in texts.load(write(tmp_path / "b.jsonl")).train]
+
+
+@pytest.mark.parametrize("stray", [9, 3])
+def test_a_stray_label_is_told_with_its_line(tmp_path, stray):
+    """It made a head of ten classes; wherever the row falls, it is found."""
+    for line in range(1, 41):
+        rows = [{**row, "label": i % 2} for i, row in enumerate(ROWS)]
+        rows[line - 1]["label"] = stray
+        said = rf"a\.jsonl:{line}: label is {stray}, and no text has label 2; expected class indices without gaps"
+        with pytest.raises(UserError, match=said):
+            texts.load(write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_class_of_the_test_file_alone(tmp_path):
+    main = write(tmp_path / "a.jsonl", [{**row, "label": i % 2} for i, row in enumerate(ROWS)])
+    test = write(tmp_path / "t.jsonl", [{"text": "one", "label": 1}, {"text": "two", "label": 2}])
+    with pytest.raises(UserError, match=r"t\.jsonl:2: label is 2, and no training text has it; expected 0 or 1$"):
+        texts.load(main, test=test)
+
+
+def test_texts_of_one_class_are_texts(tmp_path):
+    for label in (0, 1):
+        found = texts.load(write(tmp_path / "a.jsonl", [{**row, "label": label} for row in ROWS]))
+        assert {e.label for e in found.train} == {label}
+        assert found.classes == 2
+
+
+def test_a_label_that_the_models_head_has_no_class_for(tmp_path):
+    rows = list(texts.examples(Path(write(tmp_path / "a.jsonl", ROWS[::-1]))))
+    texts.check_labels(rows, 3)
+    texts.check_labels(rows, 7)
+    said = r"a\.jsonl:2: label is 2, and the model's head has 2 classes; expected 0 or 1 \(or a checkpoint without"
+    with pytest.raises(UserError, match=said):
+        texts.check_labels(rows[::-1], 2)
+    with pytest.raises(UserError, match="head has 1 class, so it predicts a number"):
+        texts.check_labels(rows, 1)
+
+
+def test_only_a_near_name_is_named(tmp_path):
+    for name in ("cola.jsonl", "cola.csv"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"did you mean 'cola\.jsonl'"):
+        texts.load(str(tmp_path / "coal.jsonl"))
+    with pytest.raises(UserError, match=r"or a hub name$"):
+        texts.load(str(tmp_path / "ward.jsonl"))
 
 
 def test_a_text_may_be_long(tmp_path):

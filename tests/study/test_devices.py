@@ -192,7 +192,7 @@ def test_training_moves_every_batch_and_names_no_device_of_its_own(monkeypatch):
 )
 def test_candidates_that_will_not_be_scored_are_told(candidates, attack, classes, told):
     text = STUDY.replace("attacks: [prior]", f"attacks: [{attack}], threat: {{candidates: {candidates}}}")
-    ground = SimpleNamespace(corpus=SimpleNamespace(classes=classes))
+    ground = SimpleNamespace(classes=classes)
     found = unscored(Study.read(Document.parse(text, "study.yaml")), ground)
     assert told in found
     assert bool(told) == bool(found)

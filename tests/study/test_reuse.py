@@ -49,6 +49,16 @@ def test_only_what_no_other_study_answered_runs(kit, tmp_path):
     assert (again.taken, again.done, again.resumed) == (0, 0, len(ids(kit, OTHER)))
 
 
+def test_a_folder_that_fits_nothing_is_told(kit, tmp_path):
+    other = OTHER.replace("epochs: 2", "epochs: 3").replace("targets: 3", "targets: 4")
+    go(kit, tmp_path / "first", text=other)
+    assert not ids(kit, kit.text) & ids(kit, other)
+    summary = go(kit, tmp_path / "second", reuse=[tmp_path / "first"])
+    assert summary.taken == 0
+    assert f"0 taken from {tmp_path / 'first'}" in summary.sentence
+    assert "taken" not in go(kit, tmp_path / "third").sentence
+
+
 def test_skipped_and_failed_cells_are_not_taken(kit, tmp_path):
     script = {"utility, dp-sgd noise=0.6, seed 0": "raise", "leakage at start, none, seed 0": "skip"}
     go(kit, tmp_path / "first", script=script)
