@@ -15,6 +15,7 @@ from dpguard.engine.private_optimizer import PrivateOptimizer
 from dpguard.errors import UserError
 from dpguard.inputs.batch import mask_of
 from dpguard.inputs.family import family_of
+from dpguard.inputs.randomness import seeded
 
 
 class ForwardHooks:
@@ -73,8 +74,7 @@ class ForwardHooks:
         return (), named
 
     def _fork(self, device: torch.device) -> None:
-        self._forked.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(noise.secret_seed())
+        self._forked.enter_context(seeded(noise.secret_seed(), [device]))
 
     def restore(self, _module: nn.Module, _arguments: Any, _output: Any) -> None:
         """The caller's own random numbers go on where they were, also after an error."""
