@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpguard.cli.planning import plan_study
+from dpguard.cli.planning import plan_study, read_ground
+from dpguard.cli.warned import warnings
 from dpguard.errors import UserError
 from dpguard.study import corpora
 from dpguard.study.resume import check_inputs
@@ -60,13 +61,15 @@ def test_a_label_that_the_models_head_has_no_class_for(home, told, tmp_path):
         one_sentence(told(*command, "--model", home / "model", "--data", file), "texts.jsonl:", said)
 
 
-def test_texts_of_one_class_are_warned_of(home, told, tmp_path):
+def test_texts_of_one_class_are_warned_of(home, tmp_path):
     rows = [json.loads(line) for line in (home / "texts.jsonl").read_text().splitlines()]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({**row, "label": 1}) + "\n" for row in rows))
     path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(tmp_path / "texts.jsonl")))
-    status, _out, err = told("run", path, "--out", tmp_path / "out", "--dry-run")
-    assert status == 0
-    assert "all 54 training texts have label 1: a model that always answers it" in err
+    study = Study.load(path)
+    (said,) = warnings(study, read_ground(study))
+    assert said.startswith("all 54 training texts have label 1: a model that always answers it")
+    study = Study.load(write_study(home, tmp_path))
+    assert warnings(study, read_ground(study)) == []
 
 
 def test_a_model_folder_without_a_tokenizer(home, told, tmp_path):
