@@ -143,7 +143,7 @@ def _model(claim: Record, own: Sequence[Record]) -> tuple[LoadedModel, int]:
     for labels in dict.fromkeys([*(max(2, n) for n in seen), *range(2, MOST_CLASSES + 1)]):
         loaded = models.load(name, labels=labels, seed=0)
         if loaded.fingerprint == wanted:
-            return loaded, labels
+            return loaded, loaded.classes
     raise UserError(f"model {name!r} is not the one of the study (hash {wanted}); expected the same weights")
 
 

@@ -251,6 +251,8 @@ def no_rows(batch: Any) -> Any:
         empty = copy.copy(batch)
         for key, value in batch.items():
             empty[key] = no_rows(value)
+        if getattr(empty, "_encodings", None):
+            empty._encodings = []  # type: ignore[attr-defined]  # a tokenizer's batch keeps its texts' tokens beside the tensors
         return empty
     if isinstance(batch, Mapping):
         return {key: no_rows(value) for key, value in batch.items()}

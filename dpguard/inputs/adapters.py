@@ -87,7 +87,16 @@ def classes(folder: Path) -> int | None:
     """
     try:
         shapes = _shapes(folder)
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError):
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ):
         return None
     return next((shape[0] for name, shape in shapes.items() if _HEAD.search(name) and len(shape) == 2), None)
 

@@ -173,6 +173,9 @@ def _classifier(name: str, folder: str, labels: int, *, replaced: bool = False) 
     if not (replaced or other) and _unfit(told) & {slot.name for slot in slots(module) if slot.role == "head"}:
         module, told = _pretrained(name, folder, None)  # the checkpoint's own head, of as many classes as it has
     _check_loaded(name, module, told, head=replaced or other)
+    heads = {slot.name for slot in slots(module) if slot.role == "head"}
+    if replaced or other or heads & set(told["missing_keys"]):
+        module.config.problem_type = None  # of another head than this one
     return module
 
 

@@ -30,6 +30,9 @@ class NoColumnError(UserError):
         self.column = column
         self.instead = near[0] if len(near) == 1 else "COLUMN" * bool(near)
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str], dict[str, Any]]:
+        return UserError, (self.sentence,), {"where": self.where}  # between processes the sentence is enough
+
     def told(self, how: Callable[[str], str]) -> UserError:
         """The same mistake with ``how`` to name the column, where there is one to name."""
         more = f" (name it with {how(self.instead)})" if self.instead else ""

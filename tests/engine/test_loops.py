@@ -184,3 +184,8 @@ def test_every_step_draws_a_random_mask_of_its_own_also_after_a_checkpoint():
     resumed[0].load_state_dict(state)
     assert masks_of(*resumed, 2) == wanted[2:]
     assert len({frozenset(mask) for mask in wanted}) == 4
+
+
+def test_an_empty_tokenizer_batch_keeps_nobody_s_tokens() -> None:
+    found = no_rows(tiny.tokenizer()(["the nurse called"], return_tensors="pt"))
+    assert not found.encodings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pyarrow
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dpguard.errors import UserError
 from dpguard.inputs import models, texts
+from dpguard.inputs.tables import NoColumnError
 from tests import tiny
 
 GOOD = {"text": "the ward", "label": 1}
@@ -124,3 +126,8 @@ def test_a_checkpoint_that_is_a_pointer_or_cut_short(folder):
 def test_names_that_neither_a_folder_nor_a_hub_has(name):
     with pytest.raises(UserError, match="expected 'demo', 'minilm'"):
         models.load(name)
+
+
+def test_a_missing_column_crosses_processes() -> None:
+    error = NoColumnError("text", ["label", "sentence"], ("text", "label"), "a.csv:1")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

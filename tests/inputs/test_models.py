@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from dpguard.engine import gradients
@@ -317,3 +318,11 @@ def test_a_folder_that_is_called_like_a_fresh_lora_is_itself(tmp_path, monkeypat
     assert adapters.absolute("base") == f"{tmp_path}/base"
     assert adapters.absolute("base+lora4", {"base"}) == "base+lora4"  # loaded as the bundled one, whatever lies here
     assert adapters.absolute("minilm+lora4") == "minilm+lora4"
+
+
+def test_a_head_that_is_drawn_has_no_other_head_s_task(tmp_path):
+    made = tiny.module("bert", problem_type="multi_label_classification")
+    encoder = transformers.BertForMaskedLM(made.config)
+    encoder.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert models.load(str(tmp_path)).module.config.problem_type is None
