@@ -13,7 +13,7 @@ from torch import nn
 from dpguard.engine import clipping, local, noise, wire
 from dpguard.engine.gradients import per_example_losses, running_as
 from dpguard.engine.local import LocalTraining
-from dpguard.engine.resolved import resolved
+from dpguard.engine.resolved import freeze, resolved
 from dpguard.engine.update import Update as Update
 from dpguard.errors import UserError
 from dpguard.inputs.batch import Batch, check_batch
@@ -151,10 +151,9 @@ class Client:
 def training_only(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Let only the plan's trained tensors require gradients, and none have one; then put everything back."""
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    trained = set(plan.trained)
     try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        freeze(model, plan)
+        for parameter in before:
             parameter.grad = None  # a backward pass would add to the caller's
         yield
     finally:

@@ -19,7 +19,7 @@ from dpguard.engine.accounting import guarantee
 from dpguard.engine.diagnostics import Diagnostics
 from dpguard.engine.forward import ForwardHooks
 from dpguard.engine.private_optimizer import PrivateOptimizer
-from dpguard.engine.resolved import resolved
+from dpguard.engine.resolved import freeze, resolved
 from dpguard.errors import UserError
 from dpguard.inputs.family import identity
 from dpguard.policy.guarantee import Guarantee, Sampling
@@ -127,7 +127,7 @@ class PrivacyEngine:
         with ExitStack() as undo:
             for parameter in module.parameters():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            _freeze(module, plan)
+            freeze(module, plan)
             mode = clipping.attach(module, plan, loss_reduction=loss_reduction, grad_mode=grad_mode)
             undo.callback(mode.detach)
             private = PrivateOptimizer(
@@ -295,12 +295,6 @@ def _trainable(policy: Policy | Plan | str | Path, module: nn.Module) -> Plan:
     if not plan.trained:
         raise UserError("the policy trains nothing of this model; expected at least one trained tensor")
     return plan
-
-
-def _freeze(module: nn.Module, plan: Plan) -> None:
-    trained = set(plan.trained)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trained)
 
 
 def _entered(

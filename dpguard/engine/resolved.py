@@ -28,3 +28,10 @@ def resolved(policy: Policy | Plan | str | Path, model: nn.Module) -> Plan:
     if not isinstance(policy, Policy):
         raise UserError(f"the policy is a {type(policy).__name__}; expected a Policy, a file of one or its name")
     return policy.plan(slots(model))
+
+
+def freeze(model: nn.Module, plan: Plan) -> None:
+    """Let the plan's trained tensors require gradients, and no other; the caller puts the flags back."""
+    trained = set(plan.trained)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)

@@ -170,10 +170,10 @@ def _classifier(name: str, folder: str, labels: int, *, replaced: bool = False) 
     """
     module, told = _pretrained(name, folder, labels)
     other = bool(module.config.architectures) and all(a.endswith(OTHER_TASKS) for a in module.config.architectures)
-    if not (replaced or other) and _unfit(told) & {slot.name for slot in slots(module) if slot.role == "head"}:
+    heads = {slot.name for slot in slots(module) if slot.role == "head"}
+    if not (replaced or other) and _unfit(told) & heads:
         module, told = _pretrained(name, folder, None)  # the checkpoint's own head, of as many classes as it has
     _check_loaded(name, module, told, head=replaced or other)
-    heads = {slot.name for slot in slots(module) if slot.role == "head"}
     if replaced or other or heads & set(told["missing_keys"]):
         module.config.problem_type = None  # of another head than this one
     return module
