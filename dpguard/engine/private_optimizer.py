@@ -70,6 +70,10 @@ class PrivateOptimizer(Optimizer):
         for name in HOOKS:
             setattr(self, name, getattr(inner, name))
 
+    # tells a GradScaler to hand over its scale, so that `step` can refuse it: an attribute of torch's own optimizers
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
     # What schedulers and checkpoints ask an optimizer for is the inner one's.
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -161,7 +165,15 @@ class PrivateOptimizer(Optimizer):
 
         Before the last physical part of a logical batch (``max_physical_batch_size``) the part is only clipped
         and summed; ``stepped`` tells.
+
+        Raises:
+            UserError: a GradScaler; no or too many examples went backward; a message that may not leave.
         """
+        if self.found_inf is not None:
+            raise UserError(
+                "a GradScaler steps the optimizer: it multiplies every example's gradient before the clip; expected "
+                "torch.autocast with bfloat16, which needs no scale, and optimizer.step()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

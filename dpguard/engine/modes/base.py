@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
 from dpguard.engine import wire
@@ -20,6 +23,7 @@ class GradientMode:
     """
 
     plan: Plan
+    parameters: Mapping[str, nn.Parameter]
     _folded: wire.ClippedSum | None = None
 
     def part(self, before: wire.ClippedSum | None) -> wire.ClippedSum:
@@ -44,8 +48,13 @@ class GradientMode:
         return 0 if self._folded is None else self._folded.rows
 
     def fold(self) -> None:
-        """Clip and sum what went backward so far, so that a large logical batch needs the memory of a part."""
-        self._folded = self.part(self._folded)
+        """Clip and sum what went backward so far, so that a large logical batch needs the memory of a part.
+
+        A caller's ``torch.autocast`` ends here: norms and sums in 16 bits would let an example exceed its clip.
+        """
+        device = next((p.device.type for p in self.parameters.values()), "cpu")
+        with torch.autocast(device, enabled=False):
+            self._folded = self.part(self._folded)
         self.clear()
 
     def collect(self) -> wire.ClippedSum:

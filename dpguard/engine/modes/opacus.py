@@ -21,7 +21,8 @@ def _conv1d(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> d
     out: dict[nn.Parameter, Tensor] = {}
     weight, bias = layer.weight, layer.bias
     if isinstance(weight, nn.Parameter) and weight.requires_grad:
-        out[weight] = torch.einsum("n...i,n...j->nij", activations[0], backprops)
+        given = activations[0].to(backprops.dtype)  # under autocast a layer is given float32 and works in 16 bits
+        out[weight] = torch.einsum("n...i,n...j->nij", given, backprops)
     if isinstance(bias, nn.Parameter) and bias.requires_grad:
         out[bias] = torch.einsum("n...j->nj", backprops)
     return out
