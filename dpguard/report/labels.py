@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpguard.report.label_columns import crossing, in_columns, nearest
 
 Boxes = NDArray[np.float64]
 Box = tuple[float, float, float, float]
@@ -21,6 +24,8 @@ STRAY = 30.0
 """Cost of a place that is nearer to the point of another label."""
 MEETING = 30.0
 """Cost of a pixel that is covered of another label."""
+FENCED, IN_COLUMN = 2.0, 0.15
+"""Cost of a pixel of a line that a label covers, and the part of it that counts where lines would be tangled."""
 CROSSED = 30.0
 """What it may cost that two lines from points to labels do not cross."""
 
@@ -68,7 +73,8 @@ def place(
     """Choose a place for each label: near its point, inside the bounds, off other labels and obstacles.
 
     Every label in turn takes the cheapest of a ring of places, given where the others are, in a few sweeps. Then labels
-    whose lines to their points cross are exchanged where that is no worse otherwise.
+    whose lines to their points cross are exchanged where that is no worse otherwise, and what is still tangled beside a
+    stack of points goes into a column (`label_columns`).
 
     Args:
         points: the labelled points.
@@ -101,20 +107,22 @@ def place(
             break
     picked = [options[c or 0] for options, c in zip(choices, chosen, strict=True)]
 
-    def cost(number: int, box: NDArray[np.float64], others: Boxes) -> float:
-        own = _fixed_cost(box, _away(points[number], box), bounds, walls, fences)
+    def cost(number: int, box: NDArray[np.float64], others: Boxes, fenced: float = FENCED) -> float:
+        own = _fixed_cost(box, _away(points[number], box), bounds, walls, fences, fenced)
         return own + MEETING * float(overlap(_padded(box), others).sum())
 
-    return _untangled(picked, points, cost)
+    settled = in_columns(
+        _untangled([box for box, _ in picked], points, cost), points, partial(cost, fenced=FENCED * IN_COLUMN)
+    )
+    return [Place(float(box[0]), float(box[1]), _away(point, box)) for point, box in zip(points, settled, strict=True)]
 
 
 def _untangled(
-    picked: Sequence[tuple[NDArray[np.float64], float]],
+    boxes: list[NDArray[np.float64]],
     points: Sequence[tuple[float, float]],
     cost: Callable[[int, NDArray[np.float64], Boxes], float],
-) -> list[Place]:
-    """The chosen boxes, with those exchanged whose lines to their points cross, where that costs little."""
-    boxes, distances = [box for box, _ in picked], [distance for _, distance in picked]
+) -> list[NDArray[np.float64]]:
+    """The boxes, with those exchanged whose lines to their points cross, where that costs little."""
     for i, j in combinations(range(len(boxes)), 2):
         if not _cross(points[i], boxes[i], points[j], boxes[j]):
             continue
@@ -124,8 +132,7 @@ def _untangled(
         after = cost(i, mine, _stack(rest, theirs)) + cost(j, theirs, _stack(rest, mine))
         if after <= now + CROSSED and not _cross(points[i], mine, points[j], theirs):
             boxes[i], boxes[j] = mine, theirs
-            distances[i], distances[j] = _away(points[i], mine), _away(points[j], theirs)
-    return [Place(float(box[0]), float(box[1]), distance) for box, distance in zip(boxes, distances, strict=True)]
+    return boxes
 
 
 def _stack(boxes: Sequence[NDArray[np.float64]], last: NDArray[np.float64]) -> Boxes:
@@ -140,26 +147,15 @@ def _instead(own: NDArray[np.float64], other: NDArray[np.float64], point: tuple[
     return np.array([left, other[1], left + width, other[1] + height])
 
 
-def _nearest(point: tuple[float, float], box: NDArray[np.float64]) -> tuple[float, float]:
-    """Where a leader line meets a box."""
-    left, bottom, right, top = box.tolist()
-    return min(max(point[0], left), right), min(max(point[1], bottom), top)
-
-
 def _away(point: tuple[float, float], box: NDArray[np.float64]) -> float:
-    return math.dist(point, _nearest(point, box))
+    return math.dist(point, nearest(point, box))
 
 
 def _cross(
     one: tuple[float, float], its: NDArray[np.float64], two: tuple[float, float], others: NDArray[np.float64]
 ) -> bool:
     """Whether the lines from two points to their boxes cross."""
-
-    def turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-        return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
-
-    end, far = _nearest(one, its), _nearest(two, others)
-    return turn(one, end, two) * turn(one, end, far) < 0 and turn(two, far, one) * turn(two, far, end) < 0
+    return crossing((one, nearest(one, its)), (two, nearest(two, others)))
 
 
 def strays(boxes: Sequence[NDArray[np.float64]], own: int, points: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
@@ -205,9 +201,10 @@ def _fixed_cost(
     bounds: Box,
     walls: Boxes,
     fences: Boxes,
+    fenced: float = FENCED,
 ) -> float:
     left, bottom, right, top = bounds
     outside = max(left - box[0], 0) + max(bottom - box[1], 0) + max(box[2] - right, 0) + max(box[3] - top, 0)
     return float(
-        100 * outside + 20 * overlap(_padded(box), walls).sum() + 2 * overlap(box, fences).sum() + 1.2 * distance
+        100 * outside + 20 * overlap(_padded(box), walls).sum() + fenced * overlap(box, fences).sum() + 1.2 * distance
     )

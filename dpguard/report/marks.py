@@ -18,6 +18,8 @@ from dpguard.report import labels
 from dpguard.report.style import BANDS, INK, MUTED, OPEN, PAPER, Band
 
 NAME_LENGTH = 30
+BACKED = {"facecolor": PAPER, "alpha": 0.85, "pad": 0.6, "linewidth": 0}
+"""Behind a name that lies on lines."""
 OWN = "dpguard"
 """Label of the figures that are made here; a user's own are left as they are."""
 WIDE, NARROW = 9.4, 4.5
@@ -136,6 +138,8 @@ def name_points(ax: Axes, points: Sequence[Named], *, hard: Sequence[labels.Box]
         x, y = back.transform((spot.x, spot.y))
         text.set_position((float(x), float(y)))
         box = np.array([spot.x, spot.y, spot.x + size[0], spot.y + size[1]])
+        if labels.covered((box[0], box[1], box[2], box[3]), soft):  # a line under it ends beside its words
+            text.set_bbox(BACKED)
         if spot.distance > labels.RINGS[1] or labels.strays([box], number, places)[0]:
             _leader(ax, point, spot, size)
 

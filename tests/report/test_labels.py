@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from dpguard.report.label_columns import tangles
 from dpguard.report.labels import _cross, place, strays
 
 
@@ -62,3 +63,18 @@ def test_lines_to_a_stack_of_points_do_not_cross(seed):
     for i, j in itertools.combinations(range(6), 2):
         assert not _cross(points[i], found[i], points[j], found[j])
     assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ten_names_beside_one_stack_at_the_edge_stand_in_the_points_order(seed):
+    """Defences that leak everything: all on the ceiling, with bars on one side and no room on the other."""
+    rng = np.random.default_rng(seed)
+    points = [(660.0, 120 + float(y)) for y in np.cumsum(rng.uniform(0, 18, 10))]
+    sizes = [(float(w), 12.0) for w in rng.uniform(60, 150, 10)]
+    markers = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    bars = [(x - 350, y - 1, x + 5, y + 1) for x, y in points]
+    spots = place(points, sizes, bounds=(0, 0, 690, 400), hard=markers, soft=bars)
+    found = [np.array(box) for box in boxes(spots, sizes)]
+    assert tangles(found, points, range(10)) == 0
+    assert not any(meet(a, b) for a, b in itertools.combinations(found, 2))
+    assert all(box[2] <= 690 for box in found)
