@@ -12,15 +12,17 @@ UTILITY_METRICS = ("accuracy", "f1", "mcc")
 Floats = NDArray[np.float64]
 
 
-def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
+def from_confusion(confusion: ArrayLike, metric: str, classes: int | None = None) -> Floats:
     """Accuracy, F1 or Matthews correlation from confusion counts.
 
-    F1 is that of class 1 when there are two classes (as GLUE has it), else the mean over the classes that occur.
+    F1 is that of class 1 when the task has two classes (as GLUE has it), else the mean over those that occur.
     Matthews correlation for many classes is Gorodkin's R_K (Comput. Biol. Chem. 28, 2004). Undefined ratios are 0.
 
     Args:
-        confusion: shape (..., classes, classes), true class first.
+        confusion: shape (..., K, K), true class first.
         metric: accuracy, f1 or mcc.
+        classes: of the task, at most K; a head may name more, and which F1 it is must not hang on what a model said.
+            None = K.
 
     Returns:
         Shape (...).
@@ -32,17 +34,20 @@ def from_confusion(confusion: ArrayLike, metric: str) -> Floats:
         ValueError: the metric has another name.
     """
     table = np.asarray(confusion, dtype=np.float64)
-    return from_counts(np.diagonal(table, axis1=-2, axis2=-1), table.sum(axis=-1), table.sum(axis=-2), metric)
+    return from_counts(np.diagonal(table, axis1=-2, axis2=-1), table.sum(axis=-1), table.sum(axis=-2), metric, classes)
 
 
-def from_counts(hits: ArrayLike, true: ArrayLike, guessed: ArrayLike, metric: str) -> Floats:
+def from_counts(
+    hits: ArrayLike, true: ArrayLike, guessed: ArrayLike, metric: str, classes: int | None = None
+) -> Floats:
     """The same from counts of each class alone, which take the memory of its number and not of its square.
 
     Args:
-        hits: shape (..., classes), examples of the class that were said to be.
+        hits: shape (..., K), examples of the class that were said to be.
         true: examples of the class.
         guessed: examples said to be of the class.
         metric: accuracy, f1 or mcc.
+        classes: of the task; see `from_confusion`.
 
     Returns:
         Shape (...).
@@ -55,11 +60,12 @@ def from_counts(hits: ArrayLike, true: ArrayLike, guessed: ArrayLike, metric: st
     if metric == "accuracy":
         return _ratio(hits.sum(axis=-1), total)
     if metric == "f1":
-        each = _ratio(2 * hits, true + guessed)
-        if hits.shape[-1] == 2:
+        named = (true + guessed)[..., :classes]
+        each = _ratio(2 * hits[..., :classes], named)
+        if each.shape[-1] == 2:
             one: Floats = each[..., 1]
             return one
-        return _ratio(each.sum(axis=-1), (true + guessed > 0).sum(axis=-1))  # a class that nobody names has none
+        return _ratio(each.sum(axis=-1), (named > 0).sum(axis=-1))  # a class that nobody names has none
     if metric == "mcc":
         covariance = hits.sum(axis=-1) * total - (true * guessed).sum(axis=-1)
         spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (guessed**2).sum(axis=-1))

@@ -43,7 +43,12 @@ class Worth:
 
 
 def judge(
-    model: nn.Module, tokenizer: Any, test: Sequence[Example], parts: Parts, states: Sequence[LocalState]
+    model: nn.Module,
+    tokenizer: Any,
+    test: Sequence[Example],
+    parts: Parts,
+    states: Sequence[LocalState],
+    classes: int = 2,
 ) -> Worth:
     """Score the last global weights, alone and with every client's own layers.
 
@@ -53,10 +58,10 @@ def judge(
         test: held-out texts.
         parts: whose they are.
         states: what stayed with each client.
+        classes: of the task.
     """
     labels = [e.label for e in test]
     found, loss = utility.predict(model, tokenizer, test)
-    classes = 1 + max(*found, *labels, 1)
     global_scores = utility.scores(found, labels, loss, classes)
     predictions, total, each = list(found), 0.0, []
     for part, state in zip(parts, states, strict=True):

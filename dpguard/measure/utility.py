@@ -200,7 +200,7 @@ def confusion(
     >>> confusion([1, 0, 1], [1, 1, 1]).tolist()
     [[0.0, 0.0], [1.0, 2.0]]
     """
-    classes = max(classes, 1 + max(*predictions, *labels))
+    classes = max(classes, 1 + max(*predictions, *labels))  # a head may have more than the task
     table = np.zeros((classes, classes))
     np.add.at(table, (np.asarray(labels), np.asarray(predictions)), 1)
     return table
@@ -213,7 +213,7 @@ def scores(predictions: Sequence[int], labels: Sequence[int], loss: float, class
         predictions: classes guessed.
         labels: true classes of the same examples; of one client there may be a class alone.
         loss: their mean cross-entropy.
-        classes: of the task, so that F1 means the same for every client.
+        classes: of the task, so that F1 means the same for every client and policy.
     """
     table = confusion(predictions, labels, classes)
-    return {**{name: float(from_confusion(table, name)) for name in UTILITY_METRICS}, "loss": loss}
+    return {**{name: float(from_confusion(table, name, classes)) for name in UTILITY_METRICS}, "loss": loss}

@@ -232,7 +232,8 @@ def judged(records: Sequence[Record], metric: str) -> Judged:
     labels = cells[0].result["labels"]
     if any(cell.result["labels"] != labels for cell in cells):
         raise ValueError(f"{cells[0].cell.policy}: its seeds were judged on different test examples")
-    return judge([cell.result["predictions"] for cell in cells], labels, metric)
+    predictions = [cell.result["predictions"] for cell in cells]
+    return judge(predictions, labels, metric, classes=cells[0].result.get("classes"))
 
 
 def _gaps(policy: str, records: list[Record], expected: set[Place]) -> list[Gap]:
@@ -261,15 +262,15 @@ def _majority(records: Sequence[Record], metric: str) -> tuple[float | None, boo
         return None, False
     labels = done[0]["labels"]
     if metric == "f1":
-        return _constant_f1(labels), False
+        return _constant_f1(labels, done[0].get("classes") or 1 + max(1, *labels)), False
     one = Counter(labels).most_common(1)[0][1] / len(labels)
     own = max((float(result.get("federation", {}).get("commonest", 0.0)) for result in done), default=0.0)
     return max(one, own), own > one
 
 
-def _constant_f1(labels: Sequence[int]) -> float:
-    """The best F1 of one answer to everything."""
-    count, classes = Counter(labels), range(max(2, 1 + max(labels)))
+def _constant_f1(labels: Sequence[int], of: int) -> float:
+    """The best F1 of one answer to everything, in a task of so many classes."""
+    count, classes = Counter(labels), range(of)
     tables = [[[count[true] * (guess == answer) for guess in classes] for true in classes] for answer in classes]
     return max(float(from_confusion(table, "f1")) for table in tables)
 

@@ -195,7 +195,7 @@ def _useful(record: Record) -> list[Row]:
     rows: list[Row] = []
     for metric, value in (result.get("metrics") or {}).items():
         if metric in UTILITY_METRICS and labels and predictions:
-            rows.append(_row(metric, judge([predictions], labels, metric).interval()))
+            rows.append(_row(metric, judge([predictions], labels, metric, classes=result.get("classes")).interval()))
         else:
             rows.append({"metric": metric, "value": value, "n": len(labels) if labels else None})
     federation = result.get("federation") or {}

@@ -89,6 +89,7 @@ def judge(
     labels: Sequence[int],
     metric: str = "accuracy",
     *,
+    classes: int | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Judged:
@@ -100,6 +101,7 @@ def judge(
         predictions: shape (seeds, examples), predicted class of the same examples in the same order.
         labels: shape (examples,), classes counted from 0.
         metric: accuracy, f1 or mcc.
+        classes: of the task; None = those of the labels. A head may name more.
         draws: number of bootstrap samples.
         seed: of the resampling.
 
@@ -113,12 +115,12 @@ def judge(
     if metric == "accuracy":
         scores = _sums((guesses == truth).T, draws, seed) / examples
     else:
-        classes = 1 + max(1, int(truth.max()), int(guesses.max()))
-        each = np.arange(classes)
+        classes = classes or 1 + max(1, int(truth.max()))
+        each = np.arange(max(classes, 1 + int(truth.max()), 1 + int(guesses.max())))
         said = guesses.T[:, :, None] == each  # (examples, seeds, classes)
         meant = np.broadcast_to((truth[:, None] == each)[:, None], said.shape)
         hits, true, guessed = (_sums(flags, draws, seed) for flags in (said & meant, meant, said))
-        scores = from_counts(hits, true, guessed, metric)
+        scores = from_counts(hits, true, guessed, metric, classes)
     right = int((guesses == truth).sum()) if metric == "accuracy" and seeds == 1 else None
     return Judged(scores[0], scores[1:], examples, BOUNDS[metric], right)
 

@@ -122,13 +122,14 @@ def train(
 def utility(found: Rehearsal, run: rounds.Run, model: LoadedModel) -> dict[str, Any]:
     """The result of a utility cell: what each client would use on its own held-out texts, and the global model."""
     test = found.corpus.test
-    judged = worth.judge(model.module, model.tokenizer, test, found.test, run.states)
+    judged = worth.judge(model.module, model.tokenizer, test, found.test, run.states, found.corpus.classes)
     labels = [e.label for e in test]
     epsilons = run.epsilons()
     return {
-        "metrics": scoring.scores(judged.predictions, labels, judged.loss),
+        "metrics": scoring.scores(judged.predictions, labels, judged.loss, found.corpus.classes),
         "predictions": judged.predictions,
         "labels": labels,
+        "classes": found.corpus.classes,
         "steps": found.settings.rounds,
         "sampling_rate": found.settings.per_round / found.settings.clients,
         "clipped_fraction": None,

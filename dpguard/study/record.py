@@ -92,7 +92,7 @@ class Record:
         "certain": bool, "inherited": bool (a cheaper attack was certain, this one did not run),
         "seconds", "steps", "candidates"}], "skipped": {attack: reason},
         "defence": {"clip": {...}, "noise": {...}, "judged" (the kind of message, in words)}, "shared_fraction"}
-    utility: {"metrics": {"accuracy","mcc","f1","loss"}, "predictions": [int], "labels": [int],
+    utility: {"metrics": {"accuracy","mcc","f1","loss"}, "predictions": [int], "labels": [int], "classes": int,
         "steps", "sampling_rate", "clipped_fraction" or None, "train_seconds"}; with a federation "predictions" are
         of each text's owner's model, "steps" are rounds, "sampling_rate" the share of clients in one, and
         "federation" holds {"global" (scores), "commonest" (accuracy of each client's own commonest label),

@@ -53,9 +53,10 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
     predictions, loss = utility.predict(model.module, model.tokenizer, corpus.test)
     labels = [e.label for e in corpus.test]
     return {
-        "metrics": utility.scores(predictions, labels, loss),
+        "metrics": utility.scores(predictions, labels, loss, corpus.classes),
         "predictions": predictions,
         "labels": labels,
+        "classes": corpus.classes,
         "steps": trained.steps,
         "sampling_rate": trained.sampling_rate,
         "clipped_fraction": trained.clipped_fraction,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dpguard.confusion import UTILITY_METRICS
+from dpguard.confusion import UTILITY_METRICS, from_confusion
+from dpguard.measure.utility import confusion, scores
 from dpguard.report.utility import judge
 from dpguard.stats import binomial
 
@@ -90,3 +91,27 @@ def test_policies_on_the_same_examples_differ_in_pairs(metric):
     assert less.low > 0
     assert one.interval().low < two.interval().high
     assert judge([labels.tolist()], labels.tolist(), metric).minus(one) is None
+
+
+def test_f1_is_of_the_task_whatever_classes_a_model_names():
+    """A head of three classes on texts of two: one stray answer must not make it another metric."""
+    labels = [1] * 10 + [0] * 10
+    one = [1] * 6 + [0] * 4 + [1] * 4 + [0] * 6
+    two = [1] * 6 + [0] * 3 + [2] + [1] * 4 + [0] * 6  # one wrong answer is another wrong answer
+    expected = 2 * 6 / (10 + 10)
+    for guesses in (one, two):
+        table = confusion(guesses, labels)
+        assert float(from_confusion(table, "f1", 2)) == pytest.approx(expected)
+        assert scores(guesses, labels, 0.5)["f1"] == pytest.approx(expected)
+        for classes in (None, 2):
+            assert judge([guesses], labels, "f1", classes=classes).interval().value == pytest.approx(expected)
+    assert judge([two], labels, "f1").minus(judge([one], labels, "f1")).value == pytest.approx(0)
+
+
+def test_a_task_of_three_classes_keeps_its_f1_where_the_test_texts_lack_one():
+    """Against the formula over classes 0 to 2: the mean of those that occur."""
+    labels, guesses = [0, 0, 1, 1], [0, 1, 1, 1]
+    mean = (2 * 1 / 3 + 2 * 2 / 5) / 2
+    assert judge([guesses], labels, "f1", classes=3).interval().value == pytest.approx(mean)
+    assert scores(guesses, labels, 0.5, 3)["f1"] == pytest.approx(mean)
+    assert scores(guesses, labels, 0.5)["f1"] == pytest.approx(2 * 2 / 5)
