@@ -86,6 +86,20 @@ def _check_targets(study: Study, texts: int) -> None:
             f"texts, expected at most {texts // (each * seeds)}",
             loc=("leakage", "targets"),
         )
+    for width in {study.leakage.batch_size * _clients_a_message(study, named) for named in study.policies}:
+        _check_apart(study.leakage.seeds, study.leakage.targets * width, texts)
+
+
+def _check_apart(seeds: Sequence[int], width: int, texts: int) -> None:
+    """Seed s attacks the texts from s * width on (`leakage.pick_targets`), around the end of the list."""
+    first = sorted((seed * width % texts, seed) for seed in set(seeds))
+    for (start, seed), (after, other) in zip(first, [*first[1:], (first[0][0] + texts, first[0][1])], strict=True):
+        if after - start < width and seed != other:
+            raise UserError(
+                f"leakage.seeds: {min(seed, other)} and {max(seed, other)} attack some of the same texts (of {texts}), "
+                f"which intervals count as different ones; expected seeds such as 0 to {len(first) - 1}",
+                loc=("leakage", "seeds"),
+            )
 
 
 def _clients_a_message(study: Study, named: Named) -> int:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from dpguard.errors import UserError
+from dpguard.measure.leakage import pick_targets
 from dpguard.study.grid import NEEDS, describe, plan_table
 
 
@@ -152,6 +154,34 @@ def test_settings_that_do_not_fit_the_data_have_their_place(kit, old, new, sente
     with pytest.raises(UserError) as caught:
         kit.cells(kit.text.replace(old, new))
     assert str(caught.value) == f"study.yaml:{sentence}"
+
+
+@pytest.mark.parametrize(
+    ("targets", "batch_size", "seeds", "apart"),
+    [
+        (30, 1, "[0, 1, 2]", True),
+        (30, 1, "[0, 33]", False),  # texts 990 on, and from the beginning again
+        (30, 1, "[1, 33]", True),
+        (20, 7, "[0, 7]", False),
+        (100, 1, "[0, 10]", False),  # the very same
+    ],
+)
+def test_seeds_attack_different_texts_or_are_refused(kit, targets, batch_size, seeds, apart):
+    """What the planner lets pass is what `pick_targets` keeps apart, for the study's 1,000 texts."""
+    numbers = json.loads(seeds)
+    line = f"leakage: {{targets: {targets}, batch_size: {batch_size}, seeds: {seeds}, at: start}}\n"
+    text = re.sub(r"^leakage: .*\n", line, kit.text, flags=re.MULTILINE)
+    assert line in text
+    corpus = SimpleNamespace(train=range(1000))
+    picked = [pick_targets(corpus, targets=targets, batch_size=batch_size, seed=s) for s in numbers]
+    each = [{index for message in messages for index in message} for messages in picked]
+    assert apart == (sum(map(len, each)) == len(set().union(*each)))
+    if apart:
+        assert kit.cells(text)
+    else:
+        expected = rf"leakage\.seeds: {numbers[0]} and {numbers[1]} attack some of the same texts \(of 1000\)"
+        with pytest.raises(UserError, match=expected):
+            kit.cells(text)
 
 
 def test_a_default_delta_that_is_too_large_is_placed_in_the_file(kit):
