@@ -166,8 +166,8 @@ class Document:
 
         first = min(error.errors(), key=rank)
         loc = (*prefix, *first["loc"])
-        while loc not in self.marks and self.marks.get(loc[:-1], Mark(0, 0, 0, 0)).raw:
-            loc = loc[:-1]  # item 0 of a single value that stands for a list of one
+        while first["type"] != "missing" and loc and loc not in self.marks:
+            loc = loc[:-1]  # one of the types that a value may be of; item 0 of a single value for a list of one
         owner, field = _schema_at(model, first["loc"])
         name = ".".join(str(step) for step in loc) or "the file"
         expected = field.description if field and field.description else ""
@@ -288,7 +288,7 @@ class _Reader:
                 return self._whole(_VARIABLE.sub(lambda found: self._variable(found, node), raw), node)
             case "null":
                 return None
-            case "bool":
+            case "bool" if raw.lower() in ("yes", "no", "true", "false", "on", "off"):
                 return raw.lower() in ("yes", "true", "on")
             case "int" | "float" as kind:
                 try:

@@ -48,6 +48,7 @@ class Ground:
         slots: the model's parameters.
         classes: of its head.
         model_id, data_id: what identifies them in a cell.
+        unread: share of the texts' tokens that the tokenizer does not know (`texts.unread`).
     """
 
     corpus: Any
@@ -56,6 +57,7 @@ class Ground:
     model_id: dict[str, Any]
     data_id: dict[str, Any]
     classes: int
+    unread: float = 0.0
 
 
 def plan_study(study: Study, folder: Path, *, epsilons: bool = False) -> Planned:
@@ -86,11 +88,12 @@ def read_ground(study: Study) -> Ground:
         texts.check_labels((*corpus.train, *corpus.test), loaded.classes)
     texts.check_lengths((*corpus.train, *corpus.test), loaded.tokenizer, loaded.max_tokens)
     _check_candidates(study, len(set(corpus.public)))
-    model_id = {"name": study.model, "hash": loaded.fingerprint, "reading": loaded.reading}
+    model_id = {"name": study.model_name, "hash": loaded.fingerprint, "reading": loaded.reading}
     data_id = {
         "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
-    return Ground(corpus, data, slots(loaded.module), model_id, data_id, loaded.classes)
+    unread = texts.unread(corpus.train, loaded.tokenizer)
+    return Ground(corpus, data, slots(loaded.module), model_id, data_id, loaded.classes, unread)
 
 
 def plan_on(ground: Ground, study: Study, folder: Path, *, epsilons: bool = False) -> Planned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Optional
@@ -56,10 +57,13 @@ def share(
     Holds scores, and predictions and labels of the test texts by their place; no sentence, true or recovered.
     """
     from dpguard.cli.console import console
-    from dpguard.study.answers import write_answers
+    from dpguard.study.answers import placed, write_answers
     from dpguard.study.store import ANSWERS
 
     count = write_answers(folder, out)
+    for path in placed(folder):
+        told = f"the study file names {path!r}, and so do the answers; with ${{PLACE}}/... in it they would not"
+        print(told, file=sys.stderr)
     told = f"{count:,} answers without texts: {out or folder / ANSWERS}"
     console().print(told, markup=False, soft_wrap=True)
 

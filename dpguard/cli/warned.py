@@ -6,10 +6,19 @@ from dpguard.cli.planning import Ground
 from dpguard.errors import UserError
 from dpguard.study.spec import Study
 
+UNREAD = 0.02
+"""Share of unknown tokens from which leakage is another thing than the reader thinks."""
+
 
 def warnings(study: Study, ground: Ground) -> list[str]:
     """All of them that apply, one sentence each."""
-    found = (unkept(study, ground), overlap(ground), alone(study, ground), unscored(study, ground))
+    found = (
+        unkept(study, ground),
+        overlap(ground),
+        alone(study, ground),
+        unscored(study, ground),
+        unread(study, ground),
+    )
     return [sentence for sentence in found if sentence]
 
 
@@ -44,6 +53,16 @@ def alone(study: Study, ground: Ground) -> str:
     return (
         f"all {len(ground.corpus.train):,} training texts have label {min(labels)}: a model that always answers it "
         "learned them, so utility says nothing about a policy"
+    )
+
+
+def unread(study: Study, ground: Ground) -> str:
+    """A sentence when much of the texts is one token to the model, else ""."""
+    if study.leakage is None or ground.unread < UNREAD:
+        return ""
+    return (
+        f"{ground.unread:.0%} of the texts' tokens are unknown to the model's tokenizer and all one to it: a guess of "
+        "that token counts as recovered, so leakage says little about the words"
     )
 
 

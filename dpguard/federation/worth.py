@@ -48,7 +48,7 @@ def judge(
     test: Sequence[Example],
     parts: Parts,
     states: Sequence[LocalState],
-    classes: int = 2,
+    classes: int | None = None,
 ) -> Worth:
     """Score the last global weights, alone and with every client's own layers.
 
@@ -58,10 +58,11 @@ def judge(
         test: held-out texts.
         parts: whose they are.
         states: what stayed with each client.
-        classes: of the task.
+        classes: of the task; None = those of the labels.
     """
     labels = [e.label for e in test]
     found, loss = utility.predict(model, tokenizer, test)
+    classes = classes or 1 + max(1, *labels)
     global_scores = utility.scores(found, labels, loss, classes)
     predictions, total, each = list(found), 0.0, []
     for part, state in zip(parts, states, strict=True):

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpguard.errors import UserError, did_you_mean
 
+T = TypeVar("T")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
@@ -39,12 +40,13 @@ class NoColumnError(UserError):
         return UserError(f"{self.sentence}{more}", where=self.where)
 
 
-def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """``file:line`` and the row as column -> value, in the file's order.
 
     Args:
         path: a .jsonl, .json, .csv, .tsv or .parquet file.
         columns: what every row must have.
+        more: what is read as well where it is there.
 
     Raises:
         UserError: another kind of file, one that can't be read or holds no row, or a row without a column, with
@@ -52,7 +54,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
     """
     readers: dict[str, Callable[[Path], Iterable[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _jsonl, ".json": _jsonl, ".csv": partial(_csv, columns), ".tsv": partial(_csv, columns),
-        ".parquet": _parquet,
+        ".parquet": partial(_parquet, columns, more),
     }  # fmt: skip
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -108,6 +110,12 @@ def _csv(columns: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str, An
                     f"has more fields than {len(names)} columns; expected quotes around a text that holds {comma!r}",
                     where=f"{path}:{reader.line_num}",
                 )
+            if comma == "\t" and any(mark in value for value in row.values() if value for mark in "\t\r\n"):
+                raise UserError(
+                    "has a tab or a line break between quotes, and in most .tsv files quotes mean nothing; expected "
+                    "texts without either, or a .jsonl file",
+                    where=f"{path}:{reader.line_num}",
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
@@ -134,13 +142,21 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"cannot be read ({error.strerror}); expected a file of texts", where=str(path)) from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
+def _parquet(columns: Sequence[str], more: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import parquet
 
+    names = _read_by_arrow(path, lambda: parquet.read_schema(path).names)
+    check_columns(columns, names, f"{path}:1")
+    # others may be large, or of a kind that Python has no value for
+    wanted = [name for name in dict.fromkeys((*columns, *more)) if name in names]
+    yield from enumerate(_read_by_arrow(path, lambda: parquet.read_table(path, columns=wanted).to_pylist()), 1)
+
+
+def _read_by_arrow(path: Path, read: Callable[[], T]) -> T:
+    import pyarrow
+
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        return read()
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"is no parquet file that can be read ({why})", where=str(path)) from None
-    yield from enumerate(rows, 1)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -125,6 +125,7 @@ def load(
             training text has, an empty text, an unreachable hub; with file and line.
     """
     if path == "demo":
+        _refuse("demo", {"test": test, "public": public})
         files = bundle.paths()
         return replace(
             _read_all("demo", files["train"], files["test"], files["public"], text, label, entities, owner),
@@ -132,7 +133,10 @@ def load(
         )
     main = locate(path)
     if not _is_file(main):
-        return _from_hub(path, text, label, owner) if _is_hub_name(path, main) else _missing(path, main, "path")
+        if not _is_hub_name(path, main):
+            _missing(path, main, "path")
+        _refuse("a hub's data set", {"test": test, "public": public, "entities": entities})
+        return _from_hub(path, text, label, owner)
     extra = {
         key: None if name is None else _existing(name, locate(name), key)
         for key, name in (("test", test), ("public", public))
@@ -236,7 +240,8 @@ def examples(
     Raises:
         UserError: see `load`.
     """
-    for where, row in tables.rows(path, [text, label, *(column for column in (entities, owner) if column)]):
+    asked = [text, label, *(column for column in (entities, owner) if column)]
+    for where, row in tables.rows(path, asked, ["entities"]):
         yield Example(
             text=fields.text(row[text], text, where),
             label=fields.label(row[label], label, where),
@@ -249,6 +254,13 @@ def examples(
 def _texts(path: Path, column: str) -> Iterator[str]:
     for where, row in tables.rows(path, [column]):
         yield fields.text(row[column], column, where)
+
+
+def _refuse(what: str, given: Mapping[str, str | None]) -> None:
+    """Nobody is judged on other texts than the study names."""
+    for key, value in given.items():
+        if value is not None:
+            raise UserError(f"{key} is {value!r}, and {what} has texts of its own; expected files for all", loc=(key,))
 
 
 def _is_file(path: Path) -> bool:
@@ -331,6 +343,19 @@ def check_labels(items: Iterable[Example], classes: int) -> None:
             "(or a checkpoint without a head)",
             where=first.where,
         )
+
+
+def unread(items: Sequence[Example], tokenizer: Any, most: int = 2000) -> float:
+    """Share of the tokens of texts that stand for words which the tokenizer does not know; 0 where it knows all.
+
+    Args:
+        items: the texts.
+        tokenizer: the model's.
+        most: how many of them are looked at, the first ones.
+    """
+    unknown = tokenizer.unk_token_id
+    rows: list[list[int]] = tokenizer([e.text for e in items[:most]], add_special_tokens=False)["input_ids"]
+    return sum(row.count(unknown) for row in rows) / max(sum(map(len, rows)), 1)
 
 
 def too_long(tokens: int, most: int) -> str:

@@ -206,14 +206,17 @@ def confusion(
     return table
 
 
-def scores(predictions: Sequence[int], labels: Sequence[int], loss: float, classes: int = 2) -> dict[str, float]:
+def scores(
+    predictions: Sequence[int], labels: Sequence[int], loss: float, classes: int | None = None
+) -> dict[str, float]:
     """Every utility metric (`confusion.from_confusion` defines them), and the held-out loss.
 
     Args:
         predictions: classes guessed.
         labels: true classes of the same examples; of one client there may be a class alone.
         loss: their mean cross-entropy.
-        classes: of the task, so that F1 means the same for every client and policy.
+        classes: of the task, so that F1 means the same for every client and policy; None = those of the labels.
     """
+    classes = classes or 1 + max(1, *labels)
     table = confusion(predictions, labels, classes)
     return {**{name: float(from_confusion(table, name, classes)) for name in UTILITY_METRICS}, "loss": loss}

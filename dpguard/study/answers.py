@@ -25,8 +25,8 @@ def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
     """Write everything that a study's records say, but no true or recovered text and nothing that failed cells said.
 
     What is in it: the study file, every cell with its scores, predictions and labels of the test texts by their place,
-    a federation's counts of texts by client, versions, revision, device, start times and costs; of the texts' paths
-    only the last part, but the name of the model, which is a path where it is a folder, as cells have it.
+    a federation's counts of texts by client, versions, revision, device, start times and costs; paths of texts and
+    model as far as the study file holds them (`placed`), because a cell's id is made of them.
 
     Args:
         folder: of the study's records, whether finished or still running.
@@ -53,6 +53,18 @@ def write_answers(folder: str | Path, file: str | Path | None = None) -> int:
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be written ({error.strerror or error}), expected room for it") from None
     return len(records)
+
+
+def placed(folder: str | Path) -> list[str]:
+    """Absolute paths of texts and model that the study file itself holds, so that `write_answers` passes them on.
+
+    Raises:
+        UserError: no records there.
+    """
+    with Store.open(folder) as source:
+        cells = source.planned()
+    named = {str(cell.data.get("name", "")) for cell in cells} | {str(cell.model.get("name", "")) for cell in cells}
+    return sorted(name for name in named if Path(name).is_absolute())
 
 
 def portable(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,22 @@ class Cache:
             self._keep(path, made, write)
             return made
 
+    def put(self, key: Mapping[str, Any], suffix: str, made: T, write: Callable[[Path, T], None]) -> None:
+        """Keep what was just made in place of an entry of this key: what a run that failed left, say.
+
+        Args:
+            key: as for `entry`.
+            suffix: of the file.
+            made: what to keep.
+            write: writes it.
+        """
+        if self.room > 0:
+            path = self._path(key, suffix)
+            with self._turn(path.stem.rpartition("-")[2]):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)  # also where the new one has no room
+                self._keep(path, made, write)
+
     def has(self, key: Mapping[str, Any], suffix: str) -> bool:
         """Whether an entry is there; it may be gone, or turn out not to be whole, when it is read."""
         return self.room > 0 and self._path(key, suffix).is_file()

@@ -199,6 +199,9 @@ def _own(more: dict[str, Any]) -> dict[str, Any]:
     for key, example in (("federation", "{view: aggregate}"), ("utility", "{batch_size: 1024}")):
         if not isinstance(more.get(key, {}), dict):
             raise UserError(f"{key} is {more[key]!r}, expected a mapping such as {example}", loc=(key,))
+        for name, value in more.get(key, {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{key}.{name} is {value}, expected a finite number", loc=(key, name))
     for key in more.get("utility", {}):
         if key not in OWN_TRAINING:
             raise UserError(

@@ -160,6 +160,13 @@ class Study:
         return self.document.text
 
     @property
+    def model_name(self) -> str:
+        """What the model is called on record: as written, or its folder's name alone where a variable says where."""
+        mark, folder = self.document.marks.get(("model",)), Path(self.model)
+        local = folder.is_absolute() or self.model.startswith((".", "~"))  # a hub's name has a slash as well
+        return folder.name if local and mark and "${" in mark.raw else self.model
+
+    @property
     def data_name(self) -> str:
         """What the texts are called on record: the path, or the file's name alone where a variable says where it is."""
         marks = self.document.marks

@@ -29,7 +29,19 @@ def shared(cache: Cache, key: Mapping[str, Any], make: Callable[[], Tensors]) ->
     tensor([1., 1.])
     """
 
-    def write(path: Path, made: Tensors) -> None:
-        save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)
+    return cache.entry(key, TENSORS, load_file, make, _write)
 
-    return cache.entry(key, TENSORS, load_file, make, write)
+
+def keep(cache: Cache, key: Mapping[str, Any], tensors: Tensors) -> None:
+    """Keep tensors that were just made, in place of an entry of this key: what an attack reads is what was judged.
+
+    Args:
+        cache: the study's.
+        key: as for `shared`.
+        tensors: to keep.
+    """
+    cache.put(key, TENSORS, tensors, _write)
+
+
+def _write(path: Path, made: Tensors) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in made.items()}, path)

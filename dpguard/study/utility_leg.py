@@ -26,7 +26,7 @@ from dpguard.study.ground import (
     refuse,
 )
 from dpguard.study.record import Cell
-from dpguard.study.tensors import shared
+from dpguard.study.tensors import keep, shared
 
 
 def run(cell: Cell, context: Mapping[str, Any]) -> Result:
@@ -36,12 +36,14 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
     plan = plan_for(cell, model)
     if "federation" in cell.settings:
         refuse(plan, Settings.of(cell.settings["federation"]))
-        kept = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
+        moments = [*context.get("keep_rounds", ()), "end"] if cell.id in context.get("keep_weights", ()) else []
 
         def write(moment: int | str, state: dict[str, Tensor]) -> None:
-            shared(cache_of(context), _federation_key(cell.id, moment), lambda: state)
+            keep(cache_of(context), _federation_key(cell.id, moment), state)
 
-        found, run = federated.train(cell, model, plan, corpus, kept, write, engine=context.get("engine", "embedded"))
+        found, run = federated.train(
+            cell, model, plan, corpus, moments, write, engine=context.get("engine", "embedded")
+        )
         return federated.utility(found, run, model), []
     try:
         utility.check_central(plan)
@@ -49,7 +51,7 @@ def run(cell: Cell, context: Mapping[str, Any]) -> Result:
         raise SkippedError(error.sentence) from None
     trained = _train(cell, model, plan, corpus, device_of(context))
     if cell.id in context.get("keep_weights", ()):
-        shared(cache_of(context), weights_key(cell.id), lambda: _state(model))
+        keep(cache_of(context), weights_key(cell.id), _state(model))
     predictions, loss = utility.predict(model.module, model.tokenizer, corpus.test)
     labels = [e.label for e in corpus.test]
     return {

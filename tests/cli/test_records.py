@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -66,3 +67,14 @@ def test_answers_are_shared_without_texts(told, folder, tmp_path):
         assert "holds no texts to show" in err
     assert told("report", tmp_path / "given", "--out", tmp_path / "mine")[0] == 0
     assert (tmp_path / "mine" / "report.html").is_file()
+
+
+def test_a_path_that_the_study_file_holds_is_told_before_it_is_passed_on(told, tmp_path):
+    """An id is made of it, so that it cannot be cut: whoever shares the file must know."""
+    cell = replace(CELL, data={"name": "/home/alice/clinic/notes.jsonl"}, model={"name": "minilm"})
+    with Store.open(tmp_path / "s", create=True) as store:
+        store.set_study("s", "", {"name": "s"}, [cell])
+    status, out, err = told("records", "share", tmp_path / "s")
+    assert (status, out[:9]) == (0, "0 answers")
+    assert err.startswith("the study file names '/home/alice/clinic/notes.jsonl', and so do the answers;")
+    assert err.count("\n") == 1

@@ -138,6 +138,41 @@ def test_where_the_texts_lie_is_no_part_of_a_cell(home, tmp_path, monkeypatch):
     assert ids[0] == ids[1]
 
 
+def test_where_the_model_lies_is_no_part_of_a_cell_either(home, tmp_path, monkeypatch):
+    """Moved to another machine a study goes on, and shards from two of them merge."""
+    ids = []
+    for place in ("here", "there"):
+        shutil.copytree(home / "model", tmp_path / place / "model")
+        monkeypatch.setenv("PLACE", str(tmp_path / place))
+        path = write_study(home, tmp_path, (str(home / "model"), "${PLACE}/model"))
+        cells = plan_study(Study.load(path), tmp_path / "out").cells
+        assert cells[0].model["name"] == "model"
+        ids.append([cell.id for cell in cells])
+    assert ids[0] == ids[1]
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert Study.load(path).model_name == "model"
+    text = path.read_text().replace("${PLACE}/model", "${PLACE}")
+    for name in ("minilm", "google/bert_uncased", "minilm+lora8"):
+        monkeypatch.setenv("PLACE", name)
+        path.write_text(text)
+        assert Study.load(path).model_name == name  # as always: it says what it is, not where
+
+
+def test_texts_that_the_tokenizer_cannot_read_are_told(home, told, tmp_path):
+    """Every such word is one token, which whoever guesses it once has recovered everywhere."""
+    rows = [json.loads(line) for line in (home / "texts.jsonl").read_text().splitlines()]
+    file = tmp_path / "texts.jsonl"
+    file.write_text(
+        "".join(json.dumps({**row, "text": row["text"] + f" палата {i}"}) + "\n" for i, row in enumerate(rows))
+    )
+    path = write_study(home, tmp_path, (str(home / "texts.jsonl"), str(file)))
+    status, _out, err = told("run", path, "--out", tmp_path / "out", "--dry-run")
+    assert status == 0
+    assert "% of the texts' tokens are unknown to the model's tokenizer" in err
+    _, _, before = told("run", write_study(home, tmp_path), "--out", tmp_path / "out", "--dry-run")
+    assert "unknown to the model's tokenizer" not in before
+
+
 def test_held_out_texts_that_are_trained_on_are_told(home, told, tmp_path):
     first = (home / "texts.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "test.jsonl").write_text("".join(first[:2]) + '{"text": "w9 w8 w7", "label": 1}\n')

@@ -8,7 +8,9 @@ import types
 from pathlib import Path
 
 import pandas as pd
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dpguard.errors import UserError
 from dpguard.inputs import texts
@@ -158,6 +160,7 @@ def test_held_out_texts_that_are_trained_on_are_counted(tmp_path):
         ("a.csv", "label,text\n1,good, but long\n", "a.csv:2: has more fields than 2 columns; expected quotes"),
         ("a.csv", "text,label,text\na,1,b\n", "has two columns 'text'; expected each name once"),
         ("a.csv", 'label,text\n0,first\n1,"unclosed\n0,third\n', "expected quotes that close, or a .jsonl file"),
+        ("a.tsv", 'text\tlabel\n"I came\t1\nand I saw"\t0\nlast\t1\n', "has a tab or a line break between quotes"),
         ("a.tsv", 'text\tlabel\n"hello world\t0\nit is "fine"\t1\n', "expected quotes that close, or a .jsonl file"),
     ],
 )
@@ -261,6 +264,28 @@ def test_a_column_called_entities_that_nobody_asked_for_is_left_alone(tmp_path):
         texts.load(path, entities="entities")
     (tmp_path / "b.csv").write_text("text,label,entities\n" + "".join(f"call {i} now,0,{i}\n" for i in range(9)))
     assert all(e.entities == (e.text.split()[1],) for e in texts.load(str(tmp_path / "b.csv")).train)
+
+
+def test_files_beside_texts_that_bring_their_own_are_refused(tmp_path, monkeypatch):
+    """They were left out without a word, and utility was judged on other texts than the study named."""
+    extra = write(tmp_path / "t.jsonl", ROWS)
+    for key in ("test", "public"):
+        with pytest.raises(UserError, match=f"{key} is .*, and demo has texts of its own") as caught:
+            texts.load("demo", **{key: extra})
+        assert caught.value.loc == (key,)
+        with pytest.raises(UserError, match=f"{key} is .*, and a hub's data set has texts of its own"):
+            texts.load("glue-like", **{key: extra})
+
+
+def test_other_columns_of_a_parquet_file_may_be_of_any_kind(tmp_path):
+    """A time in the year 33,658 has no value in Python."""
+    columns = {key: [row[key] for row in ROWS] for key in ("text", "label")}
+    far = pyarrow.array([10**12] * len(ROWS), pyarrow.timestamp("s"))
+    parquet.write_table(pyarrow.table({**columns, "when": far}), tmp_path / "a.parquet")
+    assert len(texts.load(str(tmp_path / "a.parquet")).train) > 3
+    parquet.write_table(pyarrow.table({"text": columns["text"], "label": far}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="no parquet file that can be read"):
+        texts.load(str(tmp_path / "b.parquet"))
 
 
 def test_of_a_hub_data_set_only_what_is_used_is_read(monkeypatch):

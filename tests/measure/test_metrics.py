@@ -81,3 +81,20 @@ def test_the_same_text_in_other_tokens_is_the_same_text():
     assert metrics.score([5, 6], "the cat", [7], "the cat", None)["exact_match"] == 1.0
     assert metrics.score([5, 6], "the cat", [7], "the cats", None)["exact_match"] == 0.0
     assert metrics.score([], "", [7], "", None)["exact_match"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "shared"),
+    [
+        ("दादा", "दादी", 0.0),  # grandfather, grandmother: a vowel sign is a letter there
+        ("दाल", "दिल्ली", 0.0),
+        ("हिन्दी में किताब", "हिन्दी में लेख", 2 / 3),
+        ("かき", "がぎ", 0.0),  # persimmon, key: the voicing mark is part of the letter
+        ("க்ஷ", "க்\u200cஷ", 1.0),  # a joiner shapes letters only
+        ("dé\u00adjà vu", "deja vu", 1.0),
+        ("שָׁלוֹם", "שלום", 1.0),  # points are left out in ordinary writing
+        ("مُحَمَّد", "محمد", 1.0),
+    ],
+)
+def test_words_of_other_scripts_are_told_apart(text, other, shared):
+    assert metrics.rouge(text, other)["rouge1"] == pytest.approx(shared)

@@ -114,4 +114,4 @@ def test_a_task_of_three_classes_keeps_its_f1_where_the_test_texts_lack_one():
     mean = (2 * 1 / 3 + 2 * 2 / 5) / 2
     assert judge([guesses], labels, "f1", classes=3).interval().value == pytest.approx(mean)
     assert scores(guesses, labels, 0.5, 3)["f1"] == pytest.approx(mean)
-    assert scores(guesses, labels, 0.5)["f1"] == pytest.approx(2 * 2 / 5)
+    assert scores(guesses, labels, 0.5)["f1"] == pytest.approx(2 * 2 / 5)  # as a task of two

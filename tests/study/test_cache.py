@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from dpguard.study.cache import FOLDER, Cache
-from dpguard.study.tensors import shared
+from dpguard.study.cache import FOLDER, TENSORS, Cache
+from dpguard.study.tensors import keep, shared
 
 
 def test_an_entry_is_made_once_and_another_key_is_another_entry(tmp_path) -> None:
@@ -50,6 +50,21 @@ def test_tensors_are_kept_and_damaged_ones_made_again(tmp_path):
     for damage in (entry.path.read_bytes()[:50], b"", b"\xff" * 100):
         entry.path.write_bytes(damage)
         assert torch.equal(shared(cache, key, lambda: weights(3))["w"], weights(3)["w"])
+
+
+def test_what_was_just_made_replaces_what_a_failed_run_left(tmp_path, monkeypatch):
+    """Or attacks would read the weights of one training and utility those of another."""
+    cache, key = Cache(tmp_path), {"what": "weights", "cell": "abc"}
+    keep(cache, key, weights(1))
+    keep(cache, key, weights(2))
+    assert torch.equal(shared(cache, key, lambda: pytest.fail("it is there"))["w"], weights(2)["w"])
+
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("dpguard.study.tensors.save_file", full)
+    keep(cache, key, weights(3))
+    assert not cache.has(key, TENSORS)
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path):

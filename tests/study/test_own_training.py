@@ -60,6 +60,8 @@ BAD = {
     "misspelt": ("utility: {batchsize: 1}", "5:", "did you mean 'batch_size'?"),
     "no mapping": ("utility: 3", "5:", "utility is 3, expected a mapping"),
     "bad value": ("utility: {batch_size: 0}", "5:", "batch_size: found 0, expected a whole number above 0"),
+    "infinite": ("utility: {learning_rate: .inf}", "5:", "utility.learning_rate is inf, expected a finite number"),
+    "not a number": ("utility: {epochs: .nan}", "5:", "utility.epochs is nan, expected a finite number"),
     "no number": ("epsilon: much", "5:", "epsilon is 'much', expected a number above 0"),
     "nothing": ("epsilon: 0", "5:", "epsilon is 0, expected a number above 0"),
     "the study's own": ("utility: {batch_size: 50}", "6:", "are the same table in the same training"),

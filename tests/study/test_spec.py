@@ -97,6 +97,14 @@ BAD = {
         "policies: {none: }\nutility: {learning_rate: -1e-3}\n",
         "5:26: utility.learning_rate: found -0.001, expected a number above 0, or public",
     ),
+    "a rate left out": (
+        "policies: {none: }\nutility: {learning_rate: }\n",
+        "5:11: utility.learning_rate: found nothing, expected a number above 0, or public",
+    ),
+    "a list of rates": (
+        "policies: {none: }\nutility: {learning_rate: [1]}\n",
+        "5:26: utility.learning_rate: found a list, expected a number above 0, or public",
+    ),
     "no finite number": (
         "policies: {none: }\nutility: {epochs: .inf}\n",
         "5:19: utility.epochs: found inf, expected a number above 0",
