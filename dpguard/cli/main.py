@@ -30,7 +30,8 @@ app = typer.Typer(
 app.add_typer(records.app, name="records")
 
 Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of records and report.")]  # noqa: UP045
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+MOST_SEED = 2**32 - 1
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[
     str, typer.Option("--model", help="demo, minilm, a local folder, or a hub name; +lora8 after it: with LoRA.")
@@ -265,7 +266,7 @@ def audit(
         Optional[str], typer.Option("--model", help="Send real texts through this model as well [no].")  # noqa: UP045
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Public batch size, the divisor.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of everything random.")] = 0,
     thorough: Annotated[bool, typer.Option("--thorough", help="Add the slow two-world test.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -289,7 +290,7 @@ def fit_clips(
     quantile: Annotated[float, typer.Option("--quantile", help="Fraction of the texts that is not clipped.")] = 0.5,
     examples: Annotated[int, typer.Option("--examples", min=1, help="Texts to measure.")] = 256,
     out: Annotated[Optional[Path], typer.Option("--out", help="Policy file to write [print it].")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of texts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of the choice of texts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fit a policy's clips to the gradients of public texts, group by group."""

@@ -67,9 +67,9 @@ def render_report(
         screen.print(f"{count(lacking.results, 'result')} missing or failed: the report says which.", markup=False)
     if note := moved_cap(result.spec, found.leakage_metric, decision.caps):
         screen.print(note, markup=False)
-    screen.print(f"report: {page}", markup=False)
+    screen.print(f"report: {page}", markup=False, soft_wrap=True)
     if pdf:
-        screen.print(f"PDF: {to_pdf(page)}", markup=False)
+        screen.print(f"PDF: {to_pdf(page)}", markup=False, soft_wrap=True)
     return page
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from dpguard.cli.console import console
 from dpguard.deploy.export import export
@@ -41,5 +42,5 @@ def export_policy(
     )
     for warning in made.warnings:
         out_.print(f"- {warning}", markup=False)
-    out_.print(f"card: {made.folder / 'card.md'}", markup=False)
-    out_.print(f"next: python {made.folder / 'self_test.py'}", markup=False)
+    out_.print(f"card: {made.folder / 'card.md'}", markup=False, soft_wrap=True)
+    out_.print(f"next: python {quote(str(made.folder / 'self_test.py'))}", markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.markup import escape
@@ -123,9 +124,9 @@ def _print_failed(folder: Path, failed: list[Record]) -> None:
         lost = sum(again(record) for record in failed)
         retried = f"; {lost} of them will run again by itself" if lost else ""
         out.print(
-            f"dpguard show {folder} {failed[0].cell.id[:8]} prints one in full; "
-            f"dpguard run --retry-failed runs them again{retried}",
-            style="dim", markup=False,
+            f"dpguard show {quote(str(folder))} {failed[0].cell.id[:8]} prints one in full; "
+            f"dpguard run STUDY --retry-failed runs them again{retried}",
+            style="dim", markup=False, soft_wrap=True,
         )  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def after(chosen: Case, fit: Sequence[Case], caps: Caps, most: int) -> list[Case
 def rounded_up(value: float, digits: int = 3) -> float:
     """The least number of so many digits that is not below the value: a cap to print that admits it."""
     scale: float = 10.0**digits
-    return math.ceil(round(value * scale, 6)) / scale
+    least = math.ceil(round(value * scale, 6))  # a value that is one of them but for its last bits stays it ...
+    return (least if least / scale >= value else least + 1) / scale  # ... unless that would not admit it
 
 
 def rounded_down(value: float, digits: int = 3) -> float:
@@ -152,4 +153,6 @@ def epsilon_up(value: float) -> float:
     if not math.isfinite(value) or value <= 0:
         return value
     step = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.ceil(round(value / step, 6)) * step:.6g}")
+    least = math.ceil(round(value / step, 6))
+    found = float(f"{least * step:.6g}")
+    return found if found >= value else float(f"{(least + 1) * step:.6g}")

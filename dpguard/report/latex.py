@@ -175,7 +175,7 @@ def _caption(frontier: Frontier, decision: Recommendation) -> str:
     if missing:
         told += f"Cells failed or are missing for {', '.join(_name(policy) for policy in missing[:6])}"
         told += f" and {len(missing) - 6} more. " if len(missing) > 6 else ". "
-    return told + visible(decision.sentence, limit=400)
+    return told + visible(decision.sentence)
 
 
 def _attacks_caption(frontier: Frontier) -> str:

@@ -33,8 +33,8 @@ def answer(frontier: Frontier, case: Case) -> str:
     guarantee = f"epsilon is {show_epsilon(row.epsilon)}" if row.formal else "there is no formal guarantee"
     return (
         f"Use {visible(row.policy)}: {metric_name(frontier.utility_metric)} is at least "
-        f"{number(case.utility, 3)}, leakage ({metric_name(frontier.leakage_metric)}) at most "
-        f"{number(case.leakage, 3)}, and {guarantee}."
+        f"{number(rounded_down(case.utility), 3)}, leakage ({metric_name(frontier.leakage_metric)}) at most "
+        f"{number(rounded_up(case.leakage), 3)}, and {guarantee}."
     )
 
 
@@ -105,12 +105,12 @@ def why(frontier: Frontier, chosen: Case, fit: Sequence[Case], caps: Caps) -> li
     told = []
     if caps.max_leakage is not None:
         told.append(
-            f"Leakage is at most {number(chosen.leakage, 3)} (upper end of the interval), "
+            f"Leakage is at most {number(rounded_up(chosen.leakage), 3)} (upper end of the interval), "
             f"{number(caps.max_leakage - chosen.leakage, 3)} under the cap of {caps.max_leakage:g}."
         )
     if caps.min_utility is not None:
         told.append(
-            f"Utility is at least {number(chosen.utility, 3)} (lower end of the interval), "
+            f"Utility is at least {number(rounded_down(chosen.utility), 3)} (lower end of the interval), "
             f"{number(chosen.utility - caps.min_utility, 3)} above the {caps.min_utility:g} asked for."
         )
     if caps.max_epsilon is not None:
@@ -311,19 +311,25 @@ def _steady(chosen: Case, caps: Caps, changes: dict[str, float]) -> list[str]:
 
 def none_qualifies(cases: Sequence[Case], caps: Caps, metric: str) -> str:
     """That no policy keeps the caps, and which comes nearest."""
-    start = f"None qualifies: no policy keeps {', '.join(caps.words())}, at the bad end of the intervals."
     if not cases:
-        return f"{start} No policy was measured in full."
+        return "Nothing can be recommended: no policy has all three, leakage, utility and a guarantee."
+    start = f"None qualifies: no policy keeps {', '.join(caps.words())}, at the bad end of the intervals."
     near = min(cases, key=lambda c: _farness(c, caps))
     beyond = misses(near, caps)
     told = {
-        "leakage": f"leakage of up to {number(near.leakage, 3)} ({number(beyond.get('leakage'), 3)} too much)",
-        "utility": f"{metric_name(metric)} of only {number(near.utility, 3)} "
-        f"({number(beyond.get('utility'), 3)} too little)",
-        "epsilon": f"epsilon of {show_epsilon(near.epsilon)}",
+        "leakage": f"leakage of up to {number(rounded_up(near.leakage), 3)} ({_beyond(beyond, 'leakage')} too much)",
+        "utility": f"{metric_name(metric)} of only {number(rounded_down(near.utility), 3)} "
+        f"({_beyond(beyond, 'utility')} too little)",
+        "epsilon": f"epsilon of {show_epsilon(epsilon_up(near.epsilon))}",
     }
     missed = " and ".join(f"its {told[name]}" for name in beyond)
     return f"{start} The nearest miss is {called(near.policy)}, for {missed}.{_too_few(near, beyond, caps)}"
+
+
+def _beyond(beyond: Mapping[str, float], name: str) -> str:
+    """By how much a cap is broken."""
+    by = beyond.get(name, 0.0)
+    return number(by, 3) if by >= 0.0005 else "less than 0.001"
 
 
 def _farness(case: Case, caps: Caps) -> tuple[float | str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpguard.errors import UserError
 from dpguard.report.scores import Scores
+from dpguard.study.answers import wordless
 from dpguard.study.record import Cell, Record, TextRow
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class StudyResult:
         }
         result = cls(study, store.records(), planned=store.planned())
         if not result.shows_text:
-            return result
+            return replace(result, records=[wordless(record) for record in result.records])
         cells = [r.cell.id for r in result.records if r.cell.leg == "leakage" and r.status == "done"]
         texts = {cell: store.texts(cell) for cell in cells}
         if show_text and cells and not any(texts.values()):

@@ -18,6 +18,7 @@ from dpguard.report.scores import Scores, position
 from dpguard.report.text import plain
 from dpguard.report.utility import judge
 from dpguard.stats import Interval
+from dpguard.study.answers import wordless
 from dpguard.study.record import Record
 from dpguard.study.store import Store, StudyInfo
 
@@ -87,7 +88,7 @@ def load(folder: str | Path, what: str = "metrics", *, show_text: bool = False, 
         rows: list[Row] = []
         textless = show_text
         for record in watch([records.get(cell.id) or Record(cell, "missing") for cell in planned]):  # type: ignore[arg-type]
-            about = _about(record, info, epsilons)
+            about = _about(record if show_text else wordless(record), info, epsilons)
             if what == "metrics":
                 rows += [about | row for row in _metrics(record)]
             else:

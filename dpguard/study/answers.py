@@ -83,6 +83,19 @@ def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def wordless(record: Record) -> Record:
+    """The record without what an error in its cell said, for readers from whom texts are hidden: it may quote one.
+
+    dpguard's own sentences about a user's mistake stay: they name places and values.
+    """
+    kind, _, said = record.reason.partition(": ")
+    if WAITED in record.provenance:
+        return replace(record, reason="the cell that it needs failed")
+    if record.status != "failed" or record.provenance.get("failure") != "raised" or not (said and kind.isidentifier()):
+        return record
+    return replace(record, reason=f"{kind}, whose words may quote a text: dpguard show prints them")
+
+
 def _quiet(record: Record) -> Record:
     """The record without what a failed cell said, its own or the one that it waited for: words may quote texts."""
     kept = {key: value for key, value in record.provenance.items() if key not in SPOKEN}

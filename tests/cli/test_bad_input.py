@@ -153,3 +153,12 @@ def test_another_studys_folder_is_left_alone(home, told, tmp_path):
     other = study(home, tmp_path, ("name: mine", "name: yours"))
     one_sentence(told("run", other, "--out", out), "'mine'", "'yours'")
     assert records(out) == before
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+@pytest.mark.parametrize("command", [("attack",), ("fit-clips", "dp-sgd"), ("audit", "dp-sgd")])
+def test_a_seed_that_no_generator_takes_is_refused_at_once(told, command, seed):
+    status, out, err = told(*command, "--seed", seed)
+    assert (status, out) == (2, "")
+    assert "--seed" in err
+    assert "Traceback" not in err

@@ -240,6 +240,23 @@ def test_the_order_of_the_policies_never_matters(table, caps, random):
     assert recommend(replace(table, rows=tuple(rows)), **caps) == recommend(table, **caps)
 
 
+def test_ends_are_told_so_that_they_hold_and_can_be_asked_for():
+    """Rounded to the nearest digit an end is no end: asking for what was printed found nothing."""
+    rows = board(policy("one", 0.27946, 0.79875))
+    got = recommend(rows, max_leakage=0.5, min_utility=0.5)
+    assert "is at least 0.798, leakage (ROUGE-L) at most 0.280" in got.sentence
+    assert recommend(rows, max_leakage=0.28, min_utility=0.798).policy == "one"
+    near = recommend(board(policy("near", 0.3 + 1e-9, 0.8)), max_leakage=0.3)
+    assert "leakage of up to 0.301 (less than 0.001 too much)" in near.sentence
+    assert "With leakage at most 0.301, near would be chosen." in near.sensitivity
+
+
+def test_where_nothing_was_measured_in_full_no_policy_is_said_to_break_a_cap():
+    rows, control = [replace(policy("low", 0.2, 0.9), utility=None)], replace(CONTROL, utility=None)
+    found = recommend(board(*rows, control=control), max_leakage=0.7)
+    assert (found.policy, found.sentence[:27]) == ("", "Nothing can be recommended:")
+
+
 def test_nearest_miss_is_in_words():
     got = recommend(board(policy("near", 0.34, 0.8), policy("far", 0.6, 0.8)), max_leakage=0.3, min_utility=0.7)
     assert got.verdict == "none qualifies"

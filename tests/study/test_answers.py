@@ -10,8 +10,9 @@ from contextlib import closing
 import pytest
 
 from dpguard.errors import UserError
-from dpguard.study.answers import write_answers
+from dpguard.study.answers import wordless, write_answers
 from dpguard.study.merge import merge
+from dpguard.study.record import Cell, Record
 from dpguard.study.store import ANSWERS, FILE, Store
 from dpguard.study.todo import Todo
 from tests.study.test_runner import go
@@ -51,6 +52,21 @@ def test_all_answers_and_no_text(passed_on):
     assert "Traceback" not in everything
     assert not [text for text in texts if text in everything]
     assert [text for text in texts if text in inside(mine / FILE)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason", "told"),
+    [
+        ("raised", "ValueError: cannot align 'Ada was seen'", "ValueError, whose words may quote a text"),
+        ("raised", "table.yaml:3: clip is 'x', expected a number", "table.yaml:3: clip is"),
+        ("time limit", "took longer than 3 s", "took longer than 3 s"),
+    ],
+)
+def test_an_errors_words_are_no_sentence_of_ours(failure, reason, told):
+    cell = Cell("leakage", "none", [], {"name": "m"}, {"name": "d"}, {}, 0)
+    found = wordless(Record(cell, "failed", reason, provenance={"failure": failure}))
+    assert found.reason.startswith(told)
+    assert "Ada" not in found.reason
 
 
 def inside(file):
