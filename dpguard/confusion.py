@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,15 @@ def from_counts(
         spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (guessed**2).sum(axis=-1))
         return _ratio(covariance, np.sqrt(np.maximum(spread, 0)))
     raise ValueError(f"metric is {metric!r}, expected one of: {', '.join(UTILITY_METRICS)}")
+
+
+def classes_of(labels: Sequence[int]) -> int:
+    """How many classes a task of these labels has at least: two, or up to the highest label.
+
+    >>> classes_of([1, 1]), classes_of([0, 2])
+    (2, 3)
+    """
+    return 1 + max(1, *labels)
 
 
 def _ratio(over: Any, under: Any) -> Floats:

@@ -266,7 +266,7 @@ def audit(
         Optional[str], typer.Option("--model", help="Send real texts through this model as well [no].")  # noqa: UP045
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Public batch size, the divisor.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     thorough: Annotated[bool, typer.Option("--thorough", help="Add the slow two-world test.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -48,7 +48,7 @@ class Ground:
         slots: the model's parameters.
         classes: of its head.
         model_id, data_id: what identifies them in a cell.
-        unread: share of the texts' tokens that the tokenizer does not know (`texts.unread`).
+        unread: share of the texts' tokens that the tokenizer does not know (`texts.unread`), if leakage is asked for.
     """
 
     corpus: Any
@@ -92,7 +92,7 @@ def read_ground(study: Study) -> Ground:
     data_id = {
         "name": study.data_name, "hash": corpus.fingerprint, "train": len(corpus.train), "test": len(corpus.test),
     }  # fmt: skip
-    unread = texts.unread(corpus.train, loaded.tokenizer)
+    unread = texts.unread(corpus.train, loaded.tokenizer) if study.leakage else 0.0
     return Ground(corpus, data, slots(loaded.module), model_id, data_id, loaded.classes, unread)
 
 

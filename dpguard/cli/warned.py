@@ -17,7 +17,7 @@ def warnings(study: Study, ground: Ground) -> list[str]:
         overlap(ground),
         alone(study, ground),
         unscored(study, ground),
-        unread(study, ground),
+        unread(ground),
     )
     return [sentence for sentence in found if sentence]
 
@@ -56,9 +56,9 @@ def alone(study: Study, ground: Ground) -> str:
     )
 
 
-def unread(study: Study, ground: Ground) -> str:
+def unread(ground: Ground) -> str:
     """A sentence when much of the texts is one token to the model, else ""."""
-    if study.leakage is None or ground.unread < UNREAD:
+    if ground.unread < UNREAD:
         return ""
     return (
         f"{ground.unread:.0%} of the texts' tokens are unknown to the model's tokenizer and all one to it: a guess of "

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from dpguard.confusion import classes_of
 from dpguard.engine.local import LocalState
 from dpguard.federation.personal import at_home
 from dpguard.federation.split import Parts
@@ -62,7 +63,7 @@ def judge(
     """
     labels = [e.label for e in test]
     found, loss = utility.predict(model, tokenizer, test)
-    classes = classes or 1 + max(1, *labels)
+    classes = classes or classes_of(labels)
     global_scores = utility.scores(found, labels, loss, classes)
     predictions, total, each = list(found), 0.0, []
     for part, state in zip(parts, states, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from dpguard.confusion import UTILITY_METRICS, from_confusion
+from dpguard.confusion import UTILITY_METRICS, classes_of, from_confusion
 from dpguard.engine.gradients import per_example_losses
 from dpguard.engine.privacy_engine import PrivacyEngine
 from dpguard.engine.private_optimizer import PrivateOptimizer
@@ -217,6 +217,6 @@ def scores(
         loss: their mean cross-entropy.
         classes: of the task, so that F1 means the same for every client and policy; None = those of the labels.
     """
-    classes = classes or 1 + max(1, *labels)
+    classes = classes or classes_of(labels)
     table = confusion(predictions, labels, classes)
     return {**{name: float(from_confusion(table, name, classes)) for name in UTILITY_METRICS}, "loss": loss}

@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.special import ndtri
 
-from dpguard.confusion import UTILITY_METRICS, from_confusion
+from dpguard.confusion import UTILITY_METRICS, classes_of, from_confusion
 from dpguard.errors import UserError, did_you_mean
 from dpguard.policy.gaussian import success_bound
 from dpguard.report.board import (
@@ -262,7 +262,7 @@ def _majority(records: Sequence[Record], metric: str) -> tuple[float | None, boo
         return None, False
     labels = done[0]["labels"]
     if metric == "f1":
-        return _constant_f1(labels, done[0].get("classes") or 1 + max(1, *labels)), False
+        return _constant_f1(labels, done[0].get("classes") or classes_of(labels)), False
     one = Counter(labels).most_common(1)[0][1] / len(labels)
     own = max((float(result.get("federation", {}).get("commonest", 0.0)) for result in done), default=0.0)
     return max(one, own), own > one

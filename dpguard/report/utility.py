@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dpguard.confusion import from_counts
+from dpguard.confusion import classes_of, from_counts
 from dpguard.stats import (
     CONFIDENCE,
     DRAWS,
@@ -115,7 +115,7 @@ def judge(
     if metric == "accuracy":
         scores = _sums((guesses == truth).T, draws, seed) / examples
     else:
-        classes = classes or 1 + max(1, int(truth.max()))
+        classes = classes or classes_of(labels)
         each = np.arange(max(classes, 1 + int(truth.max()), 1 + int(guesses.max())))
         said = guesses.T[:, :, None] == each  # (examples, seeds, classes)
         meant = np.broadcast_to((truth[:, None] == each)[:, None], said.shape)

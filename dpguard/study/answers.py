@@ -13,10 +13,11 @@ from typing import Any
 
 from dpguard.errors import UserError
 from dpguard.study import lock
-from dpguard.study.record import Record
+from dpguard.study.record import Record, is_place
 from dpguard.study.store import ANSWERS, FILE, Store
 from dpguard.study.todo import WAITED
 
+NEEDED = "the cell that it needs failed"
 SPOKEN = ("traceback", "output")
 """Entries of a failed cell's provenance that may quote what it read."""
 
@@ -74,10 +75,9 @@ def portable(spec: Mapping[str, Any]) -> dict[str, Any]:
     {'model': 'model', 'data': {'path': 'texts.jsonl', 'classes': 2}}
     """
     data, model = spec.get("data"), str(spec.get("model", ""))
-    local = Path(model).is_absolute() or model.startswith((".", "~"))
     return {
         **spec,
-        **({"model": Path(model).name} if local else {}),
+        **({"model": Path(model).name} if is_place(model) else {}),
         **({"data": {key: Path(v).name if isinstance(v, str) else v for key, v in data.items()}}
            if isinstance(data, Mapping) else {}),
     }  # fmt: skip
@@ -90,7 +90,7 @@ def wordless(record: Record) -> Record:
     """
     kind, _, said = record.reason.partition(": ")
     if WAITED in record.provenance:
-        return replace(record, reason="the cell that it needs failed")
+        return replace(record, reason=NEEDED)
     if record.status != "failed" or record.provenance.get("failure") != "raised" or not (said and kind.isidentifier()):
         return record
     return replace(record, reason=f"{kind}, whose words may quote a text: dpguard show prints them")
@@ -100,7 +100,7 @@ def _quiet(record: Record) -> Record:
     """The record without what a failed cell said, its own or the one that it waited for: words may quote texts."""
     kept = {key: value for key, value in record.provenance.items() if key not in SPOKEN}
     if WAITED in kept:
-        return replace(record, provenance=kept, reason="the cell that it needs failed")
+        return replace(record, provenance=kept, reason=NEEDED)
     if record.status != "failed":
         return replace(record, provenance=kept)
     return replace(

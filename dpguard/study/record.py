@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 Leg = Literal["guarantee", "leakage", "utility"]
@@ -31,6 +32,15 @@ def canonical(value: Any) -> str:
 def encodable(text: str) -> str:
     """``text`` without lone surrogates (of a file name that is not UTF-8, say), which no file can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_place(name: str) -> bool:
+    """Whether a name of a model says where it lies on this machine; a hub's name has a slash as well.
+
+    >>> is_place("/models/bert"), is_place("./bert"), is_place("google/bert_uncased")
+    (True, True, False)
+    """
+    return Path(name).is_absolute() or name.startswith((".", "~"))
 
 
 @dataclass(frozen=True)

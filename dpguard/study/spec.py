@@ -18,7 +18,7 @@ from dpguard.policy.table import Plan
 from dpguard.study import grid
 from dpguard.study.checks import check
 from dpguard.study.policies import Named, locate, read_policies
-from dpguard.study.record import Cell
+from dpguard.study.record import Cell, is_place
 from dpguard.study.schedule import Schedule
 from dpguard.study.sections import (
     Caps,
@@ -162,9 +162,8 @@ class Study:
     @property
     def model_name(self) -> str:
         """What the model is called on record: as written, or its folder's name alone where a variable says where."""
-        mark, folder = self.document.marks.get(("model",)), Path(self.model)
-        local = folder.is_absolute() or self.model.startswith((".", "~"))  # a hub's name has a slash as well
-        return folder.name if local and mark and "${" in mark.raw else self.model
+        mark = self.document.marks.get(("model",))
+        return Path(self.model).name if mark and "${" in mark.raw and is_place(self.model) else self.model
 
     @property
     def data_name(self) -> str:
